@@ -1,0 +1,350 @@
+"""Everything that defines a run, as frozen dataclasses; field docstrings are the command line's help."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from lm2_jax.blocks.base import JoinConfig
+from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.data.base import SourceConfig
+from lm2_jax.data.tokenizers import TokenizerConfig
+from lm2_jax.data.babilong_source import BabilongSource
+from lm2_jax.errors import UserError
+from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.registry import Family, near_misses
+
+Float = Literal["float32", "bfloat16", "float64"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Which numbers have which type; softmax, norms and gates are float32 at least, whatever stands here."""
+
+    params: Float = "float32"
+    """Parameters."""
+    compute: Float = "float32"
+    """Activations and matrix products."""
+    state: Float = "float32"
+    """Recurrent memory state."""
+    moments: Float = "float32"
+    """Adam's first moment (the second is always float32 at least)."""
+    logits: Float = "float32"
+    """Logits and the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's stretching of the low RoPE frequencies."""
+
+    factor: float = 8.0
+    """By how much the longest wavelengths grow."""
+    low_frequency_factor: float = 1.0
+    """Wavelengths above original_tokens / this are stretched fully."""
+    high_frequency_factor: float = 4.0
+    """Wavelengths below original_tokens / this are left alone."""
+    original_tokens: int = 8192
+    """Context length the unscaled frequencies were made for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The Llama-3 style decoder that a memory joins."""
+
+    width: int = 64
+    """Model width D."""
+    num_layers: int = 2
+    """Decoder blocks L."""
+    num_heads: int = 4
+    """Query heads H."""
+    num_kv_heads: int = 4
+    """Key/value groups G; divides num_heads."""
+    head_width: int | None = None
+    """Width K of one head; None: width / num_heads."""
+    mlp_width: int = 192
+    """Hidden width F of the SwiGLU."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies (Llama 3: 500,000)."""
+    rope_scaling: RopeScaling | None = None
+    """Llama-3 frequency scaling, or none."""
+    tie_head: bool = True
+    """Whether the head is the embedding's transpose."""
+    window_tokens: int | None = None
+    """Sliding attention window in tokens, this one included, reaching into the segment before; None: the segment."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width"):
+            _require(getattr(self, name) >= 1, f"decoder.{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.head_width is not None or self.width % self.num_heads == 0,
+            f"decoder.width={self.width} is not a multiple of decoder.num_heads={self.num_heads}; "
+            "change one of them or set decoder.head_width",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"decoder.num_heads={self.num_heads} is not a multiple of decoder.num_kv_heads={self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
+
+    @property
+    def head_dim(self) -> int:
+        """Width K of one head."""
+        return self.width // self.num_heads if self.head_width is None else self.head_width
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder, a memory, and the way they join."""
+
+    vocab_size: int = 512
+    """Rows of the embedding; at least the tokenizer's size."""
+    segment_tokens: int = 32
+    """Tokens T of one segment."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder."""
+    memory: MemoryConfig = GatedBankConfig()
+    """What is remembered, and how."""
+    join: JoinConfig = ResidualJoin()
+    """Where memory meets attention."""
+    precision: Precision = Precision()
+    """Number types."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, everything but block inputs."""
+    schedule: Literal["auto", "layer_major", "segment_major"] = "auto"
+    """Which loop is outside; auto: layers where the state is per layer, else segments."""
+
+    def __post_init__(self) -> None:
+        _require(self.vocab_size >= 2, f"model.vocab_size must be at least 2, got {self.vocab_size}")
+        _require(self.segment_tokens >= 1, f"model.segment_tokens must be at least 1, got {self.segment_tokens}")
+        window = self.decoder.window_tokens
+        _require(
+            window is None or 1 <= window <= self.segment_tokens,
+            f"decoder.window_tokens={window} must lie between 1 and model.segment_tokens={self.segment_tokens}",
+        )
+        self.join.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is learned from; a mix of answers and text when both weights are positive."""
+
+    answer_weight: float = 1.0
+    """Weight of an answer token."""
+    text_weight: float = 0.0
+    """Weight of every other token."""
+    time_chunk: int = 2048
+    """Positions whose logits exist at once; the loss runs over chunks of at most this many, rematerialised."""
+
+    def __post_init__(self) -> None:
+        _require(self.answer_weight >= 0, "loss.answer_weight must not be negative")
+        _require(self.text_weight >= 0, "loss.text_weight must not be negative")
+        _require(self.answer_weight + self.text_weight > 0, "loss: both weights are 0, nothing would be learned")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from."""
+
+    source: SourceConfig = BabilongSource()
+    """What is read."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """How text becomes tokens."""
+    rows: int = 32
+    """Global batch: documents read side by side."""
+    segments: tuple[int, ...] = (4,)
+    """Curriculum: segments per row in each stage."""
+    stage_steps: tuple[int, ...] = ()
+    """Step at which each stage after the first begins; one fewer than `segments`."""
+    vary_segments: bool = False
+    """Whether each step draws its number of segments from 1 to the stage's."""
+    carry_state: bool = False
+    """Whether a row goes on at the next step where it stopped, its memory carried along."""
+    seed: int = 0
+    """Chooses all examples."""
+    prefetch: int = 8
+    """Batches prepared ahead."""
+
+    def __post_init__(self) -> None:
+        _require(self.rows >= 1, f"data.rows must be at least 1, got {self.rows}")
+        _require(
+            len(self.segments) >= 1 and min(self.segments) >= 1,
+            f"data.segments needs one positive number per stage, got {self.segments}",
+        )
+        _require(
+            len(self.stage_steps) == len(self.segments) - 1 and list(self.stage_steps) == sorted(set(self.stage_steps)),
+            f"data.stage_steps must hold {len(self.segments) - 1} increasing steps for data.segments={self.segments}, "
+            f"got {self.stage_steps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under warm-up and cosine decay."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    learning_rate: float = 2e-3
+    """Peak."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """On matrices only: norms, biases, gates and starts have none."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    accumulate: int = 1
+    """Micro-batches of one step; divides data.rows."""
+    gate_multiplier: float = 1.0
+    """Learning rate of gates, relative."""
+    memory_multiplier: float = 1.0
+    """Learning rate of the memory's other parameters, relative."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"optim.steps must be at least 1, got {self.steps}")
+        _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
+        _require(
+            0 <= self.warmup_steps < self.steps,
+            f"optim.warmup_steps={self.warmup_steps} must be below optim.steps={self.steps}",
+        )
+        _require(self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop around the step."""
+
+    bptt_segments: int | None = None
+    """Gradient flows through blocks of this many segments; None: through the whole row."""
+    seed: int = 0
+    """Initial parameters."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between evaluations on held-out examples; 0: only at the end."""
+    eval_batches: int = 4
+    """Batches of one held-out evaluation."""
+    max_loss_ratio: float = 10.0
+    """The run stops as diverged when the loss exceeds this times the first logged loss."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.bptt_segments is None or self.bptt_segments >= 1,
+            f"train.bptt_segments must be at least 1 or None, got {self.bptt_segments}",
+        )
+        _require(self.log_every >= 1, f"train.log_every must be at least 1, got {self.log_every}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every_steps: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+    memory_every: int = 1
+    """Every how many checkpoints the carried memory state is saved too (it can outweigh the parameters)."""
+    memory_dtype: Float | None = None
+    """Type the carried memory is saved in; None: as it is."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
+        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run; what `config.json` in a workdir holds."""
+
+    name: str = "unnamed"
+    """The preset it started from."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    data: DataConfig = DataConfig()
+    """The input."""
+    loss: LossConfig = LossConfig()
+    """The objective."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    train: TrainConfig = TrainConfig()
+    """The loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.rows % self.optim.accumulate == 0,
+            f"data.rows={self.data.rows} is not a multiple of optim.accumulate={self.optim.accumulate}",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON types; members of a family carry their `kind`."""
+    plain: dict[str, Any] = {"kind": config.kind} if isinstance(config, Family) else {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        plain[field.name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def from_dict(cls: type[Any], plain: Any, path: str = "config") -> Any:
+    """The config that `to_dict` wrote; an unknown or missing key or a wrong type is a `UserError` that names it."""
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: expected a table of fields of {cls.__name__}, got {plain!r}", status=1)
+    plain = dict(plain)
+    if issubclass(cls, Family):
+        cls = cls.find(plain.pop("kind", "<missing>"))
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in plain:
+        if key not in known:
+            raise UserError(f"{path}: unknown {key!r}; known: {known}.{near_misses(key, known)}", status=1)
+    missing = [name for name in known if name not in plain]
+    if missing:
+        raise UserError(f"{path}: missing {missing}", status=1)
+    values = {name: _value(hints[name], plain[name], f"{path}.{name}") for name in known}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}", status=1) from error
+
+
+def _value(hint: Any, plain: Any, path: str) -> Any:
+    """`plain` as the annotated type `hint`, of the few kinds that configs use."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if plain is None and type(None) in args:
+            return None
+        (hint,) = (a for a in args if a is not type(None))
+        return _value(hint, plain, path)
+    if origin is Literal:
+        if plain not in args:
+            raise UserError(f"{path}: expected one of {list(args)}, got {plain!r}", status=1)
+        return plain
+    if origin is tuple:
+        if not isinstance(plain, list):
+            raise UserError(f"{path}: expected a list, got {plain!r}", status=1)
+        return tuple(_value(args[0], item, f"{path}[{i}]") for i, item in enumerate(plain))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), plain, path)
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(plain, accepted) or (isinstance(plain, bool) and hint is not bool):
+        raise UserError(f"{path}: expected {hint.__name__}, got {plain!r}", status=1)
+    return float(plain) if hint is float else plain

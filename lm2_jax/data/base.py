@@ -1,0 +1,69 @@
+"""What a source of training examples is, and the arrays it gives."""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lm2_jax.registry import Family
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    answer_id: int | None  # the marker after a question, where the vocabulary has one
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; nothing is added before or after."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        ...
+
+
+class Example(NamedTuple):
+    """One row of S = K*T positions, or a batch of them with rows in front. Position i predicts `targets[i]`."""
+
+    tokens: np.ndarray  # [S] int32
+    targets: np.ndarray  # [S] int32: the token to predict here
+    answer: np.ndarray  # [S] bool: the target belongs to an answer
+    text: np.ndarray  # [S] bool: the target is text that can be learned from
+    valid: np.ndarray  # [S] bool: False is padding
+    reset: np.ndarray  # [K] bool: a document begins at this segment
+    distance: np.ndarray  # [S] int32: at the first token of an answer, segments back to the latest mention; else -1
+    document: np.ndarray  # [S] int32: number of the document within its segment; all 0 unless packed
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig(Family):
+    """Base of all sources; `data.source` of a run."""
+
+    def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> "Source":
+        """Opens the source; a missing folder or file is a `UserError`."""
+        raise NotImplementedError
+
+    def corpus(self, seed: int) -> list[str]:
+        """Text to train a tokenizer on, a few megabytes at most; the same for the same seed."""
+        raise NotImplementedError
+
+
+class Source(Protocol):
+    """Random access to examples: what row `row` of step `step` reads, whoever asks and whenever."""
+
+    def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
+        """The example of one row of a global batch of `rows` rows of `segments` segments each.
+
+        Args:
+          step: optimizer step, from 0.
+          row: row of the global batch, from 0.
+          rows: rows of the global batch.
+          segments: segments K of the row.
+          held_out: examples that training never sees.
+        Returns:
+          The same arrays for the same arguments, on any host and in any order.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Sources of examples, tokenizers, and the pipeline that feeds batches."""

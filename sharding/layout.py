@@ -1,0 +1,152 @@
+"""Places arrays on a mesh by the names of their axes: the `lm2_jax.layout.Layout` of training and evaluation."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm2_jax import layout
+from lm2_jax.errors import UserError
+from lm2_jax.registry import near_misses
+from lm2_jax.types import Axes
+from sharding.rules import RULES, Rule, activation_rules, check_rules, mesh_axes
+
+
+class Layout(layout.Layout):
+    """A mesh and the table that maps logical axes to it.
+
+    Nothing is replicated in silence: a name without a row, a dimension that does not divide, or two dimensions of
+    one array on one mesh axis is an error. A mesh axis of size 1 splits nothing and so divides everything.
+    """
+
+    def __init__(self, mesh: Mesh, rules: Iterable[Rule] = RULES):
+        self.mesh = mesh
+        self.rules = check_rules(rules)
+        self._table = dict(self.rules)
+        self._rows = NamedSharding(mesh, self.spec(("batch",)))
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Inside it, `constrain` and other logical names mean this mesh; variables are unboxed before entering."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(activation_rules(self.rules)):
+            yield
+
+    def spec(self, axes: Axes, path: str = "array") -> PartitionSpec:
+        """Mesh axes of an array that outlives a step.
+
+        Args:
+          axes: logical names of its dimensions.
+          path: its name in messages.
+        Raises:
+          UserError: a name that the table lacks, or two dimensions on one mesh axis.
+        """
+        taken: dict[str, str] = {}
+        for name in axes:
+            if name is None:
+                continue
+            if name not in self._table:
+                known = sorted(self._table)
+                raise UserError(
+                    f"{path}: unknown logical axis {name!r} in {axes}; known: {known}.{near_misses(name, known)}"
+                )
+            for axis in self._split(name):
+                if axis in taken:
+                    raise UserError(
+                        f"{path}: {taken[axis]!r} and {name!r} of {axes} both lie on the mesh axis {axis!r}; "
+                        "name one of the dimensions otherwise, or None."
+                    )
+                taken[axis] = name
+        return PartitionSpec(*(None if name is None else self._table[name] for name in axes))
+
+    def shardings(self, axes: Any, shapes: Any) -> Any:
+        """The `NamedSharding` of each array of a tree.
+
+        Args:
+          axes: tree with a tuple of logical names in the place of each array.
+          shapes: tree of arrays or `jax.ShapeDtypeStruct`s; the result has its structure.
+        Raises:
+          UserError: an unknown name, two dimensions on one mesh axis, or a dimension that does not divide.
+          ValueError: trees of different structure, or as many names as there are no dimensions.
+        """
+        leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+        # Axes are tuples, which jax takes for subtrees: cut their tree where `shapes` has its arrays.
+        names = structure.flatten_up_to(axes)
+        placed = [
+            self._sharding(jax.tree_util.keystr(path, simple=True, separator="/"), tuple(name), leaf.shape)
+            for (path, leaf), name in zip(leaves, names, strict=True)
+        ]
+        return structure.unflatten(placed)
+
+    def batch(self, arrays: Any) -> Any:
+        """Global arrays from this process's rows of a batch, split over the devices that `batch` names.
+
+        Args:
+          arrays: tree of host arrays, all with the rows of `rows_of_process` first.
+        Raises:
+          UserError: a number of rows that this process's devices do not divide.
+        """
+        return jax.tree.map(self._global, arrays)
+
+    def rows_of_process(self, rows: int) -> tuple[int, int]:
+        """First row and number of rows that this process reads of a global batch of `rows`.
+
+        Processes that share rows, because their devices differ only along other mesh axes, get the same answer.
+
+        Raises:
+          UserError: `rows` do not divide over the devices, or this process's rows are not in one piece.
+        """
+        self._check_rows("data.rows", rows, self._pieces())
+        spans = self._spans(rows)
+        first, last = spans[0][0], spans[-1][1]
+        if sum(stop - start for start, stop in spans) != last - first:
+            raise UserError(
+                f"The rows of process {jax.process_index()} are not in one piece: {spans}. "
+                "Make mesh.data * mesh.fsdp a multiple of the number of processes."
+            )
+        return first, last - first
+
+    def _pieces(self) -> int:
+        """Pieces that the global batch is cut into."""
+        return math.prod(self.mesh.shape[axis] for axis in self._split("batch"))
+
+    def _spans(self, rows: int) -> list[tuple[int, int]]:
+        """(first, last + 1) of each piece of a global batch that a device of this process holds."""
+        held = self._rows.addressable_devices_indices_map((rows,)).values()
+        return sorted({index[0].indices(rows)[:2] for index in held if index is not None})
+
+    def _global(self, rows: Any) -> jax.Array:
+        rows = np.asarray(rows)
+        held = len(self._spans(self._pieces()))
+        self._check_rows("rows of this process", rows.shape[0], held)
+        whole = (rows.shape[0] // held * self._pieces(), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(self._rows, rows, whole)
+
+    def _check_rows(self, what: str, rows: int, pieces: int) -> None:
+        if rows < 1 or rows % pieces:
+            sizes = ", ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in self._split("batch"))
+            raise UserError(
+                f"{what}={rows} is not a positive multiple of {pieces}, the pieces of a batch on this mesh ({sizes}). "
+                "Change data.rows or the mesh."
+            )
+
+    def _sharding(self, path: str, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        if len(axes) != len(shape):
+            raise ValueError(f"{path}: {len(axes)} logical axes {axes} for an array of shape {shape}")
+        spec = self.spec(axes, path)
+        for position, (name, size) in enumerate(zip(axes, shape, strict=True)):
+            if size % math.prod(self.mesh.shape[axis] for axis in self._split(name)):
+                sizes = ", ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in self._split(name))
+                raise UserError(
+                    f"{path}: dimension {position} ({name!r}) of shape {shape} has size {size}, which the mesh does "
+                    f"not divide ({sizes}). Change the size in the model's config, or the mesh."
+                )
+        return NamedSharding(self.mesh, spec)
+
+    def _split(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes of one logical name."""
+        return () if name is None else mesh_axes(self._table[name])

@@ -1,0 +1,71 @@
+"""The table from logical axis names to mesh axes; the only place that decides what is split over what."""
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from lm2_jax.errors import UserError
+from lm2_jax.registry import near_misses
+from sharding.mesh import AXES
+
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+Rule: TypeAlias = tuple[str, MeshAxes]
+
+# In order of precedence: where two dimensions of an activation want one mesh axis, the upper row has it.
+RULES: tuple[Rule, ...] = (
+    ("batch", ("data", "fsdp")),  # rows: every device that holds its own piece of the work
+    ("heads", "model"),  # query heads, and the memory's heads: one head never leaves its device
+    ("kv_heads", "model"),  # key/value groups, beside the query heads that read them
+    ("mlp", "model"),  # hidden width of the feed-forward: one sum over devices per layer
+    ("vocab", "model"),  # rows of embedding and head: logits stay split until the loss has reduced them
+    ("slots", "slots"),  # memory rows, on an axis of their own: they meet heads in one score array
+    ("embed", "fsdp"),  # model width of a kernel: gathered for a layer at a time; whole in activations
+    ("time", None),  # positions of a segment: attention needs them all
+    ("segments", None),  # segments of a row: read one after the other
+    ("layers", None),  # stacked layers: the loop takes them one by one
+    ("head", None),  # width of one head: too small to split, and contracted in every score
+    ("chunk", None),  # chunks of an inner memory: a loop
+    ("inner", None),  # width of an inner memory's weights: its heads are split instead
+    ("norm", None),  # scales of a norm: a few kilobytes
+    ("state_embed", None),  # width of a memory row: its rows are split instead
+)
+
+
+def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """`rules` as they are, if every name stands once and every mesh axis exists.
+
+    Raises:
+      UserError: a name that stands twice, or a mesh axis that is unknown or named twice in a row.
+    """
+    rules = tuple(rules)
+    names = [name for name, _ in rules]
+    for name, axes in rules:
+        if names.count(name) > 1:
+            raise UserError(f"Sharding rules: {name!r} stands {names.count(name)} times; each name needs one row.")
+        axes = mesh_axes(axes)
+        for axis in axes:
+            if axis not in AXES:
+                raise UserError(
+                    f"Sharding rules: {name!r} names the mesh axis {axis!r}; known: {list(AXES)}."
+                    f"{near_misses(axis, list(AXES))}"
+                )
+        if len(set(axes)) != len(axes):
+            raise UserError(f"Sharding rules: {name!r} names a mesh axis twice: {axes}.")
+    return rules
+
+
+def mesh_axes(axes: MeshAxes) -> tuple[str, ...]:
+    """A row's right side as a tuple, empty for a dimension that stays whole."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else axes
+
+
+def activation_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The table in the form Linen's constraints take, for arrays inside a traced function.
+
+    Each name has a second row without mesh axes, which Linen uses where an upper dimension of the same array took
+    the axis: `("batch", "time", "embed")` splits the batch and leaves the width whole. Arrays that outlive a step
+    have no such way out, see `Layout.shardings`.
+    """
+    rules = tuple(rules)
+    return rules + tuple((name, None) for name, axes in rules if axes is not None)

@@ -1,0 +1,48 @@
+"""Settings of all tests: eight CPU devices, strict promotion, checked annotations.
+
+They must be in place before jax is asked for its devices and before lm2_jax is imported, so they stand here at the
+top and not in fixtures.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import beartype.typing  # noqa: F401  the import hook's text below needs it
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A second run of the suite finds its programs compiled.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Shapes and types in the annotations of lm2_jax are checked at each call; outside the tests they cost nothing.
+# An int passes for a float, as for pyright; Self, which beartype knows in whole classes only, is not checked.
+jaxtyping.install_import_hook(
+    "lm2_jax",
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True,"
+    " hint_overrides=beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any})))",
+)
+
+# Compilation makes single examples slow, so there is no deadline; few examples, the same in each run.
+hypothesis.settings.register_profile("lm2_jax", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("lm2_jax")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real data (bAbI, books, tokenizers, ...): $LM2_JAX_DATA, or ../shared/data beside the repository."""
+    folder = (ROOT / os.environ.get("LM2_JAX_DATA", "../shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist; set LM2_JAX_DATA to a folder that has it")
+    return folder

@@ -1,0 +1,36 @@
+import pytest
+
+from lm2_jax.errors import UserError
+from sharding.rules import RULES, activation_rules, check_rules
+
+
+def test_the_table_holds_the_names_of_the_project():
+    assert {name for name, _ in check_rules(RULES)} == {
+        *("batch", "time", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "layers"),
+        *("slots", "chunk", "inner", "segments", "norm", "state_embed"),
+    }
+
+
+def test_slots_and_heads_are_on_different_mesh_axes():
+    table = dict(RULES)
+    assert table["slots"] == "slots"
+    assert table["heads"] == table["kv_heads"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ([("embed", "fsdp"), ("embed", None)], ["'embed'", "2 times"]),
+        ([("embed", "fdsp")], ["'embed'", "'fdsp'", "Did you mean 'fsdp'"]),
+        ([("batch", ("data", "data"))], ["'batch'", "twice"]),
+    ],
+)
+def test_a_wrong_table_is_refused(rules, words):
+    with pytest.raises(UserError) as caught:
+        check_rules(rules)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_activations_leave_whole_what_finds_its_mesh_axis_taken():
+    rules = activation_rules([("batch", ("data", "fsdp")), ("embed", "fsdp"), ("time", None)])
+    assert rules[3:] == (("batch", None), ("embed", None))

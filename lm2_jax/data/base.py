@@ -42,6 +42,14 @@ class Example(NamedTuple):
 class SourceConfig(Family):
     """Base of all sources; `data.source` of a run."""
 
+    @property
+    def continues(self) -> bool:
+        """Whether row r of a step goes on where row r of the step before stopped; `data.carry_state` wants that.
+
+        Such a source needs the same number of segments at every step.
+        """
+        return False
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> "Source":
         """Opens the source; a missing folder or file is a `UserError`."""
         raise NotImplementedError

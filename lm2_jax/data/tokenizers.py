@@ -1,7 +1,9 @@
 """Text to tokens: a BPE trained on the corpus, any `tokenizers` JSON, a SentencePiece model, or plain bytes."""
 
 import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -62,10 +64,14 @@ class FileTokenizer:
         """What the file holds."""
         raise NotImplementedError
 
-    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's name and id."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that are equal, byte for byte."""
-        return hashlib.sha256(self.serialized()).hexdigest()[:16]
+        """Equal for equal vocabularies; the file itself may change with the version of a library."""
+        return hashlib.sha256(json.dumps(sorted(self.vocabulary().items())).encode()).hexdigest()[:16]
 
 
 class JsonTokenizer(FileTokenizer):
@@ -103,6 +109,9 @@ class JsonTokenizer(FileTokenizer):
 
     def serialized(self) -> bytes:
         return self._inner.to_str().encode()
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._inner.get_vocab(with_added_tokens=True)
 
 
 class SentencePieceTokenizer(FileTokenizer):
@@ -145,6 +154,9 @@ class SentencePieceTokenizer(FileTokenizer):
 
     def serialized(self) -> bytes:
         return self._model
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._inner.id_to_piece(i): i for i in range(self.vocab_size)}
 
 
 def _special(
@@ -242,14 +254,16 @@ def build_tokenizer(
     corpus: Callable[[], list[str]],
     vocab_size: int,
     workdir: epath.PathLike | None = None,
+    size_field: str = "model.vocab_size",
 ) -> FileTokenizer:
     """The tokenizer of a run: the one its workdir holds, else a new one; nothing is written.
 
     Args:
       config: which tokenizer.
       corpus: gives the texts to train on; called only where a tokenizer is trained.
-      vocab_size: `model.vocab_size`, the most tokens it may have.
+      vocab_size: the most tokens it may have.
       workdir: where an earlier start of the run may have saved its tokenizer.
+      size_field: what the user calls `vocab_size`, for messages.
     Raises:
       UserError: for a missing or broken file, or more tokens than `vocab_size`.
     """
@@ -259,8 +273,8 @@ def build_tokenizer(
         tokenizer = _BUILDERS[config.kind](config, corpus, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"data.tokenizer of kind {config.kind!r} has {tokenizer.vocab_size} tokens but model.vocab_size is "
-            f"{vocab_size}: set model.vocab_size to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
+            f"data.tokenizer of kind {config.kind!r} has {tokenizer.vocab_size} tokens but {size_field} is "
+            f"{vocab_size}: set {size_field} to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
         )
     return tokenizer
 

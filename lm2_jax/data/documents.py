@@ -1,0 +1,236 @@
+"""Rows of training text cut from tokenised documents: packed one after another, or walked in order."""
+
+import dataclasses
+import functools
+import hashlib
+import threading
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from lm2_jax.data.base import Example
+from lm2_jax.data.draws import shuffled
+from lm2_jax.errors import UserError
+
+
+class Documents(Protocol):
+    """Tokenised documents with random access."""
+
+    lengths: np.ndarray  # [documents] int64, tokens of each, at least 1
+    hashes: np.ndarray  # [documents] uint64, of the content
+    eos_id: int
+    pad_id: int
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Token ids of one document, without a token for its end."""
+        ...
+
+
+def content_hash(tokens: np.ndarray) -> int:
+    """Hash of a document's tokens, whatever type they are kept in."""
+    return int.from_bytes(hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=8).digest(), "little")
+
+
+class MemoryDocuments:
+    """Documents kept in memory, as one array; empty ones are left out."""
+
+    def __init__(self, documents: Iterable[np.ndarray], eos_id: int, pad_id: int):
+        kept = [document.astype(np.uint32) for document in documents if len(document)]
+        self.lengths = np.array([len(document) for document in kept], np.int64)
+        self.hashes = np.array([content_hash(document) for document in kept], np.uint64)
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self._ends = np.cumsum(self.lengths)
+        self._tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint32)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Token ids of one document."""
+        end = int(self._ends[index])
+        return self._tokens[end - int(self.lengths[index]) : end]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentFields:
+    """What every source made of documents can be told."""
+
+    packing: Literal["packed", "ordered"] = "packed"
+    """Rows filled with one document after another, or documents walked through from step to step, which need
+    data.carry_state for the memory to follow."""
+    document_segments: int | None = None
+    """With packing "ordered", longer documents are cut into documents of at most this many segments; None: never."""
+    held_out_fraction: float = 0.02
+    """Share of the documents, at least one, that training never sees; 0: none, and no evaluation on them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"source.held_out_fraction must lie in [0, 1), got {self.held_out_fraction}")
+        if self.document_segments is not None and self.document_segments < 1:
+            raise ValueError(f"source.document_segments must be at least 1 or None, got {self.document_segments}")
+
+    @property
+    def continues(self) -> bool:
+        """Whether a row goes on at the next step where it stopped."""
+        return self.packing == "ordered"
+
+
+class Span(NamedTuple):
+    """`count` tokens of a document from its `start`, to stand at `position` of a row."""
+
+    document: int
+    start: int
+    count: int
+    position: int
+    begins: bool  # what was read before has nothing to do with it
+
+
+class Packed:
+    """The documents in a shuffled order, without gaps; row after row takes the next K*T tokens.
+
+    With a constant number of segments every token is read once an epoch. Where the number changes, the reading
+    position (step * rows + row) * K * T jumps.
+    """
+
+    def __init__(self, lengths: np.ndarray, segment_tokens: int, fields: DocumentFields, seed: int, held_out: bool):
+        self._lengths, self._segment_tokens, self._seed = lengths, segment_tokens, seed
+        self._total = int(lengths.sum())
+        self._lock = threading.Lock()  # one thread sorts, the others wait for its result
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = shuffled(len(self._lengths), self._seed, "packed", epoch)
+        return order, np.cumsum(self._lengths[order])
+
+    def spans(self, step: int, row: int, rows: int, segments: int) -> list[Span]:
+        """What stands in the row, without gaps."""
+        size = segments * self._segment_tokens
+        first, filled, spans = (step * rows + row) * size, 0, []
+        while filled < size:
+            epoch, offset = divmod(first + filled, self._total)
+            with self._lock:
+                order, ends = self._order(epoch)
+            at = int(np.searchsorted(ends, offset, side="right"))
+            while filled < size and at < len(order):
+                left = int(ends[at]) - offset
+                start = int(self._lengths[order[at]]) - left
+                count = min(left, size - filled)
+                spans.append(Span(int(order[at]), start, count, filled, begins=start == 0 or filled == 0))
+                filled, offset, at = filled + count, offset + count, at + 1
+        return spans
+
+
+class Ordered:
+    """Every row has documents of its own and walks through them, segment by segment and step by step.
+
+    A document starts at a segment border. A row that has read all its documents reads them again in another order.
+    Evaluation on fewer documents than rows gives rows the same documents; training refuses that.
+    """
+
+    def __init__(self, lengths: np.ndarray, segment_tokens: int, fields: DocumentFields, seed: int, held_out: bool):
+        self._segment_tokens, self._seed, self._share = segment_tokens, seed, held_out
+        piece_tokens = (fields.document_segments or np.iinfo(np.int64).max // segment_tokens) * segment_tokens
+        pieces = -(-lengths // piece_tokens)
+        self._document = np.repeat(np.arange(len(lengths)), pieces)
+        nth = np.arange(len(self._document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._start = nth * piece_tokens
+        self._count = np.minimum(lengths[self._document] - self._start, piece_tokens)
+        self._orders: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    @functools.cached_property
+    def _dealt(self) -> np.ndarray:
+        return shuffled(len(self._document), self._seed, "deal")
+
+    def _order(self, row: int, rows: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The row's pieces in their order, and the segments read at the end of each."""
+        if (row, rows, epoch) not in self._orders:
+            own = self._dealt[row % len(self._dealt) :: rows]
+            order = own[shuffled(len(own), self._seed, "ordered", row, epoch)]
+            self._orders[row, rows, epoch] = order, np.cumsum(-(-self._count[order] // self._segment_tokens))
+            self._orders.pop((row, rows, epoch - 2), None)
+        return self._orders[row, rows, epoch]
+
+    def spans(self, step: int, row: int, rows: int, segments: int) -> list[Span]:
+        """What stands in the row: one span a segment."""
+        if len(self._dealt) < rows and not self._share:
+            raise UserError(
+                f"data.source: {len(self._dealt)} training documents for data.rows={rows} rows, but with packing="
+                "'ordered' each row needs a document of its own: lower data.rows, cut long documents with "
+                "data.source.document_segments, or choose packing='packed'"
+            )
+        total = int(self._order(row, rows, 0)[1][-1])
+        spans = []
+        for k in range(segments):
+            epoch, offset = divmod(step * segments + k, total)
+            order, ends = self._order(row, rows, epoch)
+            at = int(np.searchsorted(ends, offset, side="right"))
+            piece = order[at]
+            read = (offset - (int(ends[at - 1]) if at else 0)) * self._segment_tokens
+            count = min(int(self._count[piece]) - read, self._segment_tokens)
+            start = int(self._start[piece]) + read
+            spans.append(Span(int(self._document[piece]), start, count, k * self._segment_tokens, begins=read == 0))
+        return spans
+
+
+class DocumentSource:
+    """A `Source` over documents.
+
+    Args:
+      documents: what is read.
+      segment_tokens: tokens T of a segment.
+      fields: how rows are cut, and how much is held out.
+      seed: chooses every order.
+      name: where the documents come from, for messages.
+    """
+
+    def __init__(self, documents: Documents, segment_tokens: int, fields: DocumentFields, seed: int, name: str):
+        self._documents, self._segment_tokens, self._name = documents, segment_tokens, name
+        count = len(documents.lengths)
+        held_out = max(1, round(count * fields.held_out_fraction)) if fields.held_out_fraction else 0
+        if count <= held_out:
+            raise UserError(
+                f"{name}: {count} documents with text, of which {held_out} would be held out and none left to train "
+                "on; give more documents or set data.source.held_out_fraction to 0"
+            )
+        # By content, so that neither the order of the files nor the seed moves a document from one part to the other.
+        by_hash = np.argsort(documents.hashes, kind="stable")
+        self._parts = {True: np.sort(by_hash[:held_out]), False: np.sort(by_hash[held_out:])}
+        self._layouts = {
+            part: _LAYOUTS[fields.packing](documents.lengths[members], segment_tokens, fields, seed, part)
+            for part, members in self._parts.items()
+            if len(members)
+        }
+
+    def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
+        """See `Source.example`; all of a document is text to learn from, its end included."""
+        if held_out not in self._layouts:
+            raise UserError(f"{self._name}: nothing is held out; set data.source.held_out_fraction above 0")
+        spans = self._layouts[held_out].spans(step, row, rows, segments)
+        size = segments * self._segment_tokens
+        tokens = np.full(size, self._documents.pad_id, np.int32)
+        targets, valid = tokens.copy(), np.zeros(size, bool)
+        starts_KT, reset = np.zeros((segments, self._segment_tokens), bool), np.zeros(segments, bool)
+        for span in spans:
+            document = self._documents.tokens(int(self._parts[held_out][span.document]))
+            here = slice(span.position, span.position + span.count)
+            following = document[span.start + 1 : span.start + span.count + 1]
+            tokens[here] = document[span.start : span.start + span.count]
+            targets[here] = self._documents.eos_id  # stays after the last token of a document
+            targets[span.position : span.position + len(following)] = following
+            valid[here] = True
+            segment, within = divmod(span.position, self._segment_tokens)
+            if within:
+                starts_KT[segment, within] = True
+            else:
+                reset[segment] = span.begins
+        return Example(
+            tokens=tokens,
+            targets=targets,
+            answer=np.zeros(size, bool),
+            text=valid.copy(),
+            valid=valid,
+            reset=reset,
+            distance=np.full(size, -1, np.int32),
+            document=np.cumsum(starts_KT, axis=1, dtype=np.int32).reshape(size),
+        )
+
+
+_LAYOUTS = {"packed": Packed, "ordered": Ordered}

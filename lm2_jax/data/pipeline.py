@@ -1,0 +1,77 @@
+"""Batches for a run: a Grain pipeline over (step, row), so that every batch is a function of its step."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from lm2_jax.config import DataConfig
+from lm2_jax.data.base import Example, Source
+from lm2_jax.data.draws import draw
+from lm2_jax.errors import UserError
+
+_LAST_STEP = 2**40  # Grain wants an end
+
+
+def segments_at(config: DataConfig, step: int) -> int:
+    """Segments K of every row of step `step`: the curriculum stage's, or drawn from 1 to that."""
+    most = config.segments[bisect_right(config.stage_steps, step)]
+    return 1 + draw(config.seed, "segments", step) % most if config.vary_segments else most
+
+
+def check(config: DataConfig) -> None:
+    """Refuses rows that go on from step to step while the number of segments changes."""
+    if config.source.continues and (config.vary_segments or len(set(config.segments)) > 1):
+        raise UserError(
+            "data.source goes on from step to step (packing='ordered'), which needs the same number of segments at "
+            f"every step, but data.segments={config.segments} and data.vary_segments={config.vary_segments}: give one "
+            "number, or choose packing='packed'"
+        )
+
+
+def stack(examples: Sequence[Example]) -> Example:
+    """Examples of equal size as a batch, rows first."""
+    return Example(*map(np.stack, zip(*examples, strict=True)))
+
+
+def batches(
+    config: DataConfig,
+    source: Source,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    held_out: bool = False,
+) -> Iterator[Example]:
+    """This process's rows of the batch of every step from `start_step` on, prepared ahead by threads.
+
+    What a step reads depends on nothing but the step: a run that resumes, on any number of hosts, goes on with
+    exactly what it would have read.
+
+    Args:
+      config: rows, segments, seed and how many batches are prepared ahead.
+      source: what `config.source` built.
+      start_step: first step.
+      process_index: which part of the rows; process p of n reads rows [p * rows / n, (p + 1) * rows / n). Processes
+        that share their rows count as one.
+      process_count: parts in all; divides `config.rows`.
+      held_out: examples that training never sees.
+    Returns:
+      An endless iterator of batches with rows / process_count rows.
+    """
+    check(config)
+    if config.rows % process_count:
+        raise UserError(f"data.rows={config.rows} is not a multiple of the {process_count} processes that share them")
+    rows = config.rows // process_count
+
+    def read(index: int) -> Example:
+        step, row = divmod(index, rows)
+        return source.example(step, process_index * rows + row, config.rows, segments_at(config, step), held_out)
+
+    dataset = grain.MapDataset.range(start_step * rows, _LAST_STEP * rows).map(read).batch(rows, batch_fn=stack)
+    # Examples are made under Python's lock for the most part, so a thread for each core is enough.
+    threads = min(config.prefetch, os.cpu_count() or 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,210 @@
+"""Rows with questions all along the text, whose answers are only in the targets.
+
+    Mary moved to the office. Once upon a time ... Where is Mary? <answer> John went to the garden. ...
+                                                                  target: office
+
+The answer never stands in the text, so no later question can read it: it must come from the statement, however many
+segments ago that was.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from lm2_jax.data.babi import QUESTION_KINDS, Query, all_queries, answers_of, write_question
+from lm2_jax.data.base import Example
+from lm2_jax.data.philox import Draws
+from lm2_jax.data.replay import Replay
+from lm2_jax.data.text_tokens import Encoder
+from lm2_jax.data.wander import Step, Steps
+from lm2_jax.errors import UserError
+
+_FIRST_TASKS = 8  # drawn for a task that can be asked about now, before the question is left out
+_NOISE_SWING = 60.0  # tokens by which the share of noise may be off before it is corrected with certainty
+
+Noise = Callable[[Draws, bool], Iterator[tuple[str, list[int]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What an interleaved row is made of."""
+
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]
+    noise_fraction: float  # share of the tokens of statements and background that is background
+    question_rate: float  # questions per sentence
+    closing: bool  # whether the row ends with a question, its answer and the end token in the text
+
+
+class _Row:
+    """A row while it is written."""
+
+    def __init__(self, recipe: Recipe, encode: Encoder, segment_tokens: int, draws: Draws):
+        self.recipe, self.encode, self.draws = recipe, encode, draws
+        self.segment_tokens = segment_tokens
+        self.tokens: list[int] = []
+        self.labels: list[tuple[int, int, int]] = []  # position of a marker, answer token, distance
+        self.replay = Replay()
+        self.last: Query | None = None
+        self.told = self.background = 0  # tokens of statements and of background
+
+    def tell(self, step: Step) -> None:
+        """Writes a statement; what it says counts as told at its last token."""
+        assert step.event is not None
+        ids = self.encode(step.text)
+        self.tokens += ids
+        self.told += len(ids)
+        self.replay.tell(step.event, len(self.tokens) - 1)
+
+    def wants_noise(self) -> bool:
+        """Holds the share of background near its target, in random order."""
+        fraction = self.recipe.noise_fraction
+        if fraction == 0.0:
+            return False
+        missing = fraction * (self.told + self.background) - self.background
+        return self.draws.chance(fraction + missing / _NOISE_SWING)
+
+    def pick(self) -> Query | None:
+        """A question with an answer: first its distance class (0, 1, 2-3, 4-7, ... segments), then one of the class."""
+        recipe, draws = self.recipe, self.draws
+        here = len(self.tokens) // self.segment_tokens
+        for _ in range(_FIRST_TASKS):
+            task = recipe.tasks[0] if len(recipe.tasks) == 1 else draws.weighted(recipe.tasks, recipe.weights)
+            classes: dict[int, list[Query]] = {}
+            for kind in QUESTION_KINDS[task]:
+                for words, known in self.replay.known[kind].items():
+                    distance = here - known.latest // self.segment_tokens
+                    classes.setdefault(distance.bit_length(), []).append(Query(kind, words))
+            if classes:
+                return draws.choice(classes[draws.choice(sorted(classes))])
+        return None
+
+    def ask(self, query: Query) -> int:
+        """Writes a question and its marker, and notes the answer; returns the answer's token."""
+        known = self.replay.ask(query)
+        assert known is not None
+        self.tokens += self.encode.question(write_question(query))
+        at = len(self.tokens) - 1
+        distance = at // self.segment_tokens - known.latest // self.segment_tokens
+        answer = self.encode(known.answer)[0]
+        self.labels.append((at, answer, distance))
+        self.last = query
+        return answer
+
+
+def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]]], size: int) -> list[int]:
+    """Writes sentences and questions up to `size` tokens; returns the sentence that no longer fits."""
+    recipe, encode, draws = row.recipe, row.encode, row.draws
+    while True:
+        if row.wants_noise():
+            ids = next(noise)[1]
+            if len(row.tokens) + len(ids) > size:
+                return ids
+            row.tokens += ids
+            row.background += len(ids)
+        else:
+            step = next(steps)
+            ids = encode(step.text)
+            if step.query is not None:
+                if row.replay.ask(step.query) is None:
+                    continue
+                ids = encode.question(write_question(step.query))
+            if len(row.tokens) + len(ids) > size:
+                return ids
+            if step.query is not None:
+                row.ask(step.query)
+                continue
+            row.tell(step)
+        if draws.chance(recipe.question_rate):
+            query = row.pick()
+            if query is None or (query == row.last and draws.chance(0.5)):
+                continue
+            ids = encode.question(write_question(query))
+            if len(row.tokens) + len(ids) > size:
+                return ids
+            row.ask(query)
+
+
+class InterleavedRows:
+    """Writes rows with questions all along.
+
+    Args:
+      recipe: what a row is made of.
+      encode: the encoder.
+      steps: statements, and questions that stand among them.
+      noise: background sentences with their tokens.
+    Raises:
+      UserError: if an answer is not one token.
+    """
+
+    def __init__(self, recipe: Recipe, encode: Encoder, steps: Steps, noise: Noise):
+        self._recipe, self._encode, self._steps, self._noise = recipe, encode, steps, noise
+        for task in recipe.tasks:
+            _require_single_tokens(task, encode)
+        queries = [query for task in recipe.tasks for query in all_queries(task)]
+        # Room for the longest closing question, its answer and the end token.
+        self._closing_room = 2 + max(len(encode.question(write_question(query))) for query in queries)
+
+    def example(self, draws: Draws, segments: int, segment_tokens: int, held_out: bool) -> Example:
+        """One row of `segments` segments."""
+        size = segments * segment_tokens + 1  # the last token is a target only
+        row = _Row(self._recipe, self._encode, segment_tokens, draws)
+        noise = self._noise(draws, held_out)
+        steps = self._steps(draws, held_out)
+        body = size - self._closing_room if self._recipe.closing else size
+        rest = _fill(row, steps, noise, body)
+        query = row.pick() if self._recipe.closing else None
+        if query is None:
+            row.tokens += rest[: size - len(row.tokens)]
+            end = None
+        else:
+            end = self._close(row, query, noise, size)
+        return _arrays(row, end, segments, segment_tokens, self._encode.pad_id)
+
+    def _close(self, row: _Row, query: Query, noise: Iterator[tuple[str, list[int]]], size: int) -> int:
+        """Ends the row with a question, its answer and the end token; returns the answer's position."""
+        body = size - 2 - len(self._encode.question(write_question(query)))
+        # The gap is filled with background, cut to fit as BABILong does; without background the row ends early.
+        while self._recipe.noise_fraction > 0.0 and len(row.tokens) < body:
+            row.tokens += next(noise)[1][: body - len(row.tokens)]
+        answer = row.ask(query)
+        row.tokens += [answer, self._encode.eos_id]
+        return len(row.tokens) - 2
+
+
+def _arrays(row: _Row, end: int | None, segments: int, segment_tokens: int, pad_id: int) -> Example:
+    """The row as arrays; `end` is where an answer stands in the text, followed by the end token."""
+    size, written = segments * segment_tokens, len(row.tokens)
+    stream = np.full(size + 1, pad_id, np.int32)
+    stream[:written] = row.tokens
+    targets = stream[1:].copy()
+    valid = np.arange(size) < written - 1
+    answer = np.zeros(size, bool)
+    distance = np.full(size, -1, np.int32)
+    for at, token, segments_back in row.labels:
+        if at < size:
+            targets[at], answer[at], distance[at] = token, True, segments_back
+            valid[at] = True
+    if end is not None:
+        answer[end] = True
+    return Example(
+        tokens=stream[:-1].copy(),
+        targets=targets,
+        answer=answer,
+        text=valid & ~answer,
+        valid=valid,
+        reset=np.arange(segments) == 0,
+        distance=distance,
+        document=np.zeros(size, np.int32),
+    )
+
+
+def _require_single_tokens(task: str, encode: Encoder) -> None:
+    for answer in answers_of(task):
+        tokens = len(encode(answer))
+        if tokens != 1:
+            raise UserError(
+                f"data.source.layout 'interleaved' needs answers of one token each, but {answer!r} (task {task}) has "
+                f"{tokens} under this tokenizer; use a larger vocabulary, another tokenizer or layout 'question_last'"
+            )

@@ -1,0 +1,78 @@
+# Everything runs in .venv, which the first command makes; `make help` lists the commands.
+
+# Interpreter of a new .venv: set PYTHON, or the first of these that is 3.11 or newer and can make one.
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PRODUCT := lm2_jax sharding configs $(wildcard *.py)
+
+FAST := not slow and not tpu_backend and not gpu
+SLOW := slow and not tpu_backend and not gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all test-lowest lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(VENV)/.requirements ## train a small LM2 and its twin without memory on the CPU, and show what it remembers
+	$(RUN) -m lm2_jax.quickstart
+
+# Tests and lint both run, whatever the other says, so that one call shows all there is to mend.
+test: $(VENV)/.requirements-dev ## fast tests, ruff and pyright
+	@status=0; \
+	$(RUN) -m pytest -m "$(FAST)" --durations=10 || status=1; \
+	$(MAKE) --no-print-directory lint || status=1; \
+	exit $$status
+
+# pytest leaves with 5 when there is nothing to run.
+test-all: test ## the same, then the slow tests
+	@$(RUN) -m pytest -m "$(SLOW)" --durations=10 || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
+
+lint: $(VENV)/.requirements-dev ## ruff and pyright
+	@status=0; \
+	$(VENV)/bin/ruff check . || status=1; \
+	$(VENV)/bin/ruff format --check . || status=1; \
+	$(VENV)/bin/pyright --pythonpath $(RUN) || status=1; \
+	exit $$status
+
+format: $(VENV)/.requirements-dev ## put files into ruff's format
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+test-lowest: ## fast tests with the lowest versions that requirements.txt allows
+	@$(MAKE) --no-print-directory VENV=.venv-lowest .venv-lowest/.lowest
+	.venv-lowest/bin/python -m pytest -m "$(FAST)"
+
+clean: ## remove environments and caches, not runs/
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find $(PRODUCT) tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@for python in $(CANDIDATES); do \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "Making $(VENV) with $$($$python --version)"; exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "No Python 3.11 or newer that can make a virtual environment; tried: $(CANDIDATES)." >&2; \
+	echo "Install one (on Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+
+# Stamps: an environment is installed into again only when its list changes.
+$(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
+	@echo "Installing $< into $(VENV)"
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip # where making .venv was interrupted
+	@$(PIP) -r $<
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	@echo "Installing $< into $(VENV)"
+	@$(PIP) -r $<
+	@touch $@
+
+$(VENV)/.lowest: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	@sed 's/>=/==/' requirements.txt > $(VENV)/lowest.txt
+	@$(PIP) -r $(VENV)/lowest.txt -r requirements-dev.txt
+	@touch $@

@@ -1,13 +1,14 @@
 """What a source of training examples is, and the arrays it gives."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from lm2_jax.registry import Family
 
 
+@runtime_checkable  # so that the annotations can be checked in tests
 class Tokenizer(Protocol):
     """Text to tokens and back."""
 
@@ -59,6 +60,7 @@ class SourceConfig(Family):
         raise NotImplementedError
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples: what row `row` of step `step` reads, whoever asks and whenever."""
 

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import threading
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from lm2_jax.data.draws import shuffled
 from lm2_jax.errors import UserError
 
 
+@runtime_checkable  # so that the annotations can be checked in tests
 class Documents(Protocol):
     """Tokenised documents with random access."""
 

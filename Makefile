@@ -6,7 +6,7 @@ CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 PRODUCT := lm2_jax sharding configs $(wildcard *.py)
 
 FAST := not slow and not tpu_backend and not gpu

@@ -1,13 +1,14 @@
 """How arrays lie on devices, as this package sees it: logical axis names only, never a mesh axis."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 
 
+@runtime_checkable
 class Layout(Protocol):
     """What training, evaluation and checkpoints ask of the devices; `sharding.layout.Layout` is the one in use.
 

@@ -5,99 +5,21 @@ import types
 import typing
 from typing import Any, Literal
 
-from lm2_jax.blocks.base import JoinConfig
+from lm2_jax.blocks.base import BlockSpec, JoinConfig
 from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import SourceConfig
 from lm2_jax.data.tokenizers import TokenizerConfig
-from lm2_jax.data.babilong_source import BabilongSource
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.errors import UserError
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.precision import FloatName, Precision
 from lm2_jax.registry import Family, near_misses
-
-Float = Literal["float32", "bfloat16", "float64"]
-
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """Which numbers have which type; softmax, norms and gates are float32 at least, whatever stands here."""
-
-    params: Float = "float32"
-    """Parameters."""
-    compute: Float = "float32"
-    """Activations and matrix products."""
-    state: Float = "float32"
-    """Recurrent memory state."""
-    moments: Float = "float32"
-    """Adam's first moment (the second is always float32 at least)."""
-    logits: Float = "float32"
-    """Logits and the loss."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3's stretching of the low RoPE frequencies."""
-
-    factor: float = 8.0
-    """By how much the longest wavelengths grow."""
-    low_frequency_factor: float = 1.0
-    """Wavelengths above original_tokens / this are stretched fully."""
-    high_frequency_factor: float = 4.0
-    """Wavelengths below original_tokens / this are left alone."""
-    original_tokens: int = 8192
-    """Context length the unscaled frequencies were made for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The Llama-3 style decoder that a memory joins."""
-
-    width: int = 64
-    """Model width D."""
-    num_layers: int = 2
-    """Decoder blocks L."""
-    num_heads: int = 4
-    """Query heads H."""
-    num_kv_heads: int = 4
-    """Key/value groups G; divides num_heads."""
-    head_width: int | None = None
-    """Width K of one head; None: width / num_heads."""
-    mlp_width: int = 192
-    """Hidden width F of the SwiGLU."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies (Llama 3: 500,000)."""
-    rope_scaling: RopeScaling | None = None
-    """Llama-3 frequency scaling, or none."""
-    tie_head: bool = True
-    """Whether the head is the embedding's transpose."""
-    window_tokens: int | None = None
-    """Sliding attention window in tokens, this one included, reaching into the segment before; None: the segment."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square in every RMSNorm."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width"):
-            _require(getattr(self, name) >= 1, f"decoder.{name} must be at least 1, got {getattr(self, name)}")
-        _require(
-            self.head_width is not None or self.width % self.num_heads == 0,
-            f"decoder.width={self.width} is not a multiple of decoder.num_heads={self.num_heads}; "
-            "change one of them or set decoder.head_width",
-        )
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"decoder.num_heads={self.num_heads} is not a multiple of decoder.num_kv_heads={self.num_kv_heads}",
-        )
-        _require(self.head_dim % 2 == 0, f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
-
-    @property
-    def head_dim(self) -> int:
-        """Width K of one head."""
-        return self.width // self.num_heads if self.head_width is None else self.head_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +52,17 @@ class ModelConfig:
             f"decoder.window_tokens={window} must lie between 1 and model.segment_tokens={self.segment_tokens}",
         )
         self.join.check(self)
+        if self.schedule == "layer_major":
+            _require(
+                self.join.carrier(self.block_spec, parent=None) is None,
+                f"model.schedule='layer_major' needs state per layer, but join {self.join.kind!r} feeds the top of one "
+                "segment to the bottom of the next; use 'auto' or 'segment_major'",
+            )
+
+    @property
+    def block_spec(self) -> BlockSpec:
+        """What blocks are built from."""
+        return BlockSpec(self.decoder, self.precision, self.segment_tokens, self.memory, self.join)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +192,7 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     memory_every: int = 1
     """Every how many checkpoints the carried memory state is saved too (it can outweigh the parameters)."""
-    memory_dtype: Float | None = None
+    memory_dtype: FloatName | None = None
     """Type the carried memory is saved in; None: as it is."""
 
     def __post_init__(self) -> None:

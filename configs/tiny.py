@@ -1,0 +1,50 @@
+"""One tiny preset per memory and join: they initialise, train and stream on a CPU in seconds.
+
+    python train.py lm2_tiny --workdir runs/lm2_tiny
+"""
+
+import dataclasses
+
+from lm2_jax.blocks.base import JoinConfig
+from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.blocks.tokens import TokensJoin
+from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.bank_writes import PaperWrite
+from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.none import NoMemory
+from lm2_jax.memory.tokens import TokensConfig
+
+MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
+    "lm2": (GatedBankConfig(num_slots=6), ResidualJoin()),
+    "lm2_threaded": (GatedBankConfig(num_slots=6), ResidualJoin(topology="threaded")),
+    "lm2_paper": (
+        GatedBankConfig(num_slots=6, norm_slots=False, write=PaperWrite()),
+        ResidualJoin(read="own", source="attention"),
+    ),
+    "none": (NoMemory(), PlainJoin()),
+    "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
+}
+
+
+def tiny(name: str, memory: MemoryConfig, join: JoinConfig) -> RunConfig:
+    """The tiny run of one memory and join."""
+    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64)
+    return RunConfig(
+        name=name,
+        model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),
+        data=DataConfig(rows=8, segments=(2,)),
+        optim=OptimConfig(steps=20, warmup_steps=2),
+        train=TrainConfig(log_every=5, eval_every=10, eval_batches=1),
+        checkpoint=CheckpointConfig(every_steps=10),
+    )
+
+
+PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts) for name, parts in MEMORIES.items()}
+
+
+def replace_model(run: RunConfig, **changes: object) -> RunConfig:
+    """`run` with fields of its model changed."""
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))

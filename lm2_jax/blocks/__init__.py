@@ -1,0 +1,9 @@
+"""Joins of memory and attention; importing a module here registers it."""
+
+from lm2_jax.blocks import plain as plain
+from lm2_jax.blocks import residual as residual
+from lm2_jax.blocks import tokens as tokens
+from lm2_jax.blocks.base import Block as Block
+from lm2_jax.blocks.base import JoinConfig as JoinConfig
+
+JOINS = JoinConfig.registry

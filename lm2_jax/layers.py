@@ -1,0 +1,158 @@
+"""Layers shared by decoder and memories: every kernel names its logical axes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lm2_jax.decoder import RopeScaling
+from lm2_jax.precision import Precision, safe
+from lm2_jax.types import Array, Axes, Float, Int
+
+
+def constrain(x: Array, axes: Axes) -> Array:
+    """Shards `x` by logical axes; an unknown axis or a rank mismatch is an error, never ignored."""
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} axes {axes} for an array of shape {x.shape}")
+    return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
+class Einsum(nn.Module):
+    """A kernel with one axis name per dimension; the equation stands at the call.
+
+    `Einsum((D, H, K), ("embed", "heads", "head"), precision)("btd,dhk->bthk", x)`
+
+    Attributes:
+      shape: of the kernel.
+      axes: logical axis of each dimension.
+      precision: number types.
+      in_dims: leading kernel dimensions that are summed over; their product is the fan-in.
+      scale: initial standard deviation times the root of the fan-in.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    precision: Precision
+    in_dims: int = 1
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, equation: str, x: Array) -> Array:
+        """`einsum(equation, x, kernel)` in the compute type."""
+        std = self.scale / math.sqrt(math.prod(self.shape[: self.in_dims]))
+        init = nn.with_logical_partitioning(nn.initializers.normal(std), self.axes)
+        w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
+        dtype = jnp.dtype(self.precision.compute)
+        return jnp.einsum(equation, x.astype(dtype), w.astype(dtype))
+
+
+class Vector(nn.Module):
+    """A bias or a learned start: one array with named axes, initially `fill`."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    precision: Precision
+    fill: float = 0.0
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """The array, in the parameters' type."""
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.fill), self.axes)
+        return self.param("b", init, self.shape, jnp.dtype(self.precision.params))
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale, in float32 at least."""
+
+    precision: Precision
+    epsilon: float = 1e-5
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last dimension; the result has the compute type."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.precision.params))
+        wide = x.astype(safe(x.dtype))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale = jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))
+        return (wide * scale).astype(jnp.dtype(self.precision.compute))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    width: int
+    hidden: int
+    precision: Precision
+
+    def setup(self) -> None:
+        shape, axes = (self.width, self.hidden), ("embed", "mlp")
+        self.gated = Einsum(shape, axes, self.precision)
+        self.up = Einsum(shape, axes, self.precision)
+        self.down = Einsum((self.hidden, self.width), ("mlp", "embed"), self.precision)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Applies the layer to the last dimension."""
+        hidden = nn.silu(self.gated("...d,df->...f", x)) * self.up("...d,df->...f", x)
+        return self.down("...f,fd->...d", hidden)
+
+
+class Embed(nn.Module):
+    """Token embedding whose transpose can serve as the head."""
+
+    vocab_size: int
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
+        self.table_VD = self.param(
+            "table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params)
+        )
+
+    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Rows of the table in the compute type."""
+        return jnp.take(self.table_VD.astype(jnp.dtype(self.precision.compute)), tokens, axis=0)
+
+    def attend(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Logits under the tied head, in the logits' type."""
+        logits = jnp.dtype(self.precision.logits)
+        table_VD = self.table_VD.astype(hidden_BSD.dtype)
+        return jnp.einsum("bsd,vd->bsv", hidden_BSD, table_VD, preferred_element_type=logits)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position of each of the K/2 rotated pairs, float64.
+
+        f_i = theta^(-2i/K);  Llama 3 divides f by `factor` below a first frequency, keeps it above a second one and
+        blends linearly in original_tokens * f / (2 pi) between them.
+    """
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_tokens * frequency / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+def rotate(x: Array, positions: Int[Array, "..."], frequencies: np.ndarray) -> Array:
+    """Rotary embedding of `x`, its halves paired as in Llama (i with i + K/2).
+
+    Args:
+      x: [... T heads K].
+      positions: [T], or [... T] with leading dimensions as in `x`; may be negative.
+      frequencies: K/2 radians per position.
+    Returns:
+      As `x`; angles are float32 at least, exact because positions count from the segment.
+    """
+    dtype = safe(x.dtype)
+    angle = positions[..., None].astype(dtype) * jnp.expand_dims(jnp.asarray(frequencies, dtype), range(positions.ndim))
+    angle = jnp.expand_dims(angle, (*range(x.ndim - 1 - angle.ndim), -2))
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,9 @@
+"""Memories; importing a module here registers it."""
+
+from lm2_jax.memory import gated_bank as gated_bank
+from lm2_jax.memory import none as none
+from lm2_jax.memory import tokens as tokens
+from lm2_jax.memory.base import Memory as Memory
+from lm2_jax.memory.base import MemoryConfig as MemoryConfig
+
+REGISTRY = MemoryConfig.registry

@@ -1,0 +1,226 @@
+"""Ways in which a segment becomes new slots of the gated bank."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, rope_frequencies, rotate
+from lm2_jax.memory.base import Notes, note
+from lm2_jax.precision import Precision, safe
+from lm2_jax.registry import Family
+from lm2_jax.types import Array, Bool, Float
+
+if TYPE_CHECKING:
+    from lm2_jax.memory.gated_bank import GatedBankConfig
+
+# (weights [B T H N] of the read by the written tokens, what they read [B T H K])
+Reading = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteConfig(Family):
+    """Base of all write forms; `model.memory.write` of a run."""
+
+    def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> nn.Module:
+        """The module `(x_BTD, slots_BND, valid_BT, reading, notes) -> new slots [B N D]`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotsWrite(WriteConfig):
+    """Slots ask the segment what to remember, and gates decide how much of it replaces what they hold."""
+
+    kind: ClassVar[str] = "slots"
+    positions: bool = True
+    """RoPE on the segment's keys, the slots asking from behind its end: tells the newer of two facts."""
+    codes: bool = False
+    """A learned vector per slot is added before it asks, so that a slot keeps its role."""
+    attend_slots: bool = True
+    """Slots see each other beside the tokens, in one softmax."""
+    candidate: Literal["linear", "mlp"] = "mlp"
+    """Whether an MLP makes the candidate out of what a slot held and found."""
+    mlp_width: int | None = None
+    """Hidden width of that MLP; None: twice the width."""
+    gated: bool = True
+    """Input and forget gates; without them the candidate replaces the slot."""
+    forget_bias: float = 1.0
+    """Initial logit of the forget gate."""
+    input_bias: float = 0.0
+    """Initial logit of the input gate."""
+
+    def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "SlotsWriter":
+        """The module."""
+        return SlotsWriter(self, bank.num_slots, bank.num_heads, width, precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperWrite(WriteConfig):
+    """The paper's equations 4-6, tokens brought to slots by the transposed read weights."""
+
+    kind: ClassVar[str] = "paper"
+    forget_bias: float = 1.0
+    """Initial logit of the forget gate (the paper is silent; the released code has +1)."""
+
+    def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "PaperWriter":
+        """The module."""
+        return PaperWriter(self, width, precision)
+
+
+def gated_update(
+    slots_BND: Float[Array, "B N D"],
+    candidate_BND: Float[Array, "B N D"],
+    input_BND: Float[Array, "B N D"],
+    forget_BND: Float[Array, "B N D"],
+    notes: Notes | None = None,
+) -> Float[Array, "B N D"]:
+    """Moves each slot towards its candidate.
+
+        M' = g_in * tanh(U) + g_forget * M,   g = sigmoid(logit)          (LM2, arXiv:2502.06049, equation 6)
+
+    Args:
+      slots_BND: M, before the segment.
+      candidate_BND: U, unbounded.
+      input_BND: logits of the input gate.
+      forget_BND: logits of the forget gate.
+      notes: receives the mean of both gates.
+    Returns:
+      [B N D] in float32 at least; |M'| <= |M| + 1.
+    """
+    wide = safe(slots_BND.dtype)
+    g_in, g_forget = jax.nn.sigmoid(input_BND.astype(wide)), jax.nn.sigmoid(forget_BND.astype(wide))
+    note(notes, gate_input=g_in, gate_forget=g_forget)
+    return g_in * jnp.tanh(candidate_BND.astype(wide)) + g_forget * slots_BND.astype(wide)
+
+
+class Gate(nn.Module):
+    """Logits of an elementwise gate: x W + b."""
+
+    width: int
+    precision: Precision
+    bias: float = 0.0
+
+    def setup(self) -> None:
+        self.w = Einsum((self.width, self.width), ("embed", "state_embed"), self.precision)
+        self.b = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)
+
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """In float32 at least."""
+        logit = self.w("bnd,de->bne", x)
+        logit = logit.astype(safe(logit.dtype))
+        return logit + self.b()[None, None].astype(logit.dtype)
+
+
+class SlotsWriter(nn.Module):
+    """See `SlotsWrite`."""
+
+    config: SlotsWrite
+    num_slots: int
+    num_heads: int
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        c, D, H = self.config, self.width, self.num_heads
+        shape, axes = (D, H, D // H), ("embed", "heads", "head")
+        self.norm_slots, self.norm_tokens, self.norm_found = (RMSNorm(self.precision) for _ in range(3))
+        self.q, self.k, self.v = (Einsum(shape, axes, self.precision) for _ in range(3))
+        self.o = Einsum((H, D // H, D), ("heads", "head", "embed"), self.precision, in_dims=2)
+        if c.codes:
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("slots", "embed"))
+            self.code_ND = self.param("code", init, (self.num_slots, D), jnp.dtype(self.precision.params))
+        if c.candidate == "mlp":
+            self.mlp = SwiGLU(D, c.mlp_width or 2 * D, self.precision)
+        if c.gated:
+            self.gate_input = Gate(D, self.precision, c.input_bias)
+            self.gate_forget = Gate(D, self.precision, c.forget_bias)
+        else:
+            self.norm_new = RMSNorm(self.precision)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        slots_BND: Float[Array, "B N D"],
+        valid_BT: Bool[Array, "B T"],
+        reading: Callable[[], Reading],
+        notes: Notes | None,
+    ) -> Float[Array, "B N D"]:
+        """U = candidate(M + attention(M -> [M; X])), then the gated update (`gated_update`)."""
+        c = self.config
+        dtype = jnp.dtype(self.precision.compute)
+        found_BND = slots_BND.astype(dtype) + self._attend(x_BTD, slots_BND, valid_BT)
+        normed_BND = self.norm_found(found_BND)
+        candidate_BND = self.mlp(normed_BND) if c.candidate == "mlp" else found_BND
+        if not c.gated:
+            return self.norm_new(found_BND + candidate_BND)
+        return gated_update(
+            slots_BND, candidate_BND, self.gate_input(normed_BND), self.gate_forget(normed_BND), notes
+        )
+
+    def _attend(self, x_BTD: Array, slots_BND: Array, valid_BT: Array) -> Float[Array, "B N D"]:
+        """Multi-head attention of the slots over valid tokens, and over each other if configured."""
+        c, T, K = self.config, x_BTD.shape[1], self.width // self.num_heads
+        rows_BND = self.norm_slots(slots_BND)
+        asking_BND = rows_BND + self.code_ND[None].astype(rows_BND.dtype) if c.codes else rows_BND
+        tokens_BTD = self.norm_tokens(x_BTD)
+        project = "bnd,dhk->bnhk"
+        q_BNHK, k_BTHK, v_BSHK = self.q(project, asking_BND), self.k(project, tokens_BTD), self.v(project, tokens_BTD)
+        q_at_end_BNHK = q_BNHK
+        if c.positions:
+            frequencies = rope_frequencies(K - K % 2, 10_000.0, None)
+            k_BTHK = rotate(k_BTHK, jnp.arange(T), frequencies)
+            q_at_end_BNHK = rotate(q_BNHK, jnp.full(q_BNHK.shape[1], T), frequencies)
+        wide = safe(x_BTD.dtype)
+        score_BHNS = jnp.einsum("bnhk,bthk->bhnt", q_at_end_BNHK, k_BTHK, preferred_element_type=wide)
+        score_BHNS = jnp.where(valid_BT[:, None, None, :], score_BHNS, jnp.finfo(wide).min)
+        if c.attend_slots:
+            k_BNHK = self.k(project, rows_BND)
+            among_BHNN = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK, k_BNHK, preferred_element_type=wide)
+            score_BHNS = jnp.concatenate([among_BHNN, score_BHNS], axis=-1)
+            v_BSHK = jnp.concatenate([self.v(project, rows_BND), v_BSHK], axis=1)
+        weights_BHNS = jax.nn.softmax(score_BHNS / math.sqrt(K), axis=-1).astype(v_BSHK.dtype)
+        return self.o("bnhk,hkd->bnd", jnp.einsum("bhns,bshk->bnhk", weights_BHNS, v_BSHK))
+
+
+class PaperWriter(nn.Module):
+    """See `PaperWrite`."""
+
+    config: PaperWrite
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        self.gate_input = Gate(self.width, self.precision)
+        self.gate_forget = Gate(self.width, self.precision, self.config.forget_bias)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        slots_BND: Float[Array, "B N D"],
+        valid_BT: Bool[Array, "B T"],
+        reading: Callable[[], Reading],
+        notes: Notes | None,
+    ) -> Float[Array, "B N D"]:
+        """With R = A^T normalised over tokens: U = R E_mem, X = R E, M' = sig(X W_in) tanh(U) + sig(U W_f) M.
+
+        The paper adds T token rows to N slot rows, which is defined for T = N only; R brings tokens to slots, each
+        head its part of the width.
+        """
+        weights_BTHN, memory_BTHK = reading()
+        weights_BTHN = weights_BTHN * valid_BT[:, :, None, None].astype(weights_BTHN.dtype)
+        total_BHN = weights_BTHN.sum(axis=1)
+        weights_BTHN = weights_BTHN / jnp.maximum(total_BHN, jnp.finfo(total_BHN.dtype).tiny)[:, None]
+        weights_BTHN = weights_BTHN.astype(memory_BTHK.dtype)
+
+        def to_slots(y_BTHK: Array) -> Array:
+            return jnp.einsum("bthn,bthk->bnhk", weights_BTHN, y_BTHK).reshape(slots_BND.shape)
+
+        candidate_BND = to_slots(memory_BTHK)
+        tokens_BND = to_slots(x_BTD.astype(memory_BTHK.dtype).reshape(memory_BTHK.shape))
+        return gated_update(
+            slots_BND, candidate_BND, self.gate_input(tokens_BND), self.gate_forget(candidate_BND), notes
+        )

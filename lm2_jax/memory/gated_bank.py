@@ -1,0 +1,186 @@
+"""LM2's memory: a bank of slots, read by attention and written through input and forget gates (arXiv:2502.06049)."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lm2_jax.layers import Einsum, RMSNorm, constrain
+from lm2_jax.memory.bank_writes import SlotsWrite, WriteConfig
+from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
+from lm2_jax.precision import Precision, safe
+from lm2_jax.types import Array, Bool, Float
+
+SLOT_AXES = ("batch", "slots", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedBankConfig(MemoryConfig):
+    """LM2's gated bank of slots, as wide as the decoder."""
+
+    kind: ClassVar[str] = "gated_bank"
+    num_slots: int = 16
+    """Slots N; independent of segment length and width."""
+    num_heads: int = 4
+    """Heads of the bank's own attention, to read and to write."""
+    top_k: int | None = None
+    """Each query sees only its k best slots, chosen before the softmax; None: all."""
+    start: Literal["identity", "learned"] = "identity"
+    """What a document begins with: row j is the one-hot e_j, or a parameter that starts there."""
+    norm_slots: bool = True
+    """Whether slots are normalised before they are projected (the paper does not)."""
+    write: WriteConfig = SlotsWrite()
+    """How a segment becomes new slots."""
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 1:
+            raise ValueError(f"memory.num_slots must be at least 1, got {self.num_slots}")
+        if self.num_heads < 1:
+            raise ValueError(f"memory.num_heads must be at least 1, got {self.num_heads}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_slots:
+            raise ValueError(f"memory.top_k={self.top_k} must lie between 1 and memory.num_slots={self.num_slots}")
+
+    def build(self, width: int, precision: Precision, **linen: Any) -> "GatedBank":
+        """The module for a decoder of this width."""
+        if width % self.num_heads:
+            raise ValueError(f"decoder.width={width} is not a multiple of memory.num_heads={self.num_heads}")
+        return GatedBank(self, width, precision, **linen)
+
+
+class BankState(NamedTuple):
+    """The bank between two segments."""
+
+    slots: Float[Array, "B N D"]
+    fresh: Bool[Array, "B"]
+
+
+class BankKeys(NamedTuple):
+    """Slots as keys and values, grouped heads G."""
+
+    k: Float[Array, "B N G K"]
+    v: Float[Array, "B N G K"]
+
+
+def identity_rows(num_slots: int, width: int) -> np.ndarray:
+    """[N D] distinct unit rows: e_0 .. e_{D-1}, then fixed random directions.
+
+    Equal rows would read and write alike and stay twins for ever, so the identity cannot simply repeat.
+    """
+    rows_ND = np.eye(num_slots, width)
+    extra_MD = np.random.default_rng(2502_06049).standard_normal((max(num_slots - width, 0), width))
+    rows_ND[width:] = extra_MD / np.linalg.norm(extra_MD, axis=-1, keepdims=True)
+    return rows_ND
+
+
+def slot_weights(
+    q_BTHK: Float[Array, "B T H K"], k_BNGK: Float[Array, "B N G K"], top_k: int | None
+) -> Float[Array, "B T H N"]:
+    """softmax_n(q k_n / sqrt(K)), outside the k best slots zero; float32 at least (arXiv:2502.06049, section 2.1)."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BNGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    wide = safe(q_BTHK.dtype)
+    score_BTGRN = jnp.einsum("btgrk,bngk->btgrn", q_BTGRK, k_BNGK, preferred_element_type=wide) / math.sqrt(K)
+    if top_k is not None:
+        least = jax.lax.top_k(score_BTGRN, top_k)[0][..., -1:]
+        score_BTGRN = jnp.where(score_BTGRN >= least, score_BTGRN, jnp.finfo(wide).min)
+    return jax.nn.softmax(score_BTGRN, axis=-1).reshape(B, T, H, -1)
+
+
+def attend_slots(
+    q_BTHK: Float[Array, "B T H K"], keys: BankKeys, top_k: int | None = None, notes: Notes | None = None
+) -> Float[Array, "B T H K"]:
+    """softmax(Q K^T / sqrt(K)) V over slots, without a mask: the bank holds past segments only."""
+    B, T, H, K = q_BTHK.shape
+    weights_BTHN = slot_weights(q_BTHK, keys.k, top_k)
+    if notes is not None:
+        usage_BN = weights_BTHN.mean(axis=(1, 2))
+        entropy_B = -jnp.sum(usage_BN * jnp.log(usage_BN + 1e-9), axis=-1)
+        note(notes, usage_entropy=entropy_B / math.log(max(usage_BN.shape[-1], 2)))
+    G = keys.v.shape[2]
+    weights_BTGRN = weights_BTHN.astype(keys.v.dtype).reshape(B, T, G, H // G, -1)
+    return jnp.einsum("btgrn,bngk->btgrk", weights_BTGRN, keys.v).reshape(B, T, H, K)
+
+
+class GatedBank(Memory):
+    """N slots of the decoder's width."""
+
+    config: GatedBankConfig
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        c, D, H = self.config, self.width, self.config.num_heads
+        if c.start == "learned":
+            rows_ND = identity_rows(c.num_slots, D)
+            init = nn.with_logical_partitioning(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "embed"))
+            self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
+        self.norm = RMSNorm(self.precision) if c.norm_slots else None
+        shape, axes = (D, H, D // H), ("embed", "heads", "head")
+        self.q = Einsum(shape, axes, self.precision)
+        self.k = Einsum(shape, axes, self.precision)
+        self.v = Einsum(shape, axes, self.precision)
+        self.writer = c.write.build(c, D, self.precision)
+
+    @property
+    def top_k(self) -> int | None:
+        """As configured."""
+        return self.config.top_k
+
+    def init_state(self, batch: int) -> BankState:
+        """Fresh rows."""
+        shape = (batch, self.config.num_slots, self.width)
+        return BankState(jnp.zeros(shape, jnp.dtype(self.precision.state)), jnp.ones(batch, bool))
+
+    def state_axes(self) -> BankState:
+        """Slots are an axis of their own."""
+        return BankState(SLOT_AXES, ("batch",))  # pyright: ignore[reportArgumentType]
+
+    def slots(self, state: BankState) -> Float[Array, "B N D"]:
+        """The bank, with the start in fresh rows."""
+        if self.config.start == "learned":
+            start_ND = self.start_ND
+        else:
+            start_ND = jnp.asarray(identity_rows(self.config.num_slots, self.width), state.slots.dtype)
+        start_1ND = start_ND[None].astype(state.slots.dtype)
+        return constrain(jnp.where(state.fresh[:, None, None], start_1ND, state.slots), SLOT_AXES)
+
+    def rows(self, state: BankState) -> Float[Array, "B N D"]:
+        """The slots as they are projected: normalised if configured, in the compute type."""
+        slots_BND = self.slots(state)
+        return slots_BND.astype(jnp.dtype(self.precision.compute)) if self.norm is None else self.norm(slots_BND)
+
+    def prepare(self, state: BankState) -> BankKeys:
+        """Keys and values of all slots."""
+        rows_BND = self.rows(state)
+        return BankKeys(self.k("bnd,dhk->bnhk", rows_BND), self.v("bnd,dhk->bnhk", rows_BND))
+
+    def read(
+        self, q_BTD: Float[Array, "B T D"], state: BankState, prepared: Any = None, notes: Notes | None = None
+    ) -> Float[Array, "B T D"]:
+        """E_mem = softmax(E W_q (M W_k)^T / sqrt(K)) M W_v, heads side by side (equations 1 and after).
+
+        See `Memory.read`. Differs from the paper: no causal mask over slots, as all of them are past.
+        """
+        keys = self.prepare(state) if prepared is None else prepared
+        y_BTHK = attend_slots(self.q("btd,dhk->bthk", q_BTD), keys, self.config.top_k, notes)
+        return y_BTHK.reshape(q_BTD.shape)
+
+    def write(
+        self, x_BTD: Float[Array, "B T D"], state: BankState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
+    ) -> BankState:
+        """The bank after a segment, by the configured write form; see `bank_writes`."""
+        slots_BND = self.slots(state)
+
+        def reading() -> tuple[Array, Array]:
+            keys, q_BTHK = self.prepare(state), self.q("btd,dhk->bthk", x_BTD)
+            weights_BTHN = slot_weights(q_BTHK, keys.k, self.config.top_k)
+            return weights_BTHN, jnp.einsum("bthn,bnhk->bthk", weights_BTHN.astype(keys.v.dtype), keys.v)
+
+        new_BND = self.writer(x_BTD, slots_BND, valid_BT, reading, notes)
+        note(notes, state_norm=jnp.linalg.norm(new_BND.astype(jnp.float32), axis=-1))
+        return BankState(constrain(new_BND.astype(state.slots.dtype), SLOT_AXES), jnp.zeros_like(state.fresh))

@@ -1,0 +1,74 @@
+"""Memory tokens of the Recurrent Memory Transformer (arXiv:2207.06881): the state is what the top layer wrote."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
+from lm2_jax.precision import Precision
+from lm2_jax.types import Array, Bool, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensConfig(MemoryConfig):
+    """RMT's memory tokens; joined by `tokens`."""
+
+    kind: ClassVar[str] = "tokens"
+    num_tokens: int = 16
+    """Memory tokens m; they stand before the segment to be read and behind it to be written."""
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"memory.num_tokens must be at least 1, got {self.num_tokens}")
+
+    def build(self, width: int, precision: Precision, **linen: Any) -> "Tokens":
+        """The module for a decoder of this width."""
+        return Tokens(self, width, precision, **linen)
+
+
+class TokensState(NamedTuple):
+    """Memory tokens as they enter the bottom of the next segment."""
+
+    tokens: Float[Array, "B N D"]
+    fresh: Bool[Array, "B"]
+
+
+class Tokens(Memory):
+    """m rows that the decoder itself reads and writes; they start as learned vectors."""
+
+    config: TokensConfig
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        # As in the released code: the start has the embedding's scale.
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("slots", "embed"))
+        self.start_ND = self.param("start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params))
+
+    def init_state(self, batch: int) -> TokensState:
+        """Fresh rows."""
+        shape = (batch, self.config.num_tokens, self.width)
+        return TokensState(jnp.zeros(shape, jnp.dtype(self.precision.state)), jnp.ones(batch, bool))
+
+    def state_axes(self) -> TokensState:
+        """Memory tokens are sharded like any token: by batch."""
+        return TokensState(("batch", "slots", None), ("batch",))  # pyright: ignore[reportArgumentType]
+
+    def rows(self, state: TokensState) -> Float[Array, "B N D"]:
+        """The m rows, in the compute type."""
+        start_1ND = self.start_ND[None].astype(state.tokens.dtype)
+        rows_BND = jnp.where(state.fresh[:, None, None], start_1ND, state.tokens)
+        return rows_BND.astype(jnp.dtype(self.precision.compute))
+
+    def read(self, q_BTD: Array, state: TokensState, prepared: Any = None, notes: Notes | None = None) -> Array:
+        """Memory tokens are read by the decoder's own attention."""
+        raise ValueError("memory 'tokens' is read through its rows; use the join 'tokens'")
+
+    def write(
+        self, x_BTD: Float[Array, "B N D"], state: TokensState, valid_BT: Bool[Array, "B N"], notes: Notes | None = None
+    ) -> TokensState:
+        """The decoder's output at the m write positions becomes the memory."""
+        note(notes, state_norm=jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1))
+        return TokensState(x_BTD.astype(state.tokens.dtype), jnp.zeros_like(state.fresh))

@@ -1,0 +1,50 @@
+"""A trained run, read back from its workdir."""
+
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from lm2_jax.checkpoint import read_params
+from lm2_jax.config import RunConfig
+from lm2_jax.data.tokenizers import FileTokenizer, load_tokenizer
+from lm2_jax.layout import Layout
+from lm2_jax.model import LanguageModel
+from lm2_jax.training.state import make_plan
+from lm2_jax.training.workdir import read_config
+
+
+class Run(NamedTuple):
+    """All that is needed to use a trained model."""
+
+    config: RunConfig
+    model: LanguageModel
+    params: Any
+    tokenizer: FileTokenizer
+    step: int
+
+
+def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
+    """Reads a run with the parameters of its newest intact checkpoint; the workdir is only read.
+
+    Args:
+      workdir: folder or bucket that train.py wrote.
+      layout: where the parameters lie; None: on the first device.
+    Raises:
+      UserError: no such run, a damaged config, tokenizer or checkpoint.
+    """
+    config = read_config(workdir)
+    model = LanguageModel(config.model)
+    plan = make_plan(config, model)
+    if layout is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: one, plan.shapes.params)
+    else:
+        shardings = layout.shardings(plan.axes.params, plan.shapes.params)
+    shapes = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        plan.shapes.params,
+        shardings,
+    )
+    params, step = read_params(workdir, shapes)
+    return Run(config, model, params, load_tokenizer(workdir, config.data.tokenizer), step)

@@ -1,0 +1,165 @@
+"""Any length of text through a model: pieces of fixed size, so that nothing recompiles."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm2_jax.model import LanguageModel, ModelState, StreamState
+from lm2_jax.types import Array, Bool, Float, Int
+
+Params = Any
+
+
+def stream(
+    model: LanguageModel,
+    params: Params,
+    tokens_BS: Int[Array, "B S"] | np.ndarray,
+    state: ModelState | StreamState,
+    valid_BS: Bool[Array, "B S"] | np.ndarray | None = None,
+) -> tuple[Float[Array, "B S V"], StreamState]:
+    """Feeds text of any length; any split of a text into calls gives the logits of one call.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokens_BS: S >= 1 tokens per row.
+      state: at a segment border (`model.init_state`), or what the call before returned.
+      valid_BS: a prefix of each row; tokens behind it are not fed. None: all.
+    Returns:
+      [B S V] logits, zero where nothing was fed, and the stream's state. At a segment border `.state` of it is the
+      state that `model.apply` returns.
+    """
+    logits, carry = [], _opened(model, params, state, np.shape(tokens_BS))
+    for piece in _pieces(model, tokens_BS, valid_BS):
+        piece_logits, carry = _advance(model, params, carry, *piece.arrays, all_logits=True)
+        logits.append(piece_logits[:, : piece.used])
+    return jnp.concatenate(logits, axis=1), carry
+
+
+def absorb(
+    model: LanguageModel,
+    params: Params,
+    tokens_BS: Int[Array, "B S"] | np.ndarray,
+    state: ModelState | StreamState,
+    valid_BS: Bool[Array, "B S"] | np.ndarray | None = None,
+) -> tuple[Float[Array, "B V"], StreamState]:
+    """As `stream`, but computes only the logits behind each row's last token: memory is constant in S.
+
+    Rows that are given no token have zero logits.
+    """
+    carry = _opened(model, params, state, np.shape(tokens_BS))
+    logits = None
+    for piece in _pieces(model, tokens_BS, valid_BS):
+        piece_logits, carry = _advance(model, params, carry, *piece.arrays, all_logits=False)
+        fed_B1 = jnp.asarray(piece.arrays[1] > 0)[:, None]
+        logits = piece_logits if logits is None else jnp.where(fed_B1, piece_logits, logits)
+    assert logits is not None
+    return logits, carry
+
+
+class _Piece:
+    """At most T tokens per row, padded to one of a few sizes."""
+
+    def __init__(self, tokens_BS: np.ndarray, count_B: np.ndarray, size: int):
+        self.used = tokens_BS.shape[1]
+        padded_BS = np.zeros((tokens_BS.shape[0], size), np.int32)
+        padded_BS[:, : self.used] = tokens_BS
+        self.arrays = (padded_BS, count_B)
+
+
+def _pieces(model: LanguageModel, tokens_BS: Any, valid_BS: Any) -> list[_Piece]:
+    """The text cut at multiples of T; the rest is padded to the next power of four, so few programs are compiled."""
+    tokens_BS = np.asarray(tokens_BS)
+    if tokens_BS.ndim != 2 or tokens_BS.shape[1] == 0:
+        raise ValueError(f"tokens must have shape [B, S] with S >= 1, got {list(tokens_BS.shape)}")
+    length_B = np.full(tokens_BS.shape[0], tokens_BS.shape[1])
+    if valid_BS is not None:
+        valid_BS = np.asarray(valid_BS)
+        if valid_BS.shape != tokens_BS.shape or (np.diff(valid_BS.astype(np.int8), axis=1) > 0).any():
+            raise ValueError("valid must have the shape of tokens and be true on a prefix of each row")
+        length_B = valid_BS.sum(axis=1)
+    T, pieces = model.config.segment_tokens, []
+    for first in range(0, tokens_BS.shape[1], T):
+        part_BS = tokens_BS[:, first : first + T]
+        size = 1
+        while size < part_BS.shape[1]:
+            size = min(size * 4, T)
+        pieces.append(_Piece(part_BS, np.clip(length_B - first, 0, part_BS.shape[1]).astype(np.int32), size))
+    return pieces
+
+
+def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, shape: tuple[int, ...]) -> StreamState:
+    return state if isinstance(state, StreamState) else _open(model, params, state, shape[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _open(model: LanguageModel, params: Params, state: ModelState, batch: int) -> StreamState:
+    return model.apply({"params": params}, state, batch, method="open")  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="all_logits", donate_argnums=2)
+def _advance(
+    model: LanguageModel,
+    params: Params,
+    carry: StreamState,
+    tokens_BS: Int[Array, "B S"],
+    count_B: Int[Array, "B"],
+    *,
+    all_logits: bool,
+) -> tuple[Array, StreamState]:
+    """Feeds up to S <= T tokens per row, over at most one segment border, and returns logits.
+
+    Rows that all stand at a border and bring a whole segment (or nothing) take the same path as training.
+    """
+    variables, T, S = {"params": params}, model.config.segment_tokens, tokens_BS.shape[1]
+
+    def in_pieces(carry: StreamState) -> tuple[Array, StreamState]:
+        first_B = jnp.minimum(count_B, T - carry.position)
+        hidden_BSD, carry = _extend(model, variables, tokens_BS, first_B, carry)
+        if S == 1:
+            return hidden_BSD, carry
+        rest_B = count_B - first_B
+        shift_BS = jnp.minimum(jnp.arange(S)[None] + first_B[:, None], S - 1)
+
+        def over_border(carry: StreamState) -> tuple[Array, StreamState]:
+            rest_BS = jnp.take_along_axis(tokens_BS, shift_BS, axis=1)
+            rest_BSD, after = _extend(model, variables, rest_BS, rest_B, carry)
+            back_BS = jnp.maximum(jnp.arange(S)[None] - first_B[:, None], 0)
+            rest_BSD = jnp.take_along_axis(rest_BSD, back_BS[:, :, None], axis=1)
+            behind_BS1 = (jnp.arange(S)[None] >= first_B[:, None])[:, :, None]
+            return jnp.where(behind_BS1, rest_BSD, hidden_BSD), after
+
+        return jax.lax.cond((rest_B > 0).any(), over_border, lambda carry: (hidden_BSD, carry), carry)
+
+    def whole(carry: StreamState) -> tuple[Array, StreamState]:
+        valid_BS = jnp.broadcast_to((count_B > 0)[:, None], tokens_BS.shape)
+        out = model.apply(variables, tokens_BS, carry.state, None, valid_BS, method="forward")
+        return out.hidden, model.apply(variables, out.state, tokens_BS.shape[0], method="open")
+
+    if S == T and T > 1:
+        aligned = ((carry.position == 0) & ((count_B == T) | (count_B == 0))).all()
+        hidden_BSD, carry = jax.lax.cond(aligned, whole, in_pieces, carry)
+    else:
+        hidden_BSD, carry = in_pieces(carry)
+    if not all_logits:
+        last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+        hidden_BSD = jnp.take_along_axis(hidden_BSD, last_B11, axis=1)
+    logits_BSV = model.apply(variables, hidden_BSD, method="logits")
+    fed_BS = jnp.arange(hidden_BSD.shape[1])[None] < (count_B if all_logits else jnp.minimum(count_B, 1))[:, None]
+    logits_BSV = jnp.where(fed_BS[:, :, None], logits_BSV, jnp.zeros_like(logits_BSV))
+    return (logits_BSV if all_logits else logits_BSV[:, 0]), carry
+
+
+def _extend(
+    model: LanguageModel, variables: Any, tokens_BS: Array, count_B: Array, carry: StreamState
+) -> tuple[Array, StreamState]:
+    """Extends the open segment and closes it where it is full."""
+    hidden_BSD, carry = model.apply(variables, tokens_BS, count_B, carry, method="extend")
+    full_B = carry.position == model.config.segment_tokens
+    carry = jax.lax.cond(
+        full_B.any(), lambda c: model.apply(variables, c, full_B, method="close"), lambda c: c, carry
+    )
+    return hidden_BSD, carry

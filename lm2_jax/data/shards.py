@@ -111,7 +111,7 @@ class ShardDocuments:
         try:
             with (self._folder / INDEX).open("rb") as file, np.load(file) as index:
                 self.lengths, self.hashes = index["lengths"], index["hashes"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{self._folder / INDEX}: damaged or missing ({error}); write the shards again", 1
             ) from error

@@ -26,7 +26,7 @@ def file_documents(path: epath.PathLike, field: str) -> Iterator[str]:
     folder = epath.Path(path)
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; expected one with .txt or .jsonl files")
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
+    files = sorted(_files(folder))
     if not files:
         raise UserError(f"{path}: neither .txt nor .jsonl files there")
     for file in files:
@@ -37,6 +37,14 @@ def file_documents(path: epath.PathLike, field: str) -> Iterator[str]:
                 yield from _json_lines(file, field)
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text: {error}", status=1) from error
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry)
+        elif entry.suffix in (".txt", ".jsonl"):
+            yield entry
 
 
 def _json_lines(file: epath.Path, field: str) -> Iterator[str]:
@@ -85,6 +93,9 @@ class TfdsDocuments(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))  # past its end TFDS raises another error than a list
 
     def __getitem__(self, index: Any) -> Any:
         text = self._records[index][self._field]

@@ -246,7 +246,7 @@ def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
 def half_written(folder: epath.PathLike) -> list[str]:
     """Names of what an interrupted save left behind."""
     folder = epath.Path(folder)
-    return sorted(ocp.utils.tmp_checkpoints(folder)) if folder.exists() else []
+    return sorted(path.get().name for path in ocp.utils.tmp_checkpoints(folder))
 
 
 @jax.jit

@@ -1,0 +1,147 @@
+"""The training loop."""
+
+import os
+import pathlib
+import signal
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from lm2_jax.checkpoint import Checkpoints
+from lm2_jax.config import RunConfig
+from lm2_jax.data.base import Source
+from lm2_jax.data.tokenizers import FileTokenizer, build_tokenizer
+from lm2_jax.layout import Layout
+from lm2_jax.model import LanguageModel
+from lm2_jax.training import workdir as workdirs
+from lm2_jax.training.evaluate import host_batches, make_evaluate
+from lm2_jax.training.metrics import MetricsLog
+from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
+from lm2_jax.training.signals import StopSignals
+from lm2_jax.training.state import Plan, TrainState, make_plan
+from lm2_jax.training.step import make_train_step
+from lm2_jax.training.watch import Watch
+
+
+class Outcome(NamedTuple):
+    """How a call of `fit` ended."""
+
+    state: TrainState
+    step: int
+    stopped_by: int | None  # the signal that ended the run before its last step
+
+    @property
+    def status(self) -> int:
+        """Exit status: 130 after Ctrl-C, else 0, also for a run that was asked to end: it has saved all it needs."""
+        return 130 if self.stopped_by == signal.SIGINT else 0
+
+
+def fit(config: RunConfig, workdir: epath.PathLike, layout: Layout) -> Outcome:
+    """Trains a run to its last step, or goes on with the one that the workdir holds.
+
+    Args:
+      config: of the run.
+      workdir: folder or bucket.
+      layout: where arrays lie.
+    Raises:
+      UserError: before anything is trained or changed, a workdir of another config, one that cannot be written to or
+        has no room, or no usable checkpoint among those there; later, a loss that is not finite or diverges, or a
+        checkpoint that cannot be written.
+    """
+    prepare_jax(config)
+    workdir, steps = epath.Path(workdir), config.optim.steps
+    plan, tokenizer, source = prepare(config, workdir)
+    train_step = jax.jit(make_train_step(plan), donate_argnums=0)
+    evaluate = make_evaluate(plan, source, layout)
+    with layout.context(), Checkpoints(workdir, config) as checkpoints, ProgressLine(steps) as progress:
+        state, start, first_loss = begin(plan, layout, checkpoints)
+        workdirs.claim(workdir, config, tokenizer)
+        progress.say(describe(plan, layout, workdir, start))
+        throughput = Throughput(flops_per_token(config.model, plan.shapes.params), steps)
+        data = host_batches(plan, source, layout, start)
+        step, pending = start, None
+        with MetricsLog(workdir, start) as log, StopSignals() as stop:
+            watch = Watch(config, checkpoints, log, progress, throughput, first_loss)
+            while step < steps and stop.caught is None:
+                with jax.transfer_guard("disallow"):
+                    batch = layout.batch(next(data))
+                    state, report = train_step(state, batch)
+                if pending is not None:
+                    watch.read(*pending)  # of the step before, while the device is busy with this one
+                step, pending = step + 1, (step + 1, report)
+                throughput.count(batch.tokens.size)
+                last = step == steps or stop.requested(step)
+                evaluates = step == steps or _due(step, config.train.eval_every)
+                saves = last or _due(step, config.checkpoint.every_steps)
+                if evaluates or saves:
+                    with watch.pause():
+                        more = evaluate(state.params) if evaluates else None
+                    watch.read(*pending, more)
+                    pending = None
+                if saves:
+                    with watch.pause():
+                        checkpoints.save(step, state, watch.first_loss, last or _with_memory(step, config))
+        progress.say(f"step {step}/{steps}: {checkpoints.last_good()}")
+    return Outcome(state, step, stop.caught)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _with_memory(step: int, config: RunConfig) -> bool:
+    return (step // config.checkpoint.every_steps) % config.checkpoint.memory_every == 0
+
+
+def prepare_jax(config: RunConfig) -> None:
+    """Settings of the process: compiled programs are kept on disk, and float64 only where the config asks for it."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # $JAX_COMPILATION_CACHE_DIR sets it, too
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "lm2_jax" / "xla"))
+    precision = config.model.precision
+    if "float64" in (precision.params, precision.compute, precision.state, precision.moments, precision.logits):
+        jax.config.update("jax_enable_x64", True)
+
+
+def prepare(config: RunConfig, workdir: epath.Path) -> tuple[Plan, FileTokenizer, Source]:
+    """All that needs no device: the workdir's checks, the tokenizer, the source, and the plan of the run."""
+    exists = workdirs.check_owner(workdir, config)
+    workdirs.check_writable(workdir)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer,
+        lambda: config.data.source.corpus(config.data.seed),
+        config.model.vocab_size,
+        workdir if exists else None,
+    )
+    source = config.data.source.build(tokenizer, config.model.segment_tokens, config.data.seed)
+    plan = make_plan(config, LanguageModel(config.model))
+    workdirs.check_space(workdir, config, plan.shapes)
+    return plan, tokenizer, source
+
+
+def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainState, int, float | None]:
+    """The state to start from, its step, and the first loss where it is known: restored, or else new."""
+    targets = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        plan.shapes,
+        plan.shardings(layout),
+    )
+    restored = checkpoints.restore(targets)
+    if restored is None:
+        return plan.init(layout), 0, None
+    return restored.state, int(restored.state.step), restored.first_loss
+
+
+def describe(plan: Plan, layout: Layout, workdir: epath.Path, start: int) -> str:
+    """What is about to be trained, on what, and where it lies."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(plan.shapes.params))
+    on_device = sum(
+        int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(plan.shapes), jax.tree.leaves(plan.shardings(layout)), strict=True)
+    )
+    verb = f"going on behind step {start}" if start else "starting"
+    return (
+        f"{plan.config.name}: {count:,} parameters, {on_device / 2**20:,.1f} MiB of train state on each of "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} devices; {verb} in {os.fspath(workdir)}"
+    )

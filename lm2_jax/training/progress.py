@@ -1,0 +1,146 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from lm2_jax.config import ModelConfig
+from lm2_jax.types import PyTree
+
+# Dense bfloat16 FLOP/s of one device, by what jax calls it; the first name that its kind contains.
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p
+    ("TPU v4", 275e12),
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device, or None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+def flops_per_token(config: ModelConfig, params: PyTree) -> float:
+    """Floating-point operations of training on one token: 6 N, and 6 L H K T for causal attention in a segment.
+
+    N leaves out an embedding that is only looked up, which is one without the head tied to it. What a memory does
+    beyond its parameters is not counted, nor is recomputation.
+    """
+    decoder = config.decoder
+    sizes = jax.tree.map(lambda p: float(np.prod(p.shape)), params)
+    looked_up = 0.0 if decoder.tie_head else config.vocab_size * decoder.width
+    attention = decoder.num_layers * decoder.num_heads * decoder.head_dim * config.segment_tokens
+    return 6.0 * (sum(jax.tree.leaves(sizes)) - looked_up + attention)
+
+
+class Throughput:
+    """Tokens per second since the last question, model FLOPs utilisation, and the time left.
+
+    Args:
+      flops: of one token.
+      steps: of the whole run.
+    """
+
+    def __init__(self, flops: float, steps: int):
+        self._flops, self._steps = flops, steps
+        self._last = time.monotonic()
+        self._tokens = 0
+        self._base: tuple[float, int] | None = None  # where the pace is measured from: behind the compilation
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * jax.device_count()
+
+    def count(self, tokens: int) -> None:
+        """Notes that a step has read so many."""
+        self._tokens += tokens
+
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that went into something else than training."""
+        self._last += seconds
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Rates since the last call, and `seconds_left`; what the first call gives includes the compilation."""
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._last, 1e-9)
+        since, first = self._base or (self._last, step - 1)
+        pace = (now - since) / max(step - first, 1)
+        self._base = self._base or (now, step)
+        self._last, self._tokens = now, 0
+        values = {"tokens_per_second": rate, "seconds_left": pace * (self._steps - step)}
+        if self._peak is not None:
+            values["mfu"] = rate * self._flops / self._peak
+        return values
+
+
+def summary(values: dict[str, float]) -> str:
+    """The numbers that matter, in one line."""
+    parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
+    if "answer_accuracy" in values:
+        parts.append(f"answers {100 * values['answer_accuracy']:.1f}%")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in values:
+        parts.append(f"MFU {100 * values['mfu']:.1f}%")
+    if "seconds_left" in values:
+        parts.append(f"{clock(values['seconds_left'])} left")
+    return " | ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ProgressLine:
+    """Shows how far a run is, on the first process only.
+
+    Args:
+      steps: of the whole run.
+      console: where to; None: the standard output.
+    """
+
+    def __init__(self, steps: int, console: Console | None = None):
+        self._console = console or Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
+        self._steps = steps
+        columns: list[Any] = [BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}")]
+        self._live = Progress(*columns, console=self._console) if self._console.is_terminal else None
+        if self._live is not None:
+            self._task = self._live.add_task("compiling", total=steps)
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        if self._live is not None:
+            self._live.update(self._task, completed=step)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Shows the numbers of a logged step."""
+        if self._live is not None:
+            self._live.update(self._task, completed=step, description=summary(values))
+        else:
+            self.say(f"step {step}/{self._steps} | {summary(values)}")
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays, above the live one."""
+        self._console.print(text, markup=False)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()

@@ -1,0 +1,86 @@
+"""Everything a run carries from step to step, and where each array of it lies."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+
+from lm2_jax.config import RunConfig
+from lm2_jax.layout import Layout, axes_of
+from lm2_jax.model import LanguageModel
+from lm2_jax.training.optim import make_optimizer
+from lm2_jax.types import Array, Int, PyTree
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: Int[Array, ""]  # optimizer steps done
+    params: PyTree
+    opt_state: PyTree
+    memory: PyTree  # the model's state after the last step where it is carried on, else None
+    key: Array  # data of the key from which each step's random numbers are folded
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before its first array exists: the model, the optimizer, and the train state's shapes and axes."""
+
+    config: RunConfig
+    model: LanguageModel
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    axes: TrainState
+    memory_axes: PyTree
+
+    def shardings(self, layout: Layout) -> TrainState:
+        """Where each array of the train state lies."""
+        return layout.shardings(self.axes, self.shapes)
+
+    def init(self, layout: Layout) -> TrainState:
+        """The state before the first step, made where it lies; called inside the layout's context."""
+        make = jax.jit(lambda: _unbox(_first_state(self.config, self.model, self.optimizer)))
+        return jax.jit(make, out_shardings=self.shardings(layout))()
+
+
+def make_plan(config: RunConfig, model: LanguageModel) -> Plan:
+    """Plans a run; nothing is computed.
+
+    Args:
+      config: of the run.
+      model: `lm2_jax.build_model(config.model)`.
+    """
+    params_axes = axes_of(jax.eval_shape(lambda: _first_params(config, model)))
+    optimizer = make_optimizer(config, params_axes)
+    boxed = jax.eval_shape(lambda: _first_state(config, model, optimizer))
+    memory_axes = model.state_axes()
+    axes = axes_of(boxed)._replace(memory=memory_axes if config.data.carry_state else None)
+    return Plan(config, model, optimizer, _unbox(boxed), axes, memory_axes)
+
+
+def _first_params(config: RunConfig, model: LanguageModel) -> PyTree:
+    """Parameters in the boxes that name their axes."""
+    tokens_BT = jnp.zeros((1, config.model.segment_tokens), jnp.int32)
+    return model.init(jax.random.key(config.train.seed), tokens_BT, model.init_state(1))["params"]
+
+
+def _first_state(config: RunConfig, model: LanguageModel, optimizer: optax.GradientTransformation) -> TrainState:
+    """The boxed state before the first step."""
+    params = _first_params(config, model)
+    memory = model.init_state(config.data.rows) if config.data.carry_state else None
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), memory, jax.random.key_data(key))
+
+
+def _unbox(tree: PyTree) -> PyTree:
+    """The arrays without their boxes; unlike `nn.unbox`, no constraint is laid on them."""
+
+    def bare(leaf: Any) -> Any:
+        if isinstance(leaf, meta.Partitioned):
+            return leaf.unbox(apply_constraint=False)
+        return leaf
+
+    return jax.tree.map(bare, tree, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))

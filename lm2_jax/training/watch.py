@@ -1,0 +1,99 @@
+"""The host's side of the loop: reads what steps report, writes it down, and stops a run that has gone wrong."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+
+from lm2_jax.checkpoint import Checkpoints
+from lm2_jax.config import RunConfig
+from lm2_jax.errors import UserError
+from lm2_jax.training.metrics import MetricsLog, diagnostics
+from lm2_jax.training.objective import means
+from lm2_jax.training.progress import ProgressLine, Throughput
+from lm2_jax.training.step import Report
+
+
+class Watch:
+    """Adds up reports between two logged steps.
+
+    Args:
+      config: of the run.
+      checkpoints: named in the message when the run has to stop.
+      log: where the lines go.
+      progress: what a person sees.
+      throughput: measures the pace.
+      first_loss: of the run, if it has been seen before a resume.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        progress: ProgressLine,
+        throughput: Throughput,
+        first_loss: float | None,
+    ):
+        self.first_loss = first_loss
+        self._config, self._checkpoints = config, checkpoints
+        self._log, self._progress, self._throughput = log, progress, throughput
+        self._sums: dict[str, np.ndarray] = {}
+
+    def read(self, step: int, report: Report, more: dict[str, float] | None = None) -> None:
+        """Takes in the report of a step, waiting for the step if need be.
+
+        Args:
+          step: as counted from 1.
+          report: still on the device.
+          more: further values for this step's line, an evaluation; such a step is always logged.
+        Raises:
+          UserError: loss or gradient is not finite, or the loss has left all bounds.
+        """
+        report = jax.device_get(report)
+        self._check(step, report)
+        for name, value in report.tally.items():
+            self._sums[name] = self._sums.get(name, np.zeros(2)) + value
+        self._progress.step(step)
+        if not (more or step == 1 or step % self._config.train.log_every == 0 or step == self._config.optim.steps):
+            return
+        values = means(self._sums) | self._throughput.measure(step)
+        self._sums = {}
+        self._progress.show(step, values)
+        del values["seconds_left"]
+        values |= {"grad_norm": float(report.grad_norm), "learning_rate": float(report.learning_rate)}
+        self._log.write(step, values | diagnostics(report.aux) | (more or {}))
+        if more:
+            words = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in more.items()]
+            self._progress.say(f"step {step} held out | {' | '.join(words)}")
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside does not count as time spent on training."""
+        start = time.monotonic()
+        yield
+        self._throughput.leave_out(time.monotonic() - start)
+
+    def _check(self, step: int, report: Report) -> None:
+        total, weight = (float(x) for x in report.tally["loss"])
+        loss = total / weight if weight else 0.0
+        if not (math.isfinite(loss) and math.isfinite(float(report.grad_norm))):
+            raise self._wrong(f"loss {loss} and gradient norm {report.grad_norm} at step {step} are not finite")
+        if self.first_loss is None and weight:
+            self.first_loss = loss
+        ratio = self._config.train.max_loss_ratio
+        if self.first_loss is not None and loss > ratio * self.first_loss:
+            raise self._wrong(
+                f"the run diverged: loss {loss:.4g} at step {step} is more than train.max_loss_ratio={ratio} times "
+                f"the first, {self.first_loss:.4g}"
+            )
+
+    def _wrong(self, what: str) -> UserError:
+        return UserError(
+            f"Training stopped: {what}. {self._checkpoints.last_good()} Nothing after it was saved. A lower "
+            "optim.learning_rate, a longer optim.warmup_steps or a lower optim.clip_norm may help, in a new --workdir.",
+            status=1,
+        )

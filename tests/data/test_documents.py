@@ -112,6 +112,13 @@ def test_ordered_rows_share_the_documents_out_and_continue_without_gaps():
     assert all(len(rows) == 1 for rows in owners.values())
 
 
+def test_ordered_reads_the_same_documents_in_another_order_the_next_time():
+    reader = source([4] * 6, 4, packing="ordered")
+    first, second = ([int(reader.example(6 * epoch + i, 0, 1, 1).tokens[0]) for i in range(6)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == [100, 200, 300, 400, 500, 600]
+    assert first != second
+
+
 def test_ordered_cuts_long_documents():
     reader = source([23], 4, packing="ordered", document_segments=2)
     rows = [[reader.example(step, row, 3, 1) for step in range(2)] for row in range(3)]

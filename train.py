@@ -11,7 +11,7 @@ import tyro
 
 from lm2_jax import PRESETS, RunConfig, UserError, cli
 from lm2_jax.registry import near_misses
-from lm2_jax.training import fit
+from lm2_jax.training.fit import fit
 from sharding import Layout, MeshConfig, make_mesh
 
 

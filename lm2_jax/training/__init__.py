@@ -1,5 +1,1 @@
-"""Training: the optimizer, one step, the loop, and what is written down about it."""
-
-from lm2_jax.training.fit import Outcome as Outcome
-from lm2_jax.training.fit import fit as fit
-from lm2_jax.training.state import TrainState as TrainState
+"""Training: the optimizer, one step, the loop (`fit.fit`), and what is written down about it."""

@@ -10,12 +10,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path
 
-import beartype.roar  # noqa: F401  named in the import hook's text below
-import beartype.typing  # noqa: F401
 import hypothesis
 import jax
 import jaxtyping
 import pytest
+
+import tests.annotations  # noqa: F401  the import hook below finds it by name
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,14 +28,7 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Shapes and types in the annotations of lm2_jax are checked at each call; outside the tests they cost nothing.
-# An int passes for a float, as for pyright; Self, which beartype knows in whole classes only, is not checked, and a
-# function with a hint that cannot be checked at run time (a Protocol without @runtime_checkable) stays unchecked.
-jaxtyping.install_import_hook(
-    "lm2_jax",
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True,"
-    " warning_cls_on_decorator_exception=beartype.roar.BeartypeClawDecorWarning,"
-    " hint_overrides=beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any})))",
-)
+jaxtyping.install_import_hook("lm2_jax", "tests.annotations.check")
 
 # Compilation makes single examples slow, so there is no deadline; few examples, the same in each run.
 hypothesis.settings.register_profile("lm2_jax", deadline=None, max_examples=25, derandomize=True)

@@ -1,19 +1,23 @@
 """BABILong for training: bAbI facts among background text, with the question at the end or questions all along."""
 
 import dataclasses
-import functools
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
-from lm2_jax.data.babi import WORLD_TASKS, all_queries, read_stories, write_question
+from lm2_jax.data.babi import TASKS, WORLD_TASKS, Sample, read_samples, read_stories
 from lm2_jax.data.background import open_background
 from lm2_jax.data.base import Example, Source, SourceConfig, Tokenizer
-from lm2_jax.data.philox import Draws
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
-from lm2_jax.data.text_tokens import Encoder, noise
+from lm2_jax.data.philox import Draws
+from lm2_jax.data.protocol import MIN_SENTENCE_TOKENS, limit_facts
+from lm2_jax.data.question_last import QuestionLastRows, Supply
+from lm2_jax.data.text_tokens import Encoder, Noise, noise
 from lm2_jax.data.wander import Steps, chained, simulated
+from lm2_jax.data.worlds import simulate_sample
 
 _TRAIN, _HELD_OUT, _CORPUS = range(3)  # streams of draws
-_CORPUS_STORIES = 1500
+_CORPUS_CHARACTERS = 600_000  # of facts, questions and answers
+_CORPUS_FACTS = 12  # of one story at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,32 +32,60 @@ class BabilongSource(SourceConfig):
     layout: Literal["question_last", "interleaved"] = "interleaved"
     """One question at the end of a row (the published form), or questions all along it."""
     babi_dir: str | None = None
-    """Folder of real bAbI files, such as en-10k; None: simulated worlds."""
+    """Folder of real bAbI files, such as en-10k (held-out rows read the test files); None: simulated worlds."""
     books_dir: str | None = None
     """Folder of .txt books for the background; None: generated prose."""
+    min_sentence_tokens: int = MIN_SENTENCE_TOKENS
+    """Background sentences with fewer tokens are left out."""
+    max_sentence_tokens: int | None = None
+    """Background sentences with more tokens are left out; None: none are."""
     noise_fraction: float = 0.5
-    """Interleaved: share of background among the sentences' tokens."""
+    """Interleaved: share of background in the tokens of statements and background."""
     question_rate: float = 0.5
     """Interleaved: questions per sentence."""
     closing: bool = True
     """Interleaved: whether the row ends with a question, its answer and the end token in the text."""
-    min_sentence_tokens: int = 10
-    """Background sentences with fewer tokens are left out."""
+    max_facts: int | None = None
+    """Question last: samples with more facts are dropped (and counted in the log); None: none are."""
+    margin: int = 0
+    """Question last: tokens at the end of the row that stay padding (the published runs leave 20)."""
+    plain_fraction: float = 0.0
+    """Question last: share of rows without background, the rest of the row padding."""
 
     def __post_init__(self) -> None:
+        name = "data.source"
         if not self.tasks:
-            raise ValueError("data.source.tasks is empty; expected tasks such as ('qa1',)")
+            raise ValueError(f"{name}.tasks is empty; expected tasks such as ('qa1',)")
+        needs_world = self.layout == "interleaved" or self.babi_dir is None
         for task in self.tasks:
-            if task not in WORLD_TASKS:
-                raise ValueError(f"data.source.tasks: unknown task {task!r}; known: {list(WORLD_TASKS)}")
+            if task not in TASKS:
+                raise ValueError(f"{name}.tasks: unknown task {task!r}; known: qa1 to qa20")
+            if needs_world and task not in WORLD_TASKS:
+                raise ValueError(
+                    f"{name}.tasks: {task!r} needs layout 'question_last' and real files in babi_dir; layout "
+                    f"'interleaved' and the simulator know {list(WORLD_TASKS)}"
+                )
         if self.task_weights and (len(self.task_weights) != len(self.tasks) or min(self.task_weights) <= 0):
             raise ValueError(
-                f"data.source.task_weights needs one positive number per task of {self.tasks}, got {self.task_weights}"
+                f"{name}.task_weights needs one positive number per task of {self.tasks}, got {self.task_weights}"
             )
         if not 0.0 <= self.noise_fraction < 1.0:
-            raise ValueError(f"data.source.noise_fraction must be at least 0 and below 1, got {self.noise_fraction}")
+            raise ValueError(f"{name}.noise_fraction must be at least 0 and below 1, got {self.noise_fraction}")
         if not 0.0 < self.question_rate <= 1.0:
-            raise ValueError(f"data.source.question_rate must be above 0 and at most 1, got {self.question_rate}")
+            raise ValueError(f"{name}.question_rate must be above 0 and at most 1, got {self.question_rate}")
+        if not 0.0 <= self.plain_fraction <= 1.0:
+            raise ValueError(f"{name}.plain_fraction must lie between 0 and 1, got {self.plain_fraction}")
+        if self.min_sentence_tokens < 1:
+            raise ValueError(f"{name}.min_sentence_tokens must be at least 1, got {self.min_sentence_tokens}")
+        if self.max_sentence_tokens is not None and self.max_sentence_tokens < self.min_sentence_tokens:
+            raise ValueError(
+                f"{name}.max_sentence_tokens={self.max_sentence_tokens} is below "
+                f"min_sentence_tokens={self.min_sentence_tokens}"
+            )
+        if self.max_facts is not None and self.max_facts < 2:
+            raise ValueError(f"{name}.max_facts must be at least 2 or None, got {self.max_facts}")
+        if self.margin < 0:
+            raise ValueError(f"{name}.margin must not be negative, got {self.margin}")
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -64,12 +96,21 @@ class BabilongSource(SourceConfig):
         """Opens the files; arguments and errors as in the base class."""
         encode = Encoder(tokenizer)
         background = open_background(self.books_dir)
+        bounds = (self.min_sentence_tokens, self.max_sentence_tokens)
+
+        def sentences(draws: Draws, held_out: bool) -> Iterator[tuple[str, list[int]]]:
+            return noise(background, encode, draws, held_out, bounds)
+
+        rows = {"interleaved": self._interleaved, "question_last": self._question_last}[self.layout](encode, sentences)
+        return _RowSource(rows.example, segment_tokens, seed)
+
+    def _interleaved(self, encode: Encoder, sentences: Noise) -> InterleavedRows:
         recipe = Recipe(self.tasks, self.weights, self.noise_fraction, self.question_rate, self.closing)
+        return InterleavedRows(recipe, encode, self._steps(), sentences)
 
-        def sentences(draws: Draws, held_out: bool):
-            return noise(background, encode, draws, held_out, self.min_sentence_tokens)
-
-        return _InterleavedSource(InterleavedRows(recipe, encode, self._steps(), sentences), segment_tokens, seed)
+    def _question_last(self, encode: Encoder, sentences: Noise) -> QuestionLastRows:
+        supply = Supply(self.tasks, self.weights, self._samples(), self.max_facts)
+        return QuestionLastRows(supply, encode, sentences, self.margin, self.plain_fraction)
 
     def _steps(self) -> Steps:
         if self.babi_dir is None:
@@ -79,30 +120,43 @@ class BabilongSource(SourceConfig):
         )
         return chained(train, test, self.weights)
 
+    def _samples(self) -> dict[tuple[str, bool], list[Sample]] | None:
+        """Real samples by task and whether they are held out; None for the simulator."""
+        if self.babi_dir is None:
+            return None
+        return {
+            (task, split == "test"): limit_facts(read_samples(self.babi_dir, task, split), self.max_facts, task)
+            for task in self.tasks
+            for split in ("train", "test")
+        }
+
     def corpus(self, seed: int) -> list[str]:
-        """Facts with all questions and answers, and background in the share of `noise_fraction`."""
+        """Stories with a question and its answer, and half as much background, or as much as `noise_fraction` says."""
         draws = Draws(seed, _CORPUS)
         background = open_background(self.books_dir).sentences(draws, held_out=False)
-        steps = self._steps()(draws, False)
-        texts, told, filled = [], 0, 0
-        questions = [write_question(query).strip() for task in self.tasks for query in all_queries(task)]
-        for _ in range(_CORPUS_STORIES):
-            facts = " ".join(next(steps).text.strip() for _ in range(10))
-            texts.append(f" {facts} {' '.join(draws.choice(questions) for _ in range(5))}")
+        share = self.noise_fraction if self.layout == "interleaved" else 0.5
+        samples = self._samples()
+        texts: list[str] = []
+        told = filled = 0
+        while told < _CORPUS_CHARACTERS:
+            task = draws.weighted(self.tasks, self.weights)
+            sample = simulate_sample(task, draws) if samples is None else draws.choice(samples[task, False])
+            facts = " ".join(sample.facts[-_CORPUS_FACTS:])
+            texts.append(f" {facts} {sample.question.strip()} {sample.answer}")
             told += len(texts[-1])
-            while filled < told * self.noise_fraction / (1 - self.noise_fraction):
+            while filled < told * share / (1 - share):
                 texts.append(" " + next(background))
                 filled += len(texts[-1])
         return texts
 
 
-class _InterleavedSource:
-    """Rows of `InterleavedRows`, by index."""
+class _RowSource:
+    """Rows by index."""
 
-    def __init__(self, rows: InterleavedRows, segment_tokens: int, seed: int):
-        self._rows, self._segment_tokens, self._seed = rows, segment_tokens, seed
+    def __init__(self, write: Callable[[Draws, int, int, bool], Example], segment_tokens: int, seed: int):
+        self._write, self._segment_tokens, self._seed = write, segment_tokens, seed
 
     def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
         """See `Source`."""
         draws = Draws(self._seed, _HELD_OUT if held_out else _TRAIN, step * rows + row)
-        return self._rows.example(draws, segments, self._segment_tokens, held_out)
+        return self._write(draws, segments, self._segment_tokens, held_out)

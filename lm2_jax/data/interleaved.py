@@ -8,7 +8,7 @@ segments ago that was.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,14 +16,12 @@ from lm2_jax.data.babi import QUESTION_KINDS, Query, all_queries, answers_of, wr
 from lm2_jax.data.base import Example
 from lm2_jax.data.philox import Draws
 from lm2_jax.data.replay import Replay
-from lm2_jax.data.text_tokens import Encoder
+from lm2_jax.data.text_tokens import Encoder, Noise
 from lm2_jax.data.wander import Step, Steps
 from lm2_jax.errors import UserError
 
 _FIRST_TASKS = 8  # drawn for a task that can be asked about now, before the question is left out
 _NOISE_SWING = 60.0  # tokens by which the share of noise may be off before it is corrected with certainty
-
-Noise = Callable[[Draws, bool], Iterator[tuple[str, list[int]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,10 @@ class _Row:
         return self.draws.chance(fraction + missing / _NOISE_SWING)
 
     def pick(self) -> Query | None:
-        """A question with an answer: first its distance class (0, 1, 2-3, 4-7, ... segments), then one of the class."""
+        """A question with an answer: first its distance class (0, 1, 2-3, 4-7, ... segments), then one of the class.
+
+        Far classes are preferred where they exist, because near the beginning of a row they cannot.
+        """
         recipe, draws = self.recipe, self.draws
         here = len(self.tokens) // self.segment_tokens
         for _ in range(_FIRST_TASKS):
@@ -77,7 +78,8 @@ class _Row:
                     distance = here - known.latest // self.segment_tokens
                     classes.setdefault(distance.bit_length(), []).append(Query(kind, words))
             if classes:
-                return draws.choice(classes[draws.choice(sorted(classes))])
+                there = sorted(classes)
+                return draws.choice(classes[draws.weighted(there, [1 + number for number in there])])
         return None
 
     def ask(self, query: Query) -> int:

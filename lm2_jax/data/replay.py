@@ -57,7 +57,7 @@ class Replay:
         return place
 
     def _settle(self, thing: str, place: str | None, at: int) -> None:
-        """An object is at the place of the person who touches it; if that was not its place so far, its past is void."""
+        """An object is where the person is who touches it; if it was elsewhere so far, its past is void."""
         before = self.known["where_object"].pop((thing,), None)
         if place is None or (before is not None and before.answer != place):
             self._forget_past(thing)

@@ -1,6 +1,6 @@
 """How text of a row becomes tokens: one sentence at a time, with a leading blank, remembered."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lm2_jax.data.background import Background
 from lm2_jax.data.base import Tokenizer
@@ -9,13 +9,14 @@ from lm2_jax.errors import UserError
 
 MARKER_TEXT = " Answer:"  # stands after a question where the vocabulary has no marker
 _REMEMBERED = 100_000
+Noise = Callable[[Draws, bool], Iterator[tuple[str, list[int]]]]  # `noise` with all but draws and held_out given
 
 
 class Encoder:
     """Encodes sentences, each with a leading blank, and remembers what it encoded.
 
     Args:
-      tokenizer: the tokenizer; `eos` and `marker` are taken from it.
+      tokenizer: the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -34,26 +35,41 @@ class Encoder:
             ids = self._known[sentence] = self._tokenizer.encode(" " + sentence.strip())
         return ids
 
+    def cut(self, ids: list[int], size: int) -> str:
+        """The text of the first `size` tokens."""
+        return self._tokenizer.decode(ids[:size]).strip()
+
     def question(self, question: str) -> list[int]:
         """Tokens of a question and the marker after it: what stands before an answer."""
         return self(question) + self.marker
 
 
 def noise(
-    background: Background, encode: Encoder, draws: Draws, held_out: bool, min_tokens: int
+    background: Background, encode: Encoder, draws: Draws, held_out: bool, bounds: tuple[int, int | None]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Consecutive background sentences of at least `min_tokens` tokens, with their tokens; without end."""
-    short = 0
+    """Consecutive background sentences with their tokens; without end.
+
+    Args:
+      background: where they come from.
+      encode: the encoder.
+      draws: chooses the place.
+      held_out: text that training never reads.
+      bounds: fewest and most tokens of a sentence, None for no limit; others are left out.
+    Raises:
+      UserError: if the background has no such sentences.
+    """
+    least, most = bounds
+    skipped = 0
     for sentence in background.sentences(draws, held_out):
         ids = encode(sentence)
-        if len(ids) >= min_tokens:
-            short = 0
+        if len(ids) >= least and (most is None or len(ids) <= most):
+            skipped = 0
             yield sentence, ids
             continue
-        short += 1
-        if short == 10_000:
+        skipped += 1
+        if skipped == 10_000:
             raise UserError(
-                f"min_sentence_tokens={min_tokens}: 10000 background sentences in a row were shorter; lower it "
-                "or change books_dir",
+                f"data.source: of 10000 background sentences in a row none had {least} to {most or 'any number of'} "
+                "tokens; change min_sentence_tokens, max_sentence_tokens or books_dir",
                 status=1,
             )

@@ -231,7 +231,9 @@ def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
     folder = epath.Path(workdir) / FOLDER
     if not folder.exists():
         raise UserError(f"{workdir}: no checkpoint there yet; expected a folder {FOLDER!r} with one", status=1)
-    manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    manager = ocp.CheckpointManager(
+        folder, options=ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+    )
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             try:

@@ -51,6 +51,11 @@ class SourceConfig(Family):
         """
         return False
 
+    @property
+    def packs(self) -> bool:
+        """Whether a segment can hold several documents, which `Example.document` then tells apart."""
+        return False
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> "Source":
         """Opens the source; a missing folder or file is a `UserError`."""
         raise NotImplementedError

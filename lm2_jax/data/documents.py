@@ -73,6 +73,11 @@ class DocumentFields:
         """Whether a row goes on at the next step where it stopped."""
         return self.packing == "ordered"
 
+    @property
+    def packs(self) -> bool:
+        """Whether a segment can hold several documents."""
+        return self.packing == "packed"
+
 
 class Span(NamedTuple):
     """`count` tokens of a document from its `start`, to stand at `position` of a row."""

@@ -33,6 +33,11 @@ class MixedSource(SourceConfig):
         """Whether any part's rows go on from step to step; then a row stays with its part."""
         return any(part.continues for part in self.parts)
 
+    @property
+    def packs(self) -> bool:
+        """Whether any part's segments can hold several documents."""
+        return any(part.packs for part in self.parts)
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
         """Opens all parts."""
         sources = [part.build(tokenizer, segment_tokens, seed) for part in self.parts]

@@ -35,11 +35,13 @@ def host_batches(plan: Plan, source: Source, layout: Layout, start_step: int = 0
 def make_evaluate(plan: Plan, source: Source, layout: Layout) -> Callable[[PyTree], dict[str, float]]:
     """The evaluation of a run: parameters -> `eval_loss`, `eval_answer_accuracy`, `eval_accuracy_d<distance>` ...
 
-    It reads the same `train.eval_batches` batches every time, each with a fresh state or, where a run carries its
-    state on, one after the other with the state carried on. Called inside the layout's context.
+    It reads the same `train.eval_batches` batches every time, none of them for no evaluation: each with a fresh state
+    or, where a run carries its state on, one after the other with the state carried on. Called inside the layout's
+    context.
     """
     model, rows = plan.model, plan.config.data.rows
-    held_out: list[Example] = []
+    # Read at once, so that a source without held-out examples is found out before training begins.
+    held_out = list(itertools.islice(host_batches(plan, source, layout, held_out=True), plan.config.train.eval_batches))
     shapes = jax.eval_shape(lambda: model.init_state(rows))
     fresh = jax.jit(lambda: model.init_state(rows), out_shardings=layout.shardings(plan.memory_axes, shapes))
 
@@ -48,10 +50,6 @@ def make_evaluate(plan: Plan, source: Source, layout: Layout) -> Callable[[PyTre
         return evaluate_batch(model, plan.config, params, memory, batch)[:2]
 
     def evaluate(params: PyTree) -> dict[str, float]:
-        if not held_out:
-            held_out.extend(
-                itertools.islice(host_batches(plan, source, layout, held_out=True), plan.config.train.eval_batches)
-            )
         memory, totals = fresh(), {}
         for batch in held_out:
             sums, after = run(params, memory, layout.batch(batch))

@@ -11,8 +11,9 @@ from etils import epath
 
 from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.config import RunConfig
-from lm2_jax.data.base import Source
+from lm2_jax.data.base import Example, Source
 from lm2_jax.data.tokenizers import FileTokenizer, build_tokenizer
+from lm2_jax.errors import UserError
 from lm2_jax.layout import Layout
 from lm2_jax.model import LanguageModel
 from lm2_jax.training import workdir as workdirs
@@ -73,7 +74,7 @@ def fit(config: RunConfig, workdir: epath.PathLike, layout: Layout) -> Outcome:
                 step, pending = step + 1, (step + 1, report)
                 throughput.count(batch.tokens.size)
                 last = step == steps or stop.requested(step)
-                evaluates = step == steps or _due(step, config.train.eval_every)
+                evaluates = config.train.eval_batches > 0 and (step == steps or _due(step, config.train.eval_every))
                 saves = last or _due(step, config.checkpoint.every_steps)
                 if evaluates or saves:
                     with watch.pause():
@@ -116,8 +117,21 @@ def prepare(config: RunConfig, workdir: epath.Path) -> tuple[Plan, FileTokenizer
     )
     source = config.data.source.build(tokenizer, config.model.segment_tokens, config.data.seed)
     plan = make_plan(config, LanguageModel(config.model))
+    _check_trainable(plan)
     workdirs.check_space(workdir, config, plan.shapes)
     return plan, tokenizer, source
+
+
+def _check_trainable(plan: Plan) -> None:
+    """Traces a step on shapes: what the model and the data refuse of each other is said before training begins."""
+    rows, segments = plan.config.data.rows, plan.config.data.segments[0]
+    positions = (rows, segments * plan.config.model.segment_tokens)
+    whole, bits = jax.ShapeDtypeStruct(positions, np.int32), jax.ShapeDtypeStruct(positions, np.bool_)
+    reset = jax.ShapeDtypeStruct((rows, segments), np.bool_)
+    try:
+        jax.eval_shape(make_train_step(plan), plan.shapes, Example(whole, whole, bits, bits, bits, reset, whole, whole))  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise UserError(f"This model cannot be trained on this data: {error}") from error
 
 
 def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainState, int, float | None]:

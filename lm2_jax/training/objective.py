@@ -84,6 +84,7 @@ def evaluate_batch(
         batch.reset,
         batch.valid,
         method="forward",
+        document=batch.document if config.data.source.packs else None,
         bptt_segments=config.train.bptt_segments,
         rngs=None if key is None else {"dropout": key},
     )

@@ -41,6 +41,15 @@ WINDOW_AXES = Window(
 )
 
 
+class Attended(NamedTuple):
+    """What a block's memory may use of self-attention, beside its output."""
+
+    y: Float[Array, "B *J T D"]
+    q: Float[Array, "B *J T H K"]  # unrotated
+    k: Float[Array, "B *J T G K"]  # rotated to the token's position
+    v: Float[Array, "B *J T G K"]
+
+
 class OpenAttention(NamedTuple):
     """Attention inside an unfinished segment: rotated keys of its tokens so far, and the window before them."""
 
@@ -95,7 +104,7 @@ class Attention(nn.Module):
 
     def __call__(
         self, x_BJTD: Float[Array, "B J T D"], window: Window | None, segments: Segments
-    ) -> tuple[Float[Array, "B J T D"], Float[Array, "B J T H K"], Window | None]:
+    ) -> tuple[Attended, Window | None]:
         """Attends within J segments at once.
 
         Args:
@@ -103,7 +112,7 @@ class Attention(nn.Module):
           window: state before the first segment.
           segments: borders and padding.
         Returns:
-          Output, unrotated queries, and the window after the last segment.
+          Output, queries, keys and values of the J segments, and the window after the last one.
         """
         B, J, T, _ = x_BJTD.shape
         q_BJTHK = self.q(x_BJTD)
@@ -111,7 +120,8 @@ class Attention(nn.Module):
         before, window = self._windows(k_BJTGK, v_BJTGK, window, segments)
         here = jnp.arange(T)
         fold = functools.partial(_fold, rows=B * J)
-        q, k = fold(rotate(q_BJTHK, here, self.frequencies)), fold(rotate(k_BJTGK, here, self.frequencies))
+        rotated_BJTGK = rotate(k_BJTGK, here, self.frequencies)
+        q, k = fold(rotate(q_BJTHK, here, self.frequencies)), fold(rotated_BJTGK)
         v, valid, document = fold(v_BJTGK), fold(segments.valid), segments.document
         document = None if document is None else fold(document)
         q = constrain(q, ("batch", "time", "heads", "head"))
@@ -131,7 +141,31 @@ class Attention(nn.Module):
                 keys = jnp.concatenate([jnp.zeros((B * J, W), document.dtype), document], axis=1)
                 mask = mask & (document[:, None, :, None] == keys[:, None, None, :])
             y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.o(y.reshape(q_BJTHK.shape)), q_BJTHK, window
+        return Attended(self.o(y.reshape(q_BJTHK.shape)), q_BJTHK, rotated_BJTGK, v_BJTGK), window
+
+    def from_behind(
+        self,
+        x_BND: Float[Array, "B N D"],
+        k_BTGK: Float[Array, "B T G K"],
+        v_BTGK: Float[Array, "B T G K"],
+        valid_BT: Bool[Array, "B T"],
+    ) -> Float[Array, "B N D"]:
+        """Rows that stand together right behind the segment attend to it and to each other, in one softmax.
+
+        Args:
+          x_BND: normalised rows.
+          k_BTGK: rotated keys of the segment.
+          v_BTGK: its values.
+          valid_BT: its padding.
+        """
+        T, N = valid_BT.shape[1], x_BND.shape[1]
+        behind = jnp.full(N, T)
+        k_BNGK, v_BNGK = self.kv(x_BND)
+        k = jnp.concatenate([k_BTGK, rotate(k_BNGK, behind, self.frequencies)], axis=1)
+        v = jnp.concatenate([v_BTGK, v_BNGK], axis=1)
+        mask = jnp.concatenate([valid_BT, jnp.ones((valid_BT.shape[0], N), bool)], axis=1)[:, None, None, :]
+        q_BNHK = rotate(self.q(x_BND), behind, self.frequencies)
+        return self.o(jax.nn.dot_product_attention(q_BNHK, k, v, mask=mask))
 
     def _window_mask(self, position_BT: Int[Array, "B T"], seen_BS: Bool[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
         """Keys stand at -W .. T-1; a query sees itself and the W keys before it."""
@@ -174,7 +208,7 @@ class Attention(nn.Module):
         position_BS: Int[Array, "B S"],
         slot_BS: Int[Array, "B S"],
         state: OpenAttention,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S H K"], OpenAttention]:
+    ) -> tuple[Attended, OpenAttention]:
         """Attends from S new tokens to all of their segment so far.
 
         Args:
@@ -183,12 +217,13 @@ class Attention(nn.Module):
           slot_BS: where their keys are kept: the position, or T and more for tokens that do not count.
           state: keys and values so far.
         Returns:
-          Output, unrotated queries, and the state with the new keys.
+          Output, queries, keys and values of the S tokens, and the state with the new keys.
         """
         q_BSHK = self.q(x_BSD)
         k_BSGK, v_BSGK = self.kv(x_BSD)
         rows = jnp.arange(x_BSD.shape[0])[:, None]
-        k = state.k.at[rows, slot_BS].set(rotate(k_BSGK, position_BS, self.frequencies), mode="drop")
+        k_BSGK = rotate(k_BSGK, position_BS, self.frequencies)
+        k = state.k.at[rows, slot_BS].set(k_BSGK, mode="drop")
         v = state.v.at[rows, slot_BS].set(v_BSGK, mode="drop")
         state = state._replace(k=k, v=v)
         seen = jnp.ones(k.shape[:2], bool)  # later positions are masked by causality
@@ -202,7 +237,7 @@ class Attention(nn.Module):
             mask = (jnp.arange(k.shape[1])[None, None, :] <= position_BS[:, :, None])[:, None]
         q = rotate(q_BSHK, position_BS, self.frequencies)
         y_BSHK = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.o(y_BSHK), q_BSHK, state
+        return Attended(self.o(y_BSHK), q_BSHK, k_BSGK, v_BSGK), state
 
     def close(self, state: OpenAttention) -> Window | None:
         """The window after a full segment."""

@@ -145,8 +145,8 @@ class Block(nn.Module):
         Returns:
           Output, and the state after the last segment with diagnostics.
         """
-        y_BJTD, _, window = self.attention(self.attention_norm(carry.x), state.window, context.segments)
-        x_BJTD = constrain(self.feed_forward(carry.x + y_BJTD), ("batch", "segments", "time", "embed"))
+        attended, window = self.attention(self.attention_norm(carry.x), state.window, context.segments)
+        x_BJTD = constrain(self.feed_forward(carry.x + attended.y), ("batch", "segments", "time", "embed"))
         return carry._replace(x=x_BJTD), (state._replace(window=window), {})
 
     def open(
@@ -166,8 +166,8 @@ class Block(nn.Module):
         self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
     ) -> tuple[Float[Array, "B S D"], OpenLayer]:
         """S more tokens of the open segment."""
-        y_BSD, _, attention = self.attention.extend(self.attention_norm(x_BSD), place.position, place.slot, state.attention)
-        return self.feed_forward(x_BSD + y_BSD), state._replace(attention=attention)
+        attended, attention = self.attention.extend(self.attention_norm(x_BSD), place.position, place.slot, state.attention)
+        return self.feed_forward(x_BSD + attended.y), state._replace(attention=attention)
 
     def close(self, thread: State, state: OpenLayer, _: Any) -> tuple[State, LayerState]:
         """The state after a segment that is full."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.attention import Attended
 from lm2_jax.blocks.base import (
     Block,
     BlockSpec,
@@ -40,7 +41,7 @@ class ResidualJoin(JoinConfig):
     read: Literal["own", "shared"] = "shared"
     """Whose projections ask the memory: its own, from the attention output (the paper), or those of self-attention."""
     source: Literal["attention", "block"] = "block"
-    """What is written: the attention output (the paper) or the block's output."""
+    """What is written: the attention output (the paper) or the block's output; unused by write form `block`."""
     gate: bool = True
     """The output gate."""
     silent_start: bool = False
@@ -76,8 +77,7 @@ class Step(NamedTuple):
     """Inputs of one segment."""
 
     x: Float[Array, "B T D"]
-    attended: Float[Array, "B T D"]
-    q: Float[Array, "B T H K"]
+    attended: Attended
     valid: Bool[Array, "B T"]
     reset: Bool[Array, "B"]
     document: Int[Array, "B T"] | None
@@ -128,8 +128,7 @@ class ResidualBlock(Block):
 
     def recall(
         self,
-        attended_BTD: Float[Array, "B T D"],
-        q_BTHK: Float[Array, "B T H K"],
+        attended: Attended,
         memory: State,
         prepared: Any,
         notes: Notes | None = None,
@@ -137,8 +136,8 @@ class ResidualBlock(Block):
         """What the memory adds to the residual stream.
 
         Args:
-          attended_BTD: attention output, the query of the memory's own projections.
-          q_BTHK: self-attention's queries, unrotated, the query of shared projections.
+          attended: self-attention: its output asks through the memory's own projections, its queries through the
+            shared ones.
           memory: at the segment's start.
           prepared: `prepare(memory)`.
           notes: diagnostics are added here.
@@ -146,9 +145,9 @@ class ResidualBlock(Block):
           sigmoid(y W) * y in the compute type (equation 3, with E_mem where the paper prints M).
         """
         if self.join.read == "own":
-            y_BTD = self.memory.read(attended_BTD, memory, prepared, notes)
+            y_BTD = self.memory.read(attended.y, memory, prepared, notes)
         else:
-            y_BTD = self.attention.o(attend_slots(q_BTHK, prepared, self.memory.top_k, notes))
+            y_BTD = self.attention.o(attend_slots(attended.q, prepared, self.memory.top_k, notes))
         if self.join.gate:
             gate_BTD = jax.nn.sigmoid(self.gate_output(y_BTD))
             note(notes, gate_output=gate_BTD)
@@ -163,25 +162,25 @@ class ResidualBlock(Block):
         """Attention of all segments at once, then reads and writes segment by segment, then the MLP of all."""
         segments, threaded = context.segments, self.join.topology == "threaded"
         x_BJTD = carry.x
-        attended_BJTD, q_BJTHK, window = self.attention(self.attention_norm(x_BJTD), state.window, segments)
+        attended, window = self.attention(self.attention_norm(x_BJTD), state.window, segments)
 
         def step(block: "ResidualBlock", memory: State, inputs: tuple[Step, Array]) -> tuple[State, Any]:
             segment, cut = inputs
             if not threaded:  # the carrier does this for the one memory of all blocks
                 memory = stop_where(cut, reset_rows(memory, segment.reset, block._memory_axes()))
             notes: Notes = {}
-            h_BTD = segment.x + segment.attended + block._recall_packed(segment, context.start if threaded else memory, notes)
-            written_BTD = segment.attended
-            if block.join.source == "block":
-                h_BTD = written_BTD = block.feed_forward(h_BTD)
-            return block._write_packed(written_BTD, segment, memory, notes), (h_BTD, notes)
+            recalled_BTD = block._recall_packed(segment, context.start if threaded else memory, notes)
+            h_BTD = segment.x + segment.attended.y + recalled_BTD
+            if block.mlp_inside:
+                h_BTD = block.feed_forward(h_BTD)
+            return block._write_packed(h_BTD, segment, memory, notes), (h_BTD, notes)
 
-        per_segment = Step(x_BJTD, attended_BJTD, q_BJTHK, segments.valid, segments.reset, segments.document)
+        per_segment = Step(x_BJTD, attended, segments.valid, segments.reset, segments.document)
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         before = carry.thread if threaded else state.memory
         memory, (h_JBTD, notes) = scan(self, before, (by_segment(per_segment), segments.cut))
         h_BJTD = by_segment(h_JBTD)
-        if self.join.source != "block":
+        if not self.mlp_inside:
             h_BJTD = self.feed_forward(h_BJTD)
         h_BJTD = constrain(h_BJTD, ("batch", "segments", "time", "embed"))
         notes = jax.tree.map(jnp.mean, notes)
@@ -191,21 +190,43 @@ class ResidualBlock(Block):
 
     def _recall_packed(self, segment: Step, memory: State, notes: Notes) -> Float[Array, "B T D"]:
         """`recall`; tokens of documents that begin inside the segment see a fresh memory."""
-        y_BTD = self.recall(segment.attended, segment.q, memory, self.prepare(memory), notes)
+        y_BTD = self.recall(segment.attended, memory, self.prepare(memory), notes)
         if segment.document is None:
             return y_BTD
         fresh = reset_rows(memory, jnp.ones_like(segment.reset), self._memory_axes())
-        start_BTD = self.recall(segment.attended, segment.q, fresh, self.prepare(fresh))
+        start_BTD = self.recall(segment.attended, fresh, self.prepare(fresh))
         return jnp.where((segment.document == 0)[:, :, None], y_BTD, start_BTD)
 
-    def _write_packed(self, x_BTD: Array, segment: Step, memory: State, notes: Notes) -> State:
+    def write(self, h_BTD: Array, attended: Attended, memory: State, valid_BT: Array, notes: Notes | None = None) -> State:
+        """The memory after a segment.
+
+        Args:
+          h_BTD: the block's output, where it is what is written.
+          attended: self-attention of the segment.
+          memory: before the segment.
+          valid_BT: tokens that count.
+          notes: diagnostics are added here.
+        """
+        if self.memory.written_by_block:
+            rows_BND = self.memory.rows(memory)
+            assert rows_BND is not None
+            found_BND = self.attention.from_behind(self.attention_norm(rows_BND), attended.k, attended.v, valid_BT)
+            return self.memory.write(self.feed_forward(rows_BND + found_BND), memory, valid_BT, notes)
+        return self.memory.write(h_BTD if self.join.source == "block" else attended.y, memory, valid_BT, notes)
+
+    @property
+    def mlp_inside(self) -> bool:
+        """Whether the MLP must run segment by segment, because its output is written."""
+        return self.join.source == "block" and not self.memory.written_by_block
+
+    def _write_packed(self, h_BTD: Array, segment: Step, memory: State, notes: Notes) -> State:
         """The memory after a segment; of several documents only the last one is written, into a fresh memory."""
         axes, valid_BT, before = self._memory_axes(), segment.valid, memory
         if segment.document is not None:
             last_B1 = jnp.where(valid_BT, segment.document, 0).max(axis=1, keepdims=True)
             valid_BT = valid_BT & (segment.document == last_B1)
             before = reset_rows(memory, last_B1[:, 0] > 0, axes)
-        after = self.memory.write(x_BTD, before, valid_BT, notes)
+        after = self.write(h_BTD, segment.attended, before, valid_BT, notes)
         return select_rows(any_valid(segment.valid), after, memory, axes)
 
     def open(
@@ -215,7 +236,8 @@ class ResidualBlock(Block):
         span_BT, layer = super().open(span_BT, state, start)
         threaded = self.join.topology == "threaded"
         memory = start if threaded else state.memory
-        shape = (span_BT.shape[0], self.spec.segment_tokens, self.spec.decoder.width)
+        kept = 0 if self.memory.written_by_block else self.spec.segment_tokens
+        shape = (span_BT.shape[0], kept, self.spec.decoder.width)
         buffer_BTD = jnp.zeros(shape, jnp.dtype(self.spec.precision.compute))
         opened = OpenMemory(None if threaded else memory, self.prepare(memory), buffer_BTD)
         return span_BT, layer._replace(memory=opened)
@@ -224,22 +246,26 @@ class ResidualBlock(Block):
         self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
     ) -> tuple[Float[Array, "B S D"], OpenLayer]:
         """Reads the memory as it stood at the segment's start and keeps what is to be written."""
-        attended_BSD, q_BSHK, attention = self.attention.extend(
+        attended, attention = self.attention.extend(
             self.attention_norm(x_BSD), place.position, place.slot, state.attention
         )
         assert state.memory is not None
-        recalled_BSD = self.recall(attended_BSD, q_BSHK, state.memory.state, state.memory.prepared)
-        h_BSD = self.feed_forward(x_BSD + attended_BSD + recalled_BSD)
-        written_BSD = h_BSD if self.join.source == "block" else attended_BSD
+        recalled_BSD = self.recall(attended, state.memory.state, state.memory.prepared)
+        h_BSD = self.feed_forward(x_BSD + attended.y + recalled_BSD)
+        if self.memory.written_by_block:  # the keys and values that attention keeps are all that the write needs
+            return h_BSD, OpenLayer(attention, state.memory)
+        written_BSD = h_BSD if self.join.source == "block" else attended.y
         return h_BSD, OpenLayer(attention, self.memory.store(written_BSD, place.buffer, state.memory))
 
     def close(self, thread: State, state: OpenLayer, _: Any) -> tuple[State, LayerState]:
         """Writes the full segment."""
         assert state.memory is not None
-        window = self.attention.close(state.attention)
-        if self.join.topology == "threaded":
-            return self.memory.close(state.memory._replace(state=thread)), LayerState(window, None)
-        return thread, LayerState(window, self.memory.close(state.memory))
+        window, threaded = self.attention.close(state.attention), self.join.topology == "threaded"
+        memory, kept_BTD = thread if threaded else state.memory.state, state.memory.buffer
+        # Either entry is used, the one that `extend` kept.
+        attended = Attended(kept_BTD, kept_BTD, state.attention.k, state.attention.v)
+        memory = self.write(kept_BTD, attended, memory, jnp.ones(state.attention.k.shape[:2], bool))
+        return (memory, LayerState(window, None)) if threaded else (thread, LayerState(window, memory))
 
 
 class ThreadCarrier(Carrier):

@@ -1,7 +1,6 @@
 """Ways in which a segment becomes new slots of the gated bank."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,6 +24,8 @@ Reading = tuple[Array, Array]
 @dataclasses.dataclass(frozen=True)
 class WriteConfig(Family):
     """Base of all write forms; `model.memory.write` of a run."""
+
+    by_block: ClassVar[bool] = False  # the join sends the slots through its own block, instead of giving tokens
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> nn.Module:
         """The module `(x_BTD, slots_BND, valid_BT, reading, notes) -> new slots [B N D]`."""
@@ -55,7 +56,29 @@ class SlotsWrite(WriteConfig):
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "SlotsWriter":
         """The module."""
+        if self.positions and (width // bank.num_heads) % 2:
+            raise ValueError(
+                f"memory.write.positions needs an even head width, got {width // bank.num_heads}; change memory.num_heads"
+            )
         return SlotsWriter(self, bank.num_slots, bank.num_heads, width, precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockWrite(WriteConfig):
+    """Slots go through the decoder block like tokens behind the segment, and gates decide how much of them stays."""
+
+    kind: ClassVar[str] = "block"
+    by_block: ClassVar[bool] = True
+    gated: bool = True
+    """Input and forget gates; without them the candidate replaces the slot."""
+    forget_bias: float = 1.0
+    """Initial logit of the forget gate."""
+    input_bias: float = 0.0
+    """Initial logit of the input gate."""
+
+    def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "BlockWriter":
+        """The module."""
+        return BlockWriter(self, width, precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,27 +186,51 @@ class SlotsWriter(nn.Module):
 
     def _attend(self, x_BTD: Array, slots_BND: Array, valid_BT: Array) -> Float[Array, "B N D"]:
         """Multi-head attention of the slots over valid tokens, and over each other if configured."""
-        c, T, K = self.config, x_BTD.shape[1], self.width // self.num_heads
-        rows_BND = self.norm_slots(slots_BND)
+        c, T, N = self.config, x_BTD.shape[1], self.num_slots
+        rows_BND, keys_BSD, seen_BS = self.norm_slots(slots_BND), self.norm_tokens(x_BTD), valid_BT
         asking_BND = rows_BND + self.code_ND[None].astype(rows_BND.dtype) if c.codes else rows_BND
-        tokens_BTD = self.norm_tokens(x_BTD)
-        project = "bnd,dhk->bnhk"
-        q_BNHK, k_BTHK, v_BSHK = self.q(project, asking_BND), self.k(project, tokens_BTD), self.v(project, tokens_BTD)
-        q_at_end_BNHK = q_BNHK
-        if c.positions:
-            frequencies = rope_frequencies(K - K % 2, 10_000.0, None)
-            k_BTHK = rotate(k_BTHK, jnp.arange(T), frequencies)
-            q_at_end_BNHK = rotate(q_BNHK, jnp.full(q_BNHK.shape[1], T), frequencies)
-        wide = safe(x_BTD.dtype)
-        score_BHNS = jnp.einsum("bnhk,bthk->bhnt", q_at_end_BNHK, k_BTHK, preferred_element_type=wide)
-        score_BHNS = jnp.where(valid_BT[:, None, None, :], score_BHNS, jnp.finfo(wide).min)
         if c.attend_slots:
-            k_BNHK = self.k(project, rows_BND)
-            among_BHNN = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK, k_BNHK, preferred_element_type=wide)
-            score_BHNS = jnp.concatenate([among_BHNN, score_BHNS], axis=-1)
-            v_BSHK = jnp.concatenate([self.v(project, rows_BND), v_BSHK], axis=1)
-        weights_BHNS = jax.nn.softmax(score_BHNS / math.sqrt(K), axis=-1).astype(v_BSHK.dtype)
-        return self.o("bnhk,hkd->bnd", jnp.einsum("bhns,bshk->bnhk", weights_BHNS, v_BSHK))
+            keys_BSD = jnp.concatenate([keys_BSD, rows_BND], axis=1)
+            seen_BS = jnp.concatenate([valid_BT, jnp.ones(slots_BND.shape[:2], bool)], axis=1)
+        project = "bnd,dhk->bnhk"
+        q_BNHK, k_BSHK, v_BSHK = self.q(project, asking_BND), self.k(project, keys_BSD), self.v(project, keys_BSD)
+        if c.positions:
+            # Slots stand right behind the segment, all at one place, so that among them positions cancel.
+            frequencies = rope_frequencies(self.width // self.num_heads, 10_000.0, None)
+            k_BSHK = rotate(k_BSHK, jnp.minimum(jnp.arange(k_BSHK.shape[1]), T), frequencies)
+            q_BNHK = rotate(q_BNHK, jnp.full(N, T), frequencies)
+        y_BNHK = jax.nn.dot_product_attention(q_BNHK, k_BSHK, v_BSHK, mask=seen_BS[:, None, None, :])
+        return self.o("bnhk,hkd->bnd", y_BNHK)
+
+
+class BlockWriter(nn.Module):
+    """See `BlockWrite`."""
+
+    config: BlockWrite
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        self.norm = RMSNorm(self.precision)
+        if self.config.gated:
+            self.gate_input = Gate(self.width, self.precision, self.config.input_bias)
+            self.gate_forget = Gate(self.width, self.precision, self.config.forget_bias)
+
+    def __call__(
+        self,
+        x_BND: Float[Array, "B N D"],
+        slots_BND: Float[Array, "B N D"],
+        valid_BT: Bool[Array, "B T"],
+        reading: Callable[[], Reading],
+        notes: Notes | None,
+    ) -> Float[Array, "B N D"]:
+        """U = norm(block(M)), then the gated update (`gated_update`) with both gates made from U."""
+        candidate_BND = self.norm(x_BND)
+        if not self.config.gated:
+            return candidate_BND
+        return gated_update(
+            slots_BND, candidate_BND, self.gate_input(candidate_BND), self.gate_forget(candidate_BND), notes
+        )
 
 
 class PaperWriter(nn.Module):

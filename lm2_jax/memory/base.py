@@ -43,6 +43,11 @@ class Memory(nn.Module):
         """How many rows a query of the join's own may see; None: all."""
         return None
 
+    @property
+    def written_by_block(self) -> bool:
+        """Whether `write` takes the memory's own rows, after they went through the block, instead of tokens."""
+        return False
+
     def init_state(self, batch: int) -> State:
         """A state of `batch` fresh rows; needs no parameters."""
         raise NotImplementedError

@@ -131,6 +131,11 @@ class GatedBank(Memory):
         """As configured."""
         return self.config.top_k
 
+    @property
+    def written_by_block(self) -> bool:
+        """As the write form says."""
+        return self.config.write.by_block
+
     def init_state(self, batch: int) -> BankState:
         """Fresh rows."""
         shape = (batch, self.config.num_slots, self.width)

@@ -12,14 +12,16 @@ from etils import epath
 
 from lm2_jax import babilong
 from lm2_jax.babilong import Sample
+from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import Tokenizer
+from lm2_jax.data.protocol import build_babilong_set
 from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.generate import greedy
 from lm2_jax.evaluation.suite import Suite
 
-DEFAULT_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
+DEFAULT_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")  # of a run that was not trained on tasks
 DEFAULT_LENGTHS = ("0k", "1k", "2k", "4k")
 
 
@@ -69,6 +71,7 @@ def evaluate(
     sets: Iterable[QuestionSet],
     batch_rows: int = 32,
     max_new_tokens: int = 20,
+    data: str = "given by the caller",
     on_result: Callable[[SetResult], None] = lambda result: None,
 ) -> Evaluation:
     """Asks a run all questions of all sets.
@@ -78,6 +81,7 @@ def evaluate(
       sets: read one at a time, so a generator keeps only one in memory.
       batch_rows: most prompts read side by side.
       max_new_tokens: most tokens of an answer.
+      data: where the sets come from, for the report.
       on_result: called after each set.
     Returns:
       Accuracy by task and length, and every answer.
@@ -105,6 +109,7 @@ def evaluate(
         "step": int(run.step),
         "segment_tokens": run.config.model.segment_tokens,
         "max_new_tokens": max_new_tokens,
+        "data": data,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "results": [result._asdict() for result in results],
     }
@@ -149,6 +154,41 @@ def published_sets(
     return (QuestionSet(task, length, babilong.read_samples(path)[:samples]) for (task, length), path in files.items())
 
 
+def built_sets(
+    tokenizer: Tokenizer,
+    tasks: tuple[str, ...],
+    lengths: tuple[str, ...] = DEFAULT_LENGTHS,
+    samples: int = 100,
+    *,
+    babi_dir: str | None = None,
+    books_dir: str | None = None,
+    seed: int = 0,
+) -> Iterator[QuestionSet]:
+    """Sets made here, from text that training never reads; names are checked before the first is made.
+
+    Args:
+      tokenizer: counts the tokens of the contexts.
+      tasks: `qa1` to `qa20`; without `babi_dir` to `qa5`.
+      lengths: see `lm2_jax.babilong.length_tokens`.
+      samples: questions of each set; the same ones at every length.
+      babi_dir: bAbI's files, of which the test questions are asked; None: the simulator.
+      books_dir: books for the background; None: generated prose.
+      seed: another seed gives other sets.
+    """
+    for task in tasks:
+        babilong.labels(task)
+    wanted = [(task, length, babilong.length_tokens(length)) for length in lengths for task in tasks]
+    for name, folder in {"babi_dir": babi_dir, "books_dir": books_dir}.items():
+        if folder is not None and not epath.Path(folder).is_dir():
+            raise UserError(f"{name}={folder!r}: no such folder")
+
+    def build(task: str, tokens: int) -> list[Sample]:
+        rows = build_babilong_set(task, tokens, samples, tokenizer, babi_dir=babi_dir, books_dir=books_dir, seed=seed)
+        return [Sample(**row) for row in rows]
+
+    return (QuestionSet(task, length, build(task, tokens)) for task, length, tokens in wanted)
+
+
 def write_report(evaluation: Evaluation, out: epath.PathLike) -> list[epath.Path]:
     """Writes babilong.json, babilong.md, babilong.png and answers.jsonl below `out`, all or none.
 
@@ -164,7 +204,8 @@ def write_report(evaluation: Evaluation, out: epath.PathLike) -> list[epath.Path
     asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"{asked} questions a cell; greedy; segments of {document['segment_tokens']} tokens"
     text = (
-        f"# BABILong: {who}\n\nAccuracy in per cent, official verdict / strict verdict; {note}.\n\n"
+        f"# BABILong: {who}\n\nAccuracy in per cent, official verdict / strict verdict; {note}.\n"
+        f"Data: {document['data']}.\n\n"
         f"{report.markdown_table(official, strict, 'task')}\nPrompt tokens by length (last task): {tokens}.\n"
     )
     picture = report.heat_map(official, strict, f"BABILong: {who}", f"accuracy in per cent; {note}", ("task", "length"))
@@ -206,7 +247,7 @@ class Babilong(Suite):
     workdir: str
     """Workdir of the run, a folder or a bucket."""
     tasks: tuple[str, ...] = ()
-    """Tasks, qa1 to qa20; default: all in data-dir, or else qa1 to qa5."""
+    """Tasks, qa1 to qa20; default: all in data-dir, or else those of the run's training (qa1 to qa5)."""
     lengths: tuple[str, ...] = ()
     """Lengths such as 0k 4k 1M; default: all in data-dir, or else 0k 1k 2k 4k."""
     samples: int = 100
@@ -237,7 +278,26 @@ class Babilong(Suite):
         """The sets to ask; names and folders are checked at once, files read and sets built one by one."""
         if self.data_dir is not None:
             return published_sets(self.data_dir, self.tasks, self.lengths, self.samples)
-        raise NotImplementedError
+        source = run.config.data.source
+        trained = source.tasks if isinstance(source, BabilongSource) else DEFAULT_TASKS
+        return built_sets(
+            run.tokenizer,
+            self.tasks or trained,
+            self.lengths or DEFAULT_LENGTHS,
+            self.samples,
+            babi_dir=self.babi_dir,
+            books_dir=self.books_dir,
+            seed=self.seed,
+        )
+
+    @property
+    def data(self) -> str:
+        """Where the sets come from, in words."""
+        if self.data_dir is not None:
+            return f"files of {self.data_dir}"
+        facts = "simulator" if self.babi_dir is None else f"test questions of {self.babi_dir}"
+        background = "generated prose" if self.books_dir is None else f"books of {self.books_dir}"
+        return f"built: {facts}, {background}, seed {self.seed}"
 
     def main(self) -> None:
         """Evaluates the run of the workdir and writes the report."""
@@ -256,7 +316,7 @@ class Babilong(Suite):
                 f"{result.samples} questions of {result.mean_tokens:.0f} tokens, {result.seconds:.1f} s"
             )
 
-        evaluation = evaluate(run, sets, self.batch_rows, self.max_new_tokens, on_result=show)
+        evaluation = evaluate(run, sets, self.batch_rows, self.max_new_tokens, self.data, show)
         print_tables(evaluation, console)
         for path in write_report(evaluation, out):
             console.print(f"wrote {path}", soft_wrap=True)

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import pathlib
+import runpy
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +15,8 @@ import pytest
 
 import lm2_jax
 from lm2_jax.babilong import Sample
+from lm2_jax.data.babilong_source import BabilongSource
+from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import SUITES
@@ -73,6 +77,54 @@ def test_prompt(run):
     assert tokens[-1] == run.tokenizer.answer_id
     assert run.tokenizer.decode(tokens) == " Mary went to the office. John left. Where is Mary?"
     assert run.tokenizer.decode(prompt_tokens(run.tokenizer, Sample("", "Where?", "x"))) == " Where?"
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_built_sets(run, tmp_path, request, real):
+    """Contexts have the length that was asked for, and prompts are what training rows begin with."""
+    folders = {}
+    if real:
+        data = request.getfixturevalue("data_dir")
+        folders = {"babi_dir": str(data / "babi" / "en-10k"), "books_dir": str(data / "books")}
+    tasks = ("qa1", "qa8") if real else ("qa1", "qa2")
+    command = Babilong(workdir=str(tmp_path), tasks=tasks, lengths=("0k", "1k"), samples=3, **folders)
+    sets = list(command.sets(run))
+    assert [(made.task, made.length, len(made.samples)) for made in sets] == [
+        (tasks[0], "0k", 3),
+        (tasks[1], "0k", 3),
+        (tasks[0], "1k", 3),
+        (tasks[1], "1k", 3),
+    ]
+    encode = Encoder(run.tokenizer)
+    for short, long in zip(sets[:2], sets[2:], strict=True):
+        assert [sample.target for sample in short.samples] == [sample.target for sample in long.samples]
+        for sample in long.samples:
+            tokens = prompt_tokens(run.tokenizer, sample)
+            question = encode.question(sample.question)
+            assert tokens[-len(question) :] == question
+            assert 990 <= len(tokens) - len(question) <= 1000  # a cut sentence may end in a blank
+    assert ("simulator" in command.data) != real
+
+
+def test_defaults_of_built_sets(run, tmp_path):
+    """The tasks that the run was trained on."""
+    names = [(made.task, made.length) for made in Babilong(workdir=str(tmp_path), samples=1).sets(run)]
+    assert names == [("qa1", "0k"), ("qa1", "1k"), ("qa1", "2k"), ("qa1", "4k")]
+
+
+def test_prompt_is_a_training_row():
+    """The tokens of a sample are those that `question_last` trains on, under a tokenizer that merges."""
+    source = BabilongSource(tasks=("qa1", "qa4"), layout="question_last", plain_fraction=1.0)
+    text = " Mary went back to the office. John journeyed to the kitchen. Where is Mary? The garden is north of."
+    tokenizer = build_tokenizer(TokenizerConfig(), lambda: [text] * 3, 320)
+    assert len(tokenizer.encode(text)) < len(text) / 3
+    rows = source.build(tokenizer, 32, 0)
+    for number in range(5):
+        example = rows.example(0, number, 5, 6, held_out=True)
+        marker = int(np.argmax(example.answer))
+        told, asked = tokenizer.decode(example.tokens[:marker].tolist()).strip().rsplit(". ", 1)
+        sample = Sample(f"{told}.", asked, "")
+        assert prompt_tokens(tokenizer, sample) == example.tokens[: marker + 1].tolist()
 
 
 @pytest.fixture
@@ -186,6 +238,9 @@ def test_untrained_model(command, tmp_path):
         ({"lengths": ("64k",)}, "holds no '64k'"),
         ({"tasks": ("qa99",)}, "'qa99'"),
         ({"data_dir": "nowhere"}, "no such folder"),
+        ({"data_dir": None, "babi_dir": "nowhere"}, "babi_dir='nowhere': no such folder"),
+        ({"data_dir": None, "books_dir": "nowhere"}, "books_dir='nowhere': no such folder"),
+        ({"data_dir": None, "lengths": ("4K",)}, "'4K'"),
     ],
 )
 def test_a_mistake_writes_nothing(command, tmp_path, changes, message):
@@ -218,3 +273,29 @@ def test_bad_fields(fields, message):
 
 def test_registered():
     assert SUITES["babilong"] is Babilong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["babilong", "--workdir", "nowhere"], 2, "error: nowhere: no run there"),
+        (["babilong"], 2, "--workdir"),
+        (["babilong", "--workdir", "w", "--samples", "many"], 2, "samples"),
+        (["babilong", "--workdir", "w", "--samples", "0"], 2, "samples must be at least 1, got 0"),
+        (["babilong", "--workdir", "w", "--lenghts", "1k"], 2, "--lengths"),
+        (["babilon"], 2, "babilong"),
+        ([], 2, "babilong"),
+    ],
+)
+def test_command_line(monkeypatch, capsys, tmp_path, arguments, status, message):
+    """A mistake ends `eval.py` with a status and a message, and leaves nothing behind."""
+    script = pathlib.Path(__file__).parents[2] / "eval.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    assert caught.value.code == status
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []

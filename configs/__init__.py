@@ -1,6 +1,6 @@
 """Presets: one experiment per file, collected here by name."""
 
-from configs import tiny
+from configs import quickstart, tiny
 from lm2_jax.config import RunConfig
 
-PRESETS: dict[str, RunConfig] = {**tiny.PRESETS}
+PRESETS: dict[str, RunConfig] = {**tiny.PRESETS, **quickstart.PRESETS}

@@ -60,6 +60,12 @@ class ModelConfig:
             )
 
     @property
+    def has_memory(self) -> bool:
+        """Whether anything but an attention window crosses a segment border."""
+        layers = self.join.memory_layers(self.decoder.num_layers)
+        return bool(layers) or self.join.carrier(self.block_spec, parent=None) is not None
+
+    @property
     def block_spec(self) -> BlockSpec:
         """What blocks are built from."""
         return BlockSpec(self.decoder, self.precision, self.segment_tokens, self.memory, self.join)
@@ -224,6 +230,18 @@ class RunConfig:
             self.data.rows % self.optim.accumulate == 0,
             f"data.rows={self.data.rows} is not a multiple of optim.accumulate={self.optim.accumulate}",
         )
+        _require(
+            self.data.source.continues or not self.data.carry_state,
+            f"data.carry_state needs a source whose rows go on from step to step; {self.data.source.kind!r} as configured "
+            "begins every row anew (token shards and text do go on with packing='ordered')",
+        )
+        # A memory is read before it is written: within one segment no loss depends on a write.
+        reach = min(max(self.data.segments), self.train.bptt_segments or max(self.data.segments))
+        _require(
+            reach > 1 or not self.model.has_memory,
+            "the memory's writes would get no gradient: it has to cross a segment border, so data.segments and "
+            "train.bptt_segments must both reach 2 at least",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -233,7 +251,9 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        plain[field.name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
+        plain[field.name] = value
     return plain
 
 

@@ -155,6 +155,28 @@ def heat_map(cells: Cells, second: Cells, title: str, note: str, axes: tuple[str
     return content.getvalue()
 
 
+def line_plot(curves: Mapping[str, tuple[Any, Any]], title: str, x_label: str, y_label: str) -> bytes:
+    """A PNG of named curves (x, y), y in per cent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    plot = figure.add_subplot()
+    for name, (x, y) in curves.items():
+        plot.plot(x, y, marker="o", markersize=4, label=name)
+    plot.set_ylim(0, 102)
+    plot.grid(alpha=0.3)
+    plot.spines[["top", "right"]].set_visible(False)
+    plot.set_xlabel(x_label)
+    plot.set_ylabel(y_label)
+    plot.set_title(title, fontsize=11)
+    plot.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=160)
+    return content.getvalue()
+
+
 def _square(plot: Any, paint: Any, x: int, y: int, value: float | None, second: float | None) -> None:
     """One cell of the heat map."""
     from matplotlib.patches import Rectangle

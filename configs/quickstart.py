@@ -1,0 +1,38 @@
+"""The quickstart: LM2 and its twin without memory learn where everybody went, on a CPU in minutes.
+
+    make quickstart
+
+Both read the same stories of qa1's world, a third of it background prose, with questions all along; segments hold 32
+tokens, four or five sentences. The twin answers from the segment at hand only.
+"""
+
+import dataclasses
+
+from configs.tiny import replace_model
+from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lm2_jax.data.babilong_source import BabilongSource
+from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.bank_writes import BlockWrite
+from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.none import NoMemory
+
+LM2 = RunConfig(
+    name="quickstart",
+    model=ModelConfig(
+        vocab_size=512,
+        segment_tokens=32,
+        decoder=DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=128),
+        memory=GatedBankConfig(num_slots=8, write=BlockWrite()),
+        join=ResidualJoin(),
+    ),
+    data=DataConfig(source=BabilongSource(noise_fraction=0.3, question_rate=0.7), rows=64, segments=(4,)),
+    loss=LossConfig(answer_weight=1.0, text_weight=0.1),
+    optim=OptimConfig(steps=600, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    train=TrainConfig(eval_every=200, eval_batches=2),
+    checkpoint=CheckpointConfig(every_steps=200),
+)
+NONE = dataclasses.replace(replace_model(LM2, memory=NoMemory(), join=PlainJoin()), name="quickstart_none")
+
+PRESETS = {run.name: run for run in (LM2, NONE)}

@@ -20,7 +20,8 @@ from lm2_jax.errors import UserError
 HELD_OUT_PART = 0.1  # of every book, at its end
 _WINDOW = 4096  # bytes read at once
 _PARAGRAPHS = 16_384  # of generated prose for training; as many again are held out
-_END = re.compile(r"[.!?]+[\"'”’)\]_]*(?=\s+[\"'“‘(\[_]*[A-Z0-9])|\n\s*\n")
+_LONGEST = 16_384  # characters of a sentence; beyond that a text has no full stops
+_END = re.compile(r"[.!?]+[\"'”’“)\]_]*(?=\s+[\"'“‘„(\[_]*(\w))|\n\s*\n")
 _LAST_WORD = re.compile(r"([\w.]+)\.$")
 _ABBREVIATIONS = frozenset(
     "mr mrs messrs mme ms dr st sr jr rev hon gen col capt lieut sergt prof esq vol vols no nos fig figs ch chap p pp "
@@ -66,6 +67,8 @@ def split_sentences(text: str) -> tuple[list[str], str]:
     """
     sentences, start = [], 0
     for match in _END.finditer(text):
+        if match[1] is not None and not (match[1].isupper() or match[1].isdigit()):
+            continue
         piece = text[start : match.end()]
         word = _LAST_WORD.search(piece)
         if word and (word[1].lower() in _ABBREVIATIONS or (len(word[1]) == 1 and word[1].isupper() and word[1] != "I")):
@@ -96,7 +99,6 @@ class Books:
         self._paths = [path for path in sorted(root.glob("*.txt")) if path.stat().st_size > 0]
         if not self._paths:
             raise UserError(f"books_dir: expected .txt books in {folder!r}, found none; change books_dir")
-        self._open = functools.cache(_map_file)
 
     def sentences(self, draws: Draws, held_out: bool) -> Iterator[str]:
         fruitless = 0
@@ -106,16 +108,16 @@ class Books:
                 found = True
                 yield sentence
             fruitless = 0 if found else fruitless + 1
-            if fruitless == 1000:
+            if fruitless == 100:
                 raise UserError(
-                    f"books_dir: 1000 places in the books of {self._folder!r} held no complete sentence; "
+                    f"books_dir: 100 places in the books of {self._folder!r} held no complete sentence; "
                     "expected running text with full stops, some thousand characters a book",
                     status=1,
                 )
 
     def _run(self, draws: Draws, held_out: bool) -> Iterator[str]:
         """The sentences from a random place to the end of that book's part."""
-        content = self._open(draws.choice(self._paths))
+        content = _map_file(draws.choice(self._paths))
         border = int(len(content) * (1 - HELD_OUT_PART))
         low, high = (border, len(content)) if held_out else (0, border)
         at = low + draws.below(max(1, high - low))
@@ -128,8 +130,11 @@ class Books:
             if first and complete:
                 complete, first = complete[1:], False
             yield from complete
+            if len(rest) > _LONGEST:
+                rest, first = "", True
 
 
+@functools.lru_cache(maxsize=256)  # a mapped file keeps a descriptor open; there may be thousands of books
 def _map_file(path: pathlib.Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

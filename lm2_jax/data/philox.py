@@ -17,11 +17,11 @@ class Draws:
     Philox gives uniform numbers in blocks, so that one draw costs a list access and no call into numpy.
 
     Args:
-      key: non-negative integers, such as (seed, stream, index).
+      key: integers, such as (seed, stream, index).
     """
 
     def __init__(self, *key: int):
-        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([k % 2**64 for k in key])))
         self._block: list[float] = []
 
     def uniform(self) -> float:

@@ -36,7 +36,7 @@ THINGS = (
 )  # fmt: skip
 LOOKS = (
     "rusty", "golden", "broken", "wooden", "silver", "curious", "crooked", "painted", "heavy", "borrowed",
-    "secret", "beautiful", "dusty", "blue", "crimson", "striped", "magical", "worthless", "precious", "second-hand",
+    "secret", "beautiful", "dusty", "emerald", "crimson", "striped", "magical", "worthless", "precious", "second-hand",
 )  # fmt: skip
 SKIES = (
     "rain", "fog", "snow", "thunder", "moonlight", "wind", "frost", "sunshine", "drizzle", "starlight",
@@ -72,7 +72,7 @@ OPENINGS = (
 )
 MIDDLES = (
     "The {hero} {adverb} {deed} the {look} {thing} while the {sky} covered the {scene}.",
-    'Said the {hero} {adverb}: "{saying}, and a {thing} is only a {thing}."',
+    'Said the {hero} {adverb}: "{saying}, and {a_thing} is only {a_thing}."',
     '"{saying}," said the {other}, and {adverb} {deed} the {thing} again.',
     "Nobody in {town} believed it, but the {other} had {adverb} {deed} every {thing} in the {scene}.",
     "There was {sky} over the {scene}, and somewhere {a_trait} {other} played on {a_look} {thing}.",
@@ -105,6 +105,7 @@ def paragraph(number: int) -> tuple[str, ...]:
         "town": draws.choice(TOWNS),
         "scene": draws.choice(SCENES),
     }
+    fixed["a_thing"] = _article(fixed["thing"])
     fixed["other"] = draws.choice([hero for hero in HEROES if hero != fixed["hero"]])
     forms = (draws.choice(OPENINGS), *draws.subset(MIDDLES, SENTENCES - 2), draws.choice(ENDINGS))
     sentences = []

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lm2_jax
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lm2_jax", "sharding", "configs")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
@@ -112,7 +114,8 @@ def test_requirements_have_lower_bounds_only():
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    return [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines = [line.split(" #")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
 
 
 def test_commands_of_the_readme_exist():
@@ -125,6 +128,9 @@ def test_commands_of_the_readme_exist():
         for script in re.findall(r"python(?:3)? ([\w/]+\.py)", command):
             if not (ROOT / script).is_file():
                 offenders.append(f"{command}: there is no {script}")
+        for preset in re.findall(r"python(?:3)? train\.py ([a-z]\w*)", command):
+            if preset not in lm2_jax.PRESETS:
+                offenders.append(f"{command}: there is no preset {preset}")
         for module in re.findall(r"python(?:3)? -m ((?:lm2_jax|sharding|configs|benchmarks)[\w.]*)", command):
             if importlib.util.find_spec(module) is None:
                 offenders.append(f"{command}: there is no {module}")

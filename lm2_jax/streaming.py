@@ -92,7 +92,13 @@ def _pieces(model: LanguageModel, tokens_BS: Any, valid_BS: Any) -> list[_Piece]
 
 
 def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, shape: tuple[int, ...]) -> StreamState:
-    return state if isinstance(state, StreamState) else _open(model, params, state, shape[0])
+    """The open segment to go on from; a copy, because each step takes over the arrays of the one before."""
+    return _copied(state) if isinstance(state, StreamState) else _open(model, params, state, shape[0])
+
+
+@jax.jit
+def _copied(carry: StreamState) -> StreamState:
+    return jax.tree.map(jnp.copy, carry)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

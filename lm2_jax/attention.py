@@ -1,6 +1,7 @@
 """Causal attention within a segment, with an optional window into the one before."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -56,6 +57,28 @@ class OpenAttention(NamedTuple):
     k: Float[Array, "B T G K"]
     v: Float[Array, "B T G K"]
     window: Window | None
+
+
+def attend(
+    q: Float[Array, "R T H K"],
+    k: Float[Array, "R S G K"],
+    v: Float[Array, "R S G K"],
+    mask: Bool[Array, "R 1 #T S"],
+    causal: bool = False,
+) -> Float[Array, "R T H K"]:
+    """Grouped-query softmax attention.
+
+    `jax.nn.dot_product_attention`, except in float64: there it would compute the softmax in float32.
+    """
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    R, T, H, K = q.shape
+    S, G = k.shape[1:3]
+    if causal:
+        mask = mask & jnp.tril(jnp.ones((T, S), bool))[None, None]
+    score = jnp.einsum("rtgnk,rsgk->rgnts", q.reshape(R, T, G, H // G, K), k) / math.sqrt(K)
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], score, jnp.finfo(q.dtype).min), axis=-1)
+    return jnp.einsum("rgnts,rsgk->rtgnk", weights, v).reshape(q.shape)
 
 
 class Attention(nn.Module):
@@ -129,7 +152,7 @@ class Attention(nn.Module):
             mask = valid[:, None, None, :]
             if document is not None:
                 mask = mask & (document[:, None, :, None] == document[:, None, None, :])
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+            y = attend(q, k, v, mask, causal=True)
         else:
             W = self.window_keys
             past = fold(rotate(before.k, jnp.arange(-W, 0), self.frequencies))
@@ -140,7 +163,7 @@ class Attention(nn.Module):
                 # What came before the segment belongs to its first document.
                 keys = jnp.concatenate([jnp.zeros((B * J, W), document.dtype), document], axis=1)
                 mask = mask & (document[:, None, :, None] == keys[:, None, None, :])
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+            y = attend(q, k, v, mask)
         return Attended(self.o(y.reshape(q_BJTHK.shape)), q_BJTHK, rotated_BJTGK, v_BJTGK), window
 
     def from_behind(
@@ -165,7 +188,7 @@ class Attention(nn.Module):
         v = jnp.concatenate([v_BTGK, v_BNGK], axis=1)
         mask = jnp.concatenate([valid_BT, jnp.ones((valid_BT.shape[0], N), bool)], axis=1)[:, None, None, :]
         q_BNHK = rotate(self.q(x_BND), behind, self.frequencies)
-        return self.o(jax.nn.dot_product_attention(q_BNHK, k, v, mask=mask))
+        return self.o(attend(q_BNHK, k, v, mask))
 
     def _window_mask(self, position_BT: Int[Array, "B T"], seen_BS: Bool[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
         """Keys stand at -W .. T-1; a query sees itself and the W keys before it."""
@@ -236,7 +259,7 @@ class Attention(nn.Module):
         else:
             mask = (jnp.arange(k.shape[1])[None, None, :] <= position_BS[:, :, None])[:, None]
         q = rotate(q_BSHK, position_BS, self.frequencies)
-        y_BSHK = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        y_BSHK = attend(q, k, v, mask)
         return Attended(self.o(y_BSHK), q_BSHK, k_BSGK, v_BSGK), state
 
     def close(self, state: OpenAttention) -> Window | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.attention import attend
 from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, rope_frequencies, rotate
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.precision import Precision, safe
@@ -199,7 +200,7 @@ class SlotsWriter(nn.Module):
             frequencies = rope_frequencies(self.width // self.num_heads, 10_000.0, None)
             k_BSHK = rotate(k_BSHK, jnp.minimum(jnp.arange(k_BSHK.shape[1]), T), frequencies)
             q_BNHK = rotate(q_BNHK, jnp.full(N, T), frequencies)
-        y_BNHK = jax.nn.dot_product_attention(q_BNHK, k_BSHK, v_BSHK, mask=seen_BS[:, None, None, :])
+        y_BNHK = attend(q_BNHK, k_BSHK, v_BSHK, seen_BS[:, None, None, :])
         return self.o("bnhk,hkd->bnd", y_BNHK)
 
 

@@ -45,21 +45,27 @@ def simulated(tasks: Sequence[str]) -> Steps:
     """
     persons = sorted({person for task in tasks for person in PERSONS_OF[task]})
     actions = sorted({action for task in tasks for action in ACTIONS.get(task, ())})
+    actions += ["give"] * 3 * actions.count("give") + ["take"] * actions.count("take")
     things = OBJECTS if len(actions) > 1 else ()
     relating = 1.0 if not persons else _RELATING if "qa4" in tasks else 0.0
 
     def steps(draws: Draws, held_out: bool) -> Iterator[Step]:
         del held_out  # the draws differ, and so do the worlds
-        world = World(draws, persons, things, actions)
+        # Persons and things begin close together, and two persons at most: so something happens in short rows too.
+        world = World(draws, persons, things, actions, draws.subset(PLACES, 2))
+        crowd = min(2, len(persons)) if things else len(persons)
         while True:
-            active = draws.subset(persons, 1 + draws.below(len(persons))) if persons else []
+            active = draws.subset(persons, 1 + draws.below(crowd)) if persons else []
+            crowd = len(persons)
             places = draws.subset(PLACES, 2 + draws.below(len(PLACES) - 1))
+            # Where things change hands, few places are open at a time: else two would rarely meet.
+            meeting = places[: 2 + draws.below(2)] if "give" in actions else PLACES
             for _ in range(int(_LONGEST_PHASE ** draws.uniform())):
                 if draws.chance(relating):
                     room, other = draws.subset(places, 2)
                     event = Event("relation", (room, draws.choice(DIRECTIONS), other))
                 else:
-                    event = world.act(active)
+                    event = world.act(active, meeting)
                 yield Step(word(event, _TAKE_THERE, draws), event)
 
     return steps

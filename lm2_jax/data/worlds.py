@@ -54,17 +54,27 @@ class World:
       persons: who acts.
       things: what can be carried.
       actions: what can be done; what is named more often is done more often.
+      starts: where persons and things may be in the beginning.
     """
 
-    def __init__(self, draws: Draws, persons: Sequence[str], things: Sequence[str], actions: Sequence[str]):
+    def __init__(
+        self,
+        draws: Draws,
+        persons: Sequence[str],
+        things: Sequence[str],
+        actions: Sequence[str],
+        starts: Sequence[str] = PLACES,
+    ):
         self._draws, self._persons, self._actions = draws, persons, actions
-        self.place = {person: draws.choice(PLACES) for person in persons}
-        self.lying = {thing: draws.choice(PLACES) for thing in things}  # where things are that nobody holds
+        self.place = {person: draws.choice(starts) for person in persons}
+        self.lying = {thing: draws.choice(starts) for thing in things}  # where things are that nobody holds
         self.holder: dict[str, str] = {}
+        self._open: Sequence[str] = PLACES  # where one can go
         self._try = {"move": self._move, "take": self._take, "drop": self._drop, "give": self._give}
 
-    def act(self, active: Sequence[str]) -> Event:
-        """One of the active persons does something that is possible."""
+    def act(self, active: Sequence[str], places: Sequence[str] = PLACES) -> Event:
+        """One of the active persons does something that is possible; who moves goes to one of at least two places."""
+        self._open = places
         while True:
             event = self._try[self._draws.choice(self._actions)](self._draws.choice(active))
             if event is not None:
@@ -74,7 +84,7 @@ class World:
         return [thing for thing, holder in self.holder.items() if holder == person]
 
     def _move(self, person: str) -> Event | None:
-        place = self._draws.choice(PLACES)
+        place = self._draws.choice(self._open)
         if place == self.place[person]:
             return None
         self.place[person] = place

@@ -211,7 +211,8 @@ class ResidualBlock(Block):
             rows_BND = self.memory.rows(memory)
             assert rows_BND is not None
             found_BND = self.attention.from_behind(self.attention_norm(rows_BND), attended.k, attended.v, valid_BT)
-            return self.memory.write(self.feed_forward(rows_BND + found_BND), memory, valid_BT, notes)
+            rows_BN = jnp.ones(rows_BND.shape[:2], bool)
+            return self.memory.write(self.feed_forward(rows_BND + found_BND), memory, rows_BN, notes)
         return self.memory.write(h_BTD if self.join.source == "block" else attended.y, memory, valid_BT, notes)
 
     @property

@@ -45,7 +45,23 @@ class Einsum(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(std), self.axes)
         w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
         dtype = jnp.dtype(self.precision.compute)
-        return jnp.einsum(equation, x.astype(dtype), w.astype(dtype))
+        return _flat_einsum(equation, x.astype(dtype), w.astype(dtype), self.in_dims)
+
+
+def _flat_einsum(equation: str, x: Array, w: Array, in_dims: int) -> Array:
+    """`einsum(equation, x, w)` with the leading dimensions of `x` as one.
+
+    The kernel's gradient then sums over one dimension; over three, XLA's CPU backend took 1.8 times as long for the
+    forward and backward pass of an MLP (64 x 4 x 32 tokens, width 64).
+    """
+    inputs, output = equation.split("->")
+    x_names, w_names = inputs.split(",")
+    lead, summed = x_names[:-in_dims], x_names[-in_dims:]
+    if w_names[:in_dims] != summed or output != lead + w_names[in_dims:]:
+        raise ValueError(f"expected an equation like {lead}{summed},{summed}..->{lead}.., got {equation}")
+    flat = x.reshape(-1, *x.shape[-in_dims:])
+    y = jnp.einsum(f"z{summed},{w_names}->z{output[len(lead) :]}", flat, w)
+    return y.reshape(*x.shape[:-in_dims], *y.shape[1:])
 
 
 class Vector(nn.Module):

@@ -1,0 +1,68 @@
+"""The probe that LM2's default form is chosen by: dense questions about who is where, four segments of 32 tokens.
+
+    python -m benchmarks.memory_forms                 # all arms with one seed, then the finalists with three
+    python train.py probe_rmt --workdir runs/probe/rmt_0
+
+Two blocks of width 64, 8 slots or memory tokens; the SwiGLU's width makes parameters equal within 3% (tested). The
+yardstick is RMT; the twin without memory shows what a segment alone gives away.
+"""
+
+import dataclasses
+
+from configs.tiny import replace_model
+from lm2_jax.blocks.base import JoinConfig
+from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.blocks.tokens import TokensJoin
+from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lm2_jax.data.babilong_source import BabilongSource
+from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite, WriteConfig
+from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.none import NoMemory
+from lm2_jax.memory.tokens import TokensConfig
+
+SLOTS = 8
+DECODER = DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=264)
+BASE = RunConfig(
+    name="probe_none",
+    model=ModelConfig(decoder=DECODER, memory=NoMemory(), join=PlainJoin(), remat="full"),
+    data=DataConfig(
+        source=BabilongSource(noise_fraction=0.2, question_rate=1.0, closing=False), rows=64, segments=(4,)
+    ),
+    optim=OptimConfig(steps=1500, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    train=TrainConfig(eval_every=100, eval_batches=8),
+    checkpoint=CheckpointConfig(every_steps=250, keep=1),
+)
+
+
+def arm(name: str, mlp_width: int, memory: MemoryConfig, join: JoinConfig) -> RunConfig:
+    """The probe with another memory."""
+    decoder = dataclasses.replace(DECODER, mlp_width=mlp_width)
+    return dataclasses.replace(replace_model(BASE, decoder=decoder, memory=memory, join=join), name=f"probe_{name}")
+
+
+def bank(write: WriteConfig, **changes: object) -> GatedBankConfig:
+    """A bank of 8 slots."""
+    return dataclasses.replace(GatedBankConfig(num_slots=SLOTS, write=write), **changes)
+
+
+ARMS = (
+    BASE,
+    arm("rmt", 264, TokensConfig(num_tokens=SLOTS), TokensJoin()),
+    arm("block", 200, bank(BlockWrite()), ResidualJoin()),
+    arm("block_threaded", 200, bank(BlockWrite()), ResidualJoin(topology="threaded")),
+    arm("block_ungated", 240, bank(BlockWrite(gated=False)), ResidualJoin()),
+    arm("slots", 16, bank(SlotsWrite()), ResidualJoin()),
+    arm("slots_no_positions", 16, bank(SlotsWrite(positions=False)), ResidualJoin()),
+    arm("slots_ungated", 56, bank(SlotsWrite(gated=False)), ResidualJoin()),
+    arm("slots_own_read", 16, bank(SlotsWrite(candidate="linear")), ResidualJoin(read="own", source="attention")),
+    arm(
+        "paper",
+        136,
+        bank(PaperWrite(), norm_slots=False),
+        ResidualJoin(read="own", source="attention"),
+    ),
+)
+PRESETS = {run.name: run for run in ARMS}

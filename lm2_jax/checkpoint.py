@@ -46,7 +46,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Newest(self), cleanup_tmp_directories=True, save_root_metadata=False
+                preservation_policy=_Newest(self),
+                cleanup_tmp_directories=True,
+                save_root_metadata=False,
+                # Made in the background, a folder that the disk refuses would show only after a timeout of minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
@@ -208,6 +212,7 @@ def read_items(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTr
     Raises:
       ValueError: what is read is not what was written; or whatever Orbax raises over a damaged file.
     """
+    _hush_late_reads()
     args: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyright: ignore
     args["position"] = ocp.args.JsonRestore()
     items = manager.restore(step, args=ocp.args.Composite(**args))
@@ -295,6 +300,22 @@ def _brief(error: Exception) -> str:
     """First line of an exception, of a length that fits a message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+@functools.cache
+def _hush_late_reads() -> None:
+    """Keeps one kind of noise off the terminal.
+
+    When one file of a checkpoint is damaged, Orbax gives up at once and closes its event loop; the reads of the other
+    files end later, find it closed, and Python prints a traceback for each though nothing more is wrong.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _warn(message: str) -> None:

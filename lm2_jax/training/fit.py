@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import os
 import pathlib
 import signal
@@ -60,12 +61,14 @@ def fit(config: RunConfig, workdir: epath.PathLike, layout: Layout) -> Outcome:
         state, start, first_loss = begin(plan, layout, checkpoints)
         workdirs.claim(workdir, config, tokenizer)
         progress.say(describe(plan, layout, workdir, start))
-        throughput = Throughput(flops_per_token(config.model, plan.shapes.params), steps)
+        throughput = Throughput(
+            flops_per_token(config.model, plan.shapes.params), steps, state.step.sharding.device_set
+        )
         data = host_batches(plan, source, layout, start)
-        step, pending = start, None
+        step, pending, last = start, None, start == steps
         with MetricsLog(workdir, start) as log, StopSignals() as stop:
             watch = Watch(config, checkpoints, log, progress, throughput, first_loss)
-            while step < steps and stop.caught is None:
+            while not last:
                 with jax.transfer_guard("disallow"):
                     batch = layout.batch(next(data))
                     state, report = train_step(state, batch)
@@ -150,12 +153,14 @@ def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainSt
 def describe(plan: Plan, layout: Layout, workdir: epath.Path, start: int) -> str:
     """What is about to be trained, on what, and where it lies."""
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.shapes.params))
+    shardings = jax.tree.leaves(plan.shardings(layout))
     on_device = sum(
-        int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf, sharding in zip(jax.tree.leaves(plan.shapes), jax.tree.leaves(plan.shardings(layout)), strict=True)
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(plan.shapes), shardings, strict=True)
     )
+    devices = sorted(shardings[0].device_set, key=lambda device: device.id)
     verb = f"going on behind step {start}" if start else "starting"
     return (
         f"{plan.config.name}: {count:,} parameters, {on_device / 2**20:,.1f} MiB of train state on each of "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} devices; {verb} in {os.fspath(workdir)}"
+        f"{len(devices)} {devices[0].device_kind} devices; {verb} in {os.fspath(workdir)}"
     )

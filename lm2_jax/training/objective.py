@@ -39,7 +39,8 @@ def tally(
     distance_BS = jnp.asarray(batch.distance)
 
     def mean_over(mask_BS: Bool[Array, "B S"], value_BS: Array) -> Float[Array, "2"]:
-        return jnp.stack([jnp.sum(jnp.where(mask_BS, value_BS, 0), dtype=jnp.float32), _count(mask_BS)])
+        value_BS = jnp.where(mask_BS, value_BS.astype(jnp.float32), 0.0)
+        return jnp.stack([jnp.sum(value_BS), jnp.sum(mask_BS, dtype=jnp.float32)])
 
     sums = {
         "loss": jnp.stack([jnp.sum(weight_BS * loss_BS), jnp.sum(weight_BS)]).astype(jnp.float32),
@@ -51,10 +52,6 @@ def tally(
         here_BS = answer_BS & (distance_BS >= first) & (distance_BS < after)
         sums[f"accuracy_d{first}"] = mean_over(here_BS, right_BS)
     return sums
-
-
-def _count(mask_BS: Bool[Array, "B S"]) -> Float[Array, ""]:
-    return jnp.sum(mask_BS, dtype=jnp.float32)
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:

@@ -62,13 +62,19 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
 
     The first step already learns: during warm-up the rate is peak * (step + 1) / (warmup_steps + 1).
     """
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_fraction,
     )
+
+    def rate(step: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+            return schedule(step)
+
+    return rate
 
 
 def make_optimizer(config: RunConfig, axes: PyTree) -> optax.GradientTransformation:
@@ -95,11 +101,14 @@ def make_optimizer(config: RunConfig, axes: PyTree) -> optax.GradientTransformat
     )
 
 
+def widen(tree: PyTree) -> PyTree:
+    """Arrays of float32 at least."""
+    with jax.numpy_dtype_promotion("standard"):  # a wider type is what is asked for
+        return jax.tree.map(lambda x: x.astype(safe(x.dtype)), tree)
+
+
 def _wide(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` on parameters and gradients of float32 at least; optax itself mixes types, so that is allowed here."""
-
-    def widen(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: x.astype(safe(x.dtype)), tree)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         with jax.numpy_dtype_promotion("standard"):

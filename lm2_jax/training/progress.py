@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,15 +50,16 @@ class Throughput:
     Args:
       flops: of one token.
       steps: of the whole run.
+      devices: that share the work.
     """
 
-    def __init__(self, flops: float, steps: int):
+    def __init__(self, flops: float, steps: int, devices: Collection[Any]):
         self._flops, self._steps = flops, steps
         self._last = time.monotonic()
         self._tokens = 0
         self._base: tuple[float, int] | None = None  # where the pace is measured from: behind the compilation
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self._peak = None if peak is None else peak * jax.device_count()
+        peak = peak_flops(next(iter(devices)).device_kind)
+        self._peak = None if peak is None else peak * len(devices)
 
     def count(self, tokens: int) -> None:
         """Notes that a step has read so many."""

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from lm2_jax.data.base import Example
-from lm2_jax.precision import safe
 from lm2_jax.state import map_axes
 from lm2_jax.training.objective import Tally, evaluate_batch, loss_weights
-from lm2_jax.training.optim import learning_rate
+from lm2_jax.training.optim import learning_rate, widen
 from lm2_jax.training.state import Plan, TrainState
 from lm2_jax.types import Array, Axes, Float, PyTree
 
@@ -44,7 +43,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
             new, rest = jax.grad(loss, has_aux=True)(state.params, *micro)
             return jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, new), rest
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, safe(p.dtype)), state.params)
+        zeros = jax.tree.map(jnp.zeros_like, widen(state.params))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         micros = (
             jax.tree.map(lambda x: cut(x, 0, parts), batch),
@@ -58,7 +57,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
         memory = join_rows(after, plan.memory_axes) if config.data.carry_state else None
         report = Report(
             jax.tree.map(lambda x: x.sum(0), sums),
-            optax.global_norm(grads),
+            optax.tree.norm(grads),
             jnp.asarray(learning_rate(config.optim)(state.step), jnp.float32),
             jax.tree.map(lambda x: x.mean(0), aux),
         )

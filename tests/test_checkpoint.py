@@ -1,0 +1,229 @@
+"""Checkpoints: complete, proved, and never worse off after a failure."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm2_jax import load_run
+from lm2_jax.checkpoint import Checkpoints, half_written
+from lm2_jax.errors import UserError
+from lm2_jax.model import LanguageModel
+from lm2_jax.training.fit import begin
+from lm2_jax.training.state import make_plan
+from sharding import Layout, MeshConfig, make_mesh
+from tests.e2e.tiny_run import ROWS, tiny_config, write_documents
+
+
+def one_device() -> Layout:
+    return Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("texts") / "documents")
+
+
+@pytest.fixture(scope="module")
+def plan(documents):
+    config = tiny_config(documents)
+    return make_plan(config, LanguageModel(config.model))
+
+
+@pytest.fixture(scope="module")
+def state(plan):
+    """A train state of distinct values, as if trained."""
+    layout = one_device()
+    with layout.context():
+        first = plan.init(layout)
+    draw = np.random.default_rng(0)
+
+    def shake(x):
+        return x + draw.standard_normal(x.shape).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(shake, first)
+
+
+@pytest.fixture(scope="module")
+def saved(plan, state, tmp_path_factory):
+    """A workdir with complete checkpoints of steps 4 and 8."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with Checkpoints(workdir, plan.config) as checkpoints:
+        for step in (4, 8):
+            checkpoints.save(step, at(state, step), 3.5)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "workdir")
+
+
+def at(state, step):
+    return state._replace(step=jnp.int32(step))
+
+
+def restore(plan, workdir, layout=None):
+    layout = layout or one_device()
+    with layout.context(), Checkpoints(workdir, plan.config) as checkpoints:
+        return begin(plan, layout, checkpoints)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype, path
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def test_everything_comes_back_bit_for_bit(plan, state, workdir):
+    restored, step, first_loss = restore(plan, workdir)
+    assert (step, first_loss) == (8, 3.5)
+    assert_equal(restored, at(state, 8))
+    position = json.loads((workdir / "checkpoints" / "8" / "position" / "metadata").read_text())
+    assert (position["step"], position["rows"]) == (8, ROWS)
+
+
+def test_a_checkpoint_lies_on_the_mesh_it_is_restored_to(plan, state, workdir):
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, model=2)))
+    restored, _, _ = restore(plan, workdir, layout)
+    table = restored.params["embed"]["table"]
+    assert np.prod(table.sharding.shard_shape(table.shape)) < table.size, "the embedding is not split"
+    assert_equal(restored, at(state, 8))
+
+
+def arrays_of(folder):
+    """Files that hold arrays, the biggest first."""
+    files = [path for item in ("params", "opt_state", "memory") for path in (folder / item).rglob("d/*")]
+    return sorted((path for path in files if path.is_file()), key=lambda path: -path.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 16] = bytes(byte ^ 0x5A for byte in content[middle : middle + 16])
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "an array file cut in half": lambda folder: truncate(arrays_of(folder)[0]),
+    "an array file emptied": lambda folder: arrays_of(folder)[0].write_bytes(b""),
+    "an array file gone": lambda folder: arrays_of(folder)[0].unlink(),
+    "an array file garbled": lambda folder: garble(arrays_of(folder)[0]),
+    "all array files garbled": lambda folder: [garble(path) for path in arrays_of(folder)],
+    "the parameters gone": lambda folder: shutil.rmtree(folder / "params"),
+    "the optimizer state gone": lambda folder: shutil.rmtree(folder / "opt_state"),
+    "the memory gone": lambda folder: shutil.rmtree(folder / "memory"),
+    "the position gone": lambda folder: shutil.rmtree(folder / "position"),
+    "the position cut": lambda folder: truncate(folder / "position" / "metadata"),
+    "the position of other arrays": lambda folder: (folder / "position" / "metadata").write_text(
+        (folder / "position" / "metadata").read_text().replace('"params": [', '"params": [1')
+    ),
+    "an index gone": lambda folder: (folder / "params" / "manifest.ocdbt").unlink(),
+    "an index garbled": lambda folder: garble(folder / "params" / "manifest.ocdbt"),
+    "metadata garbled": lambda folder: [garble(path) for path in folder.rglob("_METADATA")],
+    "everything gone": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_skipped_and_the_one_before_is_used(plan, state, workdir, capsys, damage):
+    newest = workdir / "checkpoints" / "8"
+    DAMAGES[damage](newest)
+    restored, step, _ = restore(plan, workdir)
+    assert step == 4
+    assert_equal(restored, at(state, 4))
+    assert f"{newest}" in capsys.readouterr().err, "the warning names the checkpoint"
+
+
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(plan, workdir, capsys):
+    folder = workdir / "checkpoints"
+    (folder / "8").rename(folder / "8.orbax-checkpoint-tmp")
+    assert half_written(folder) == ["8.orbax-checkpoint-tmp"]
+    assert restore(plan, workdir)[1] == 4
+    assert str(folder / "8.orbax-checkpoint-tmp") in capsys.readouterr().err
+
+
+def test_without_a_usable_checkpoint_nothing_begins_anew_in_silence(plan, workdir):
+    for step in ("4", "8"):
+        truncate(arrays_of(workdir / "checkpoints" / step)[0])
+    before = sorted(path for path in workdir.rglob("*"))
+    with pytest.raises(UserError, match=r"none of the checkpoints \[4, 8\] can be used") as caught:
+        restore(plan, workdir)
+    assert caught.value.status == 1
+    assert sorted(path for path in workdir.rglob("*")) == before
+
+
+def test_a_run_that_comes_back_to_a_damaged_step_replaces_it(plan, state, workdir):
+    truncate(arrays_of(workdir / "checkpoints" / "8")[0])
+    layout = one_device()
+    with layout.context(), Checkpoints(workdir, plan.config) as checkpoints:
+        assert begin(plan, layout, checkpoints)[1] == 4
+        assert checkpoints.last_good() == f"Last good checkpoint: {workdir / 'checkpoints' / '4'}."
+        checkpoints.save(8, at(state, 8), 3.5)
+    assert restore(plan, workdir)[1] == 8
+
+
+def test_a_resume_starts_where_the_memory_was_saved(plan, state, tmp_path, capsys):
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        for step in (4, 8, 12, 16):
+            checkpoints.save(step, at(state, step), 3.5, with_memory=step == 4)
+    there = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert there == {"4", "12", "16"}, "keep=2, and the only one with memory"
+    assert restore(plan, tmp_path)[1] == 4
+    assert "holds no memory" in capsys.readouterr().err
+
+
+def test_old_checkpoints_go(plan, state, tmp_path):
+    config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, carry_state=False))
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step in (4, 8, 12, 16):
+            checkpoints.save(step, at(state, step)._replace(memory=None), 3.5)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"12", "16"}
+
+
+def test_memory_can_be_saved_in_another_type(plan, state, tmp_path, documents):
+    config = tiny_config(documents, memory_dtype="bfloat16")
+    narrow = dataclasses.replace(plan, config=config)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(4, at(state, 4), 3.5)
+    restored, _, _ = restore(narrow, tmp_path)
+    rounded = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state.memory
+    )
+    assert_equal(restored.memory, rounded)
+    assert_equal(restored.params, state.params)
+
+
+@pytest.mark.parametrize("part", ["params", "memory"])
+def test_what_is_not_finite_is_never_saved(plan, state, workdir, part):
+    broken = jax.tree.map(
+        lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, getattr(state, part)
+    )
+    with Checkpoints(workdir, plan.config) as checkpoints, pytest.raises(UserError, match="step 12") as caught:
+        checkpoints.save(12, at(state, 12)._replace(**{part: broken}), 3.5)
+    assert caught.value.status == 1
+    assert str(workdir / "checkpoints" / "8") in str(caught.value), "the last good checkpoint is named"
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
+
+
+def test_a_save_that_the_disk_refuses_is_one_message(plan, state, workdir):
+    with Checkpoints(workdir, plan.config) as checkpoints:
+        shutil.rmtree(workdir / "checkpoints")
+        (workdir / "checkpoints").write_text("a file where a folder should be")
+        with pytest.raises(UserError, match="saving a checkpoint failed") as caught:
+            checkpoints.save(12, at(state, 12), 3.5)
+    assert caught.value.status == 1
+
+
+def test_load_run_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="no run there"):
+        load_run(tmp_path)

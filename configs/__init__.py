@@ -1,6 +1,11 @@
 """Presets: one experiment per file, collected here by name."""
 
-from configs import quickstart, tiny
+from configs import babilong_small, probe, quickstart, tiny
 from lm2_jax.config import RunConfig
 
-PRESETS: dict[str, RunConfig] = {**tiny.PRESETS, **quickstart.PRESETS}
+PRESETS: dict[str, RunConfig] = {
+    **tiny.PRESETS,
+    **quickstart.PRESETS,
+    **probe.PRESETS,
+    **babilong_small.PRESETS,
+}

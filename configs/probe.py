@@ -1,6 +1,6 @@
 """The probe that LM2's default form is chosen by: dense questions about who is where, four segments of 32 tokens.
 
-    python -m benchmarks.memory_forms                 # all arms with one seed, then the finalists with three
+    python -m benchmarks.memory_forms                 # all arms with one seed
     python train.py probe_rmt --workdir runs/probe/rmt_0
 
 Two blocks of width 64, 8 slots or memory tokens; the SwiGLU's width makes parameters equal within 3% (tested). The
@@ -29,9 +29,13 @@ BASE = RunConfig(
     name="probe_none",
     model=ModelConfig(decoder=DECODER, memory=NoMemory(), join=PlainJoin(), remat="full"),
     data=DataConfig(
-        source=BabilongSource(noise_fraction=0.2, question_rate=1.0, closing=False), rows=64, segments=(4,)
+        source=BabilongSource(noise_fraction=0.2, question_rate=1.0, closing=False),
+        rows=64,
+        segments=(1, 2, 4),
+        stage_steps=(300, 600),
+        fill_rows=True,
     ),
-    optim=OptimConfig(steps=1500, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    optim=OptimConfig(steps=1200, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
     train=TrainConfig(eval_every=100, eval_batches=8),
     checkpoint=CheckpointConfig(every_steps=250, keep=1),
 )
@@ -54,10 +58,10 @@ ARMS = (
     arm("block", 200, bank(BlockWrite()), ResidualJoin()),
     arm("block_threaded", 200, bank(BlockWrite()), ResidualJoin(topology="threaded")),
     arm("block_ungated", 240, bank(BlockWrite(gated=False)), ResidualJoin()),
-    arm("slots", 16, bank(SlotsWrite()), ResidualJoin()),
-    arm("slots_no_positions", 16, bank(SlotsWrite(positions=False)), ResidualJoin()),
-    arm("slots_ungated", 56, bank(SlotsWrite(gated=False)), ResidualJoin()),
-    arm("slots_own_read", 16, bank(SlotsWrite(candidate="linear")), ResidualJoin(read="own", source="attention")),
+    arm("slots", 8, bank(SlotsWrite(mlp_width=96)), ResidualJoin()),
+    arm("slots_no_positions", 8, bank(SlotsWrite(positions=False, mlp_width=96)), ResidualJoin()),
+    arm("slots_ungated", 24, bank(SlotsWrite(gated=False, mlp_width=96)), ResidualJoin()),
+    arm("slots_own_read", 48, bank(SlotsWrite(candidate="linear")), ResidualJoin(read="own", source="attention")),
     arm(
         "paper",
         136,

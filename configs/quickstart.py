@@ -3,8 +3,8 @@
     make quickstart
 
 Both read the same stories of qa1's world, a third of it background prose, with questions all along; segments hold 32
-tokens, four or five sentences. The twin answers from the segment at hand only. The rows grow from one segment to four:
-first a model learns to read, then to remember (with four from the start, the memory keeps both from being learned).
+tokens, four or five sentences. The twin answers from the segment at hand only. Documents grow from one segment to four:
+first a model learns to read, then to remember.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LM2 = RunConfig(
     model=ModelConfig(
         vocab_size=512,
         segment_tokens=32,
-        decoder=DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=128),
+        decoder=DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=192),
         memory=GatedBankConfig(num_slots=8, write=BlockWrite()),
         join=ResidualJoin(),
         remat="full",
@@ -34,6 +34,7 @@ LM2 = RunConfig(
         rows=64,
         segments=(1, 2, 4),
         stage_steps=(200, 400),
+        fill_rows=True,
     ),
     optim=OptimConfig(steps=800, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
     train=TrainConfig(eval_every=200, eval_batches=2),

@@ -104,6 +104,9 @@ class DataConfig:
     """Step at which each stage after the first begins; one fewer than `segments`."""
     vary_segments: bool = False
     """Whether each step draws its number of segments from 1 to the stage's."""
+    fill_rows: bool = False
+    """Whether rows always have the longest stage's segments, filled with several documents of the stage's length: as
+    many tokens at every step, and one program."""
     carry_state: bool = False
     """Whether a row goes on at the next step where it stopped, its memory carried along."""
     seed: int = 0
@@ -121,6 +124,10 @@ class DataConfig:
             len(self.stage_steps) == len(self.segments) - 1 and list(self.stage_steps) == sorted(set(self.stage_steps)),
             f"data.stage_steps must hold {len(self.segments) - 1} increasing steps for data.segments={self.segments}, "
             f"got {self.stage_steps}",
+        )
+        _require(
+            not self.fill_rows or (not self.vary_segments and all(max(self.segments) % s == 0 for s in self.segments)),
+            f"data.fill_rows needs stages that divide the longest, and no vary_segments; got data.segments={self.segments}",
         )
 
 

@@ -36,6 +36,22 @@ def stack(examples: Sequence[Example]) -> Example:
     return Example(*map(np.stack, zip(*examples, strict=True)))
 
 
+def concatenate(examples: Sequence[Example]) -> Example:
+    """Examples one after the other in one row."""
+    return Example(*map(np.concatenate, zip(*examples, strict=True)))
+
+
+def read_row(config: DataConfig, source: Source, step: int, row: int, held_out: bool) -> Example:
+    """Row `row` of the global batch of a step: one document, or as many as fill it."""
+    segments = segments_at(config, step)
+    if not config.fill_rows:
+        return source.example(step, row, config.rows, segments, held_out)
+    # Every stage numbers its documents as if they were of one segment, so that none is read twice.
+    most = max(config.segments)
+    documents = range(row * most, row * most + most // segments)
+    return concatenate([source.example(step, i, config.rows * most, segments, held_out) for i in documents])
+
+
 def batches(
     config: DataConfig,
     source: Source,
@@ -68,7 +84,7 @@ def batches(
 
     def read(index: int) -> Example:
         step, row = divmod(index, rows)
-        return source.example(step, process_index * rows + row, config.rows, segments_at(config, step), held_out)
+        return read_row(config, source, step, process_index * rows + row, held_out)
 
     dataset = grain.MapDataset.range(start_step * rows, _LAST_STEP * rows).map(read).batch(rows, batch_fn=stack)
     # Examples are made under Python's lock for the most part, so a thread for each core is enough.

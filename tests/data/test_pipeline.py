@@ -95,6 +95,23 @@ def test_curriculum():
     assert shapes == [4, 4, 4, 8, 8, 16, 16, 16]
 
 
+def test_short_documents_fill_rows_and_none_is_read_twice():
+    config = DataConfig(source=RulerSource(), rows=2, segments=(1, 2, 4), stage_steps=(1, 2), fill_rows=True)
+    shown = [batch.tokens.reshape(2, 4, T)[:, :, :2].tolist() for batch in take(3, config)]
+    # [step, document] at the first tokens of each segment: four documents of one segment, two of two, one of four.
+    assert shown[0] == [[[0, 0], [0, 1], [0, 2], [0, 3]], [[0, 4], [0, 5], [0, 6], [0, 7]]]
+    assert [row[0] for row in shown[1]] == [[1, 0], [1, 4]]
+    assert [row[2] for row in shown[1]] == [[1, 1], [1, 5]]
+    assert [row[0] for row in shown[2]] == [[2, 0], [2, 4]]
+    assert all(batch.tokens.shape == (2, 4 * T) and batch.reset.shape == (2, 4) for batch in take(3, config))
+
+
+@pytest.mark.parametrize("fields", [{"segments": (3, 4)}, {"segments": (2, 4), "vary_segments": True}])
+def test_stages_that_do_not_fill_rows(fields):
+    with pytest.raises(ValueError, match="fill_rows"):
+        DataConfig(source=RulerSource(), stage_steps=(1,), fill_rows=True, **fields)
+
+
 def test_varying_segments_stay_within_the_stage_and_depend_on_the_seed():
     config = DataConfig(segments=(2, 4), stage_steps=(100,), vary_segments=True)
     drawn = [segments_at(config, step) for step in range(400)]

@@ -1,0 +1,1 @@
+"""Measurements; every number in the docs names the command here that produced it."""

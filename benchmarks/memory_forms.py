@@ -101,7 +101,8 @@ def write(results: dict[tuple[str, int], list[Result]], command: Command) -> Non
     """The table so far, with the machine."""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     command.out.parent.mkdir(parents=True, exist_ok=True)
-    text = f"Answers right, per cent; `python {' '.join(['-m', 'benchmarks.memory_forms', *sys.argv[1:]])}`; {machine}.\n\n"
+    typed = " ".join(["python -m benchmarks.memory_forms", *sys.argv[1:]])
+    text = f"Answers right, per cent; `{typed}`; {machine}.\n\n"
     command.out.with_suffix(".md").write_text(text + table(results, command.segments))
     rows = [
         {

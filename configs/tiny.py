@@ -1,6 +1,6 @@
 """One tiny preset per memory and join: they initialise, train and stream on a CPU in seconds.
 
-    python train.py lm2_tiny --workdir runs/lm2_tiny
+python train.py lm2_tiny --workdir runs/lm2_tiny
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ class Segments(NamedTuple):
     """What a block needs to know of the K segments it is given, beside the tokens."""
 
     reset: Bool[Array, "B K"]  # the row begins a document at this segment
-    cut: Bool[Array, "K"]  # no gradient flows from this segment into the one before
+    cut: Bool[Array, " K"]  # no gradient flows from this segment into the one before
     valid: Bool[Array, "B K T"]
     document: Int[Array, "B K T"] | None  # number of the document within the segment, where documents are packed
 
@@ -31,7 +31,7 @@ class Window(NamedTuple):
     k: Float[Array, "B W G K"]
     v: Float[Array, "B W G K"]
     valid: Bool[Array, "B W"]
-    fresh: Bool[Array, "B"]
+    fresh: Bool[Array, " B"]
 
 
 WINDOW_AXES = Window(
@@ -71,7 +71,8 @@ def attend(
     `jax.nn.dot_product_attention`, except in float64: there it would compute the softmax in float32.
     """
     if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     R, T, H, K = q.shape
     S, G = k.shape[1:3]
     if causal:

@@ -17,6 +17,7 @@ from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
 from lm2_jax.registry import Family, near_misses
 
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -127,7 +128,8 @@ class DataConfig:
         )
         _require(
             not self.fill_rows or (not self.vary_segments and all(max(self.segments) % s == 0 for s in self.segments)),
-            f"data.fill_rows needs stages that divide the longest, and no vary_segments; got data.segments={self.segments}",
+            "data.fill_rows needs stages that divide the longest, and no vary_segments; "
+            f"got data.segments={self.segments}",
         )
 
 
@@ -239,8 +241,8 @@ class RunConfig:
         )
         _require(
             self.data.source.continues or not self.data.carry_state,
-            f"data.carry_state needs a source whose rows go on from step to step; {self.data.source.kind!r} as configured "
-            "begins every row anew (token shards and text do go on with packing='ordered')",
+            f"data.carry_state needs a source whose rows go on from step to step; {self.data.source.kind!r} as "
+            "configured begins every row anew (token shards and text do go on with packing='ordered')",
         )
         # A memory is read before it is written: within one segment no loss depends on a write.
         reach = min(max(self.data.segments), self.train.bptt_segments or max(self.data.segments))

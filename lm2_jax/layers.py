@@ -125,9 +125,7 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
-        self.table_VD = self.param(
-            "table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params)
-        )
+        self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Rows of the table in the compute type."""
@@ -143,8 +141,8 @@ class Embed(nn.Module):
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians per position of each of the K/2 rotated pairs, float64.
 
-        f_i = theta^(-2i/K);  Llama 3 divides f by `factor` below a first frequency, keeps it above a second one and
-        blends linearly in original_tokens * f / (2 pi) between them.
+    f_i = theta^(-2i/K);  Llama 3 divides f by `factor` below a first frequency, keeps it above a second one and
+    blends linearly in original_tokens * f / (2 pi) between them.
     """
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:

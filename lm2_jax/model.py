@@ -24,7 +24,7 @@ class ModelState(NamedTuple):
 class StreamState(NamedTuple):
     """A model inside an unfinished segment; rows may stand at different positions."""
 
-    position: Int[Array, "B"]  # tokens of the open segment so far
+    position: Int[Array, " B"]  # tokens of the open segment so far
     state: ModelState  # at the segment's start
     runs: tuple[OpenLayer, ...]
 
@@ -118,7 +118,8 @@ class LanguageModel(nn.Module):
     def state_axes(self) -> ModelState:
         """The logical axes of `init_state`, in the same tree."""
         runs = tuple(
-            stack_axes(self._block(run)(self.config.block_spec, parent=None).state_axes()) for run in split_runs(self.config)
+            stack_axes(self._block(run)(self.config.block_spec, parent=None).state_axes())
+            for run in split_runs(self.config)
         )
         carrier = self._unbound_carrier
         return ModelState(runs, None if carrier is None else carrier.state_axes())
@@ -162,7 +163,9 @@ class LanguageModel(nn.Module):
         B, S = tokens.shape
         T = self.config.segment_tokens
         if S == 0 or S % T:
-            raise ValueError(f"tokens must be whole segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream")
+            raise ValueError(
+                f"tokens must be whole segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream"
+            )
         J = S // T
         segments = self._segments(B, J, reset, valid, document, bptt_segments)
         x_BJTD = self.embed(tokens).reshape(B, J, T, -1)
@@ -276,7 +279,7 @@ class LanguageModel(nn.Module):
         return stream if rows_BND is None else self._beside(rows_BND, stream, 0)[1]
 
     def extend(
-        self, tokens: Int[Array, "B S"], count: Int[Array, "B"], stream: StreamState
+        self, tokens: Int[Array, "B S"], count: Int[Array, " B"], stream: StreamState
     ) -> tuple[Float[Array, "B S D"], StreamState]:
         """Feeds the first `count` of S tokens to each row; none may cross the segment's end.
 
@@ -296,7 +299,7 @@ class LanguageModel(nn.Module):
         hidden_BSD, stream = self._through(self.embed(tokens), stream, place)
         return hidden_BSD, stream._replace(position=stream.position + count)
 
-    def close(self, stream: StreamState, full: Bool[Array, "B"]) -> StreamState:
+    def close(self, stream: StreamState, full: Bool[Array, " B"]) -> StreamState:
         """Ends the segment of the rows that are full, and begins their next one."""
         carrier, T, extra = self.carrier, self.config.segment_tokens, self._extra
         batch, before = full.shape[0], stream.state

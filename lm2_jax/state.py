@@ -19,19 +19,19 @@ def map_axes(fn: Callable[..., Any], axes: State, *states: State) -> State:
     return jax.tree.map(fn, axes, *states, is_leaf=is_axes)
 
 
-def along_batch(mask_B: Bool[Array, "B"], axes: tuple[str | None, ...]) -> Array:
+def along_batch(mask_B: Bool[Array, " B"], axes: tuple[str | None, ...]) -> Array:
     """`mask_B` with singleton dimensions, so that it broadcasts against an array with these axes."""
     shape = [1] * len(axes)
     shape[axes.index("batch")] = mask_B.shape[0]
     return mask_B.reshape(shape)
 
 
-def select_rows(mask_B: Bool[Array, "B"], yes: State, no: State, axes: State) -> State:
+def select_rows(mask_B: Bool[Array, " B"], yes: State, no: State, axes: State) -> State:
     """Rows of `yes` where the mask is true, rows of `no` elsewhere, bit for bit."""
     return map_axes(lambda a, y, n: jnp.where(along_batch(mask_B, a), y, n), axes, yes, no)
 
 
-def reset_rows(state: State, reset_B: Bool[Array, "B"], axes: State) -> State:
+def reset_rows(state: State, reset_B: Bool[Array, " B"], axes: State) -> State:
     """Marks rows as fresh; what a fresh row holds is the module's start, put in at its next use."""
 
     def mark(path: Any, leaf_axes: tuple[str | None, ...], leaf: Array) -> Array:

@@ -91,7 +91,9 @@ def _pieces(model: LanguageModel, tokens_BS: Any, valid_BS: Any) -> list[_Piece]
     return pieces
 
 
-def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, shape: tuple[int, ...]) -> StreamState:
+def _opened(
+    model: LanguageModel, params: Params, state: ModelState | StreamState, shape: tuple[int, ...]
+) -> StreamState:
     """The open segment to go on from; a copy, because each step takes over the arrays of the one before."""
     return _copied(state) if isinstance(state, StreamState) else _open(model, params, state, shape[0])
 
@@ -103,7 +105,7 @@ def _copied(carry: StreamState) -> StreamState:
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _open(model: LanguageModel, params: Params, state: ModelState, batch: int) -> StreamState:
-    return model.apply({"params": params}, state, batch, method="open")  # pyright: ignore[reportReturnType]
+    return _apply(model, {"params": params}, state, batch, method="open")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="all_logits", donate_argnums=2)
@@ -112,7 +114,7 @@ def _advance(
     params: Params,
     carry: StreamState,
     tokens_BS: Int[Array, "B S"],
-    count_B: Int[Array, "B"],
+    count_B: Int[Array, " B"],
     *,
     all_logits: bool,
 ) -> tuple[Array, StreamState]:
@@ -142,8 +144,8 @@ def _advance(
 
     def whole(carry: StreamState) -> tuple[Array, StreamState]:
         valid_BS = jnp.broadcast_to((count_B > 0)[:, None], tokens_BS.shape)
-        out = model.apply(variables, tokens_BS, carry.state, None, valid_BS, method="forward")
-        return out.hidden, model.apply(variables, out.state, tokens_BS.shape[0], method="open")
+        out = _apply(model, variables, tokens_BS, carry.state, None, valid_BS, method="forward")
+        return out.hidden, _apply(model, variables, out.state, tokens_BS.shape[0], method="open")
 
     if S == T and T > 1:
         aligned = ((carry.position == 0) & ((count_B == T) | (count_B == 0))).all()
@@ -153,19 +155,22 @@ def _advance(
     if not all_logits:
         last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
         hidden_BSD = jnp.take_along_axis(hidden_BSD, last_B11, axis=1)
-    logits_BSV = model.apply(variables, hidden_BSD, method="logits")
+    logits_BSV = _apply(model, variables, hidden_BSD, method="logits")
     fed_BS = jnp.arange(hidden_BSD.shape[1])[None] < (count_B if all_logits else jnp.minimum(count_B, 1))[:, None]
     logits_BSV = jnp.where(fed_BS[:, :, None], logits_BSV, jnp.zeros_like(logits_BSV))
     return (logits_BSV if all_logits else logits_BSV[:, 0]), carry
+
+
+def _apply(model: LanguageModel, variables: Any, *args: Any, method: str) -> Any:
+    """`model.apply`, whose type says nothing of what a method returns."""
+    return model.apply(variables, *args, method=method)
 
 
 def _extend(
     model: LanguageModel, variables: Any, tokens_BS: Array, count_B: Array, carry: StreamState
 ) -> tuple[Array, StreamState]:
     """Extends the open segment and closes it where it is full."""
-    hidden_BSD, carry = model.apply(variables, tokens_BS, count_B, carry, method="extend")
+    hidden_BSD, carry = _apply(model, variables, tokens_BS, count_B, carry, method="extend")
     full_B = carry.position == model.config.segment_tokens
-    carry = jax.lax.cond(
-        full_B.any(), lambda c: model.apply(variables, c, full_B, method="close"), lambda c: c, carry
-    )
-    return hidden_BSD, carry
+    closed = functools.partial(_apply, model, variables, method="close")
+    return hidden_BSD, jax.lax.cond(full_B.any(), lambda c: closed(c, full_B), lambda c: c, carry)

@@ -47,9 +47,12 @@ class JoinConfig(Family):
                 f"got {model.memory.kind!r}; change model.memory or model.join"
             )
         layers = self.memory_layers(model.decoder.num_layers)
-        if layers != tuple(sorted(set(layers))) or (layers and not 0 <= layers[0] <= layers[-1] < model.decoder.num_layers):
+        if layers != tuple(sorted(set(layers))) or (
+            layers and not 0 <= layers[0] <= layers[-1] < model.decoder.num_layers
+        ):
             raise ValueError(
-                f"join.layers={layers} must be increasing block numbers below decoder.num_layers={model.decoder.num_layers}"
+                f"join.layers={layers} must be increasing block numbers below decoder.num_layers="
+                f"{model.decoder.num_layers}"
             )
 
 
@@ -166,7 +169,9 @@ class Block(nn.Module):
         self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
     ) -> tuple[Float[Array, "B S D"], OpenLayer]:
         """S more tokens of the open segment."""
-        attended, attention = self.attention.extend(self.attention_norm(x_BSD), place.position, place.slot, state.attention)
+        attended, attention = self.attention.extend(
+            self.attention_norm(x_BSD), place.position, place.slot, state.attention
+        )
         return self.feed_forward(x_BSD + attended.y), state._replace(attention=attention)
 
     def close(self, thread: State, state: OpenLayer, _: Any) -> tuple[State, LayerState]:
@@ -215,7 +220,7 @@ class Carrier(nn.Module):
         raise NotImplementedError
 
 
-def any_valid(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B"]:
+def any_valid(valid_BT: Bool[Array, "B T"]) -> Bool[Array, " B"]:
     """Rows in which a segment holds anything but padding."""
     return valid_BT.any(axis=1)
 

@@ -63,7 +63,7 @@ class ResidualJoin(JoinConfig):
         """The one memory, where it is threaded."""
         return ThreadCarrier(spec, **linen) if self.topology == "threaded" else None
 
-    def check(self, model) -> None:  # noqa: ANN001 (typed in the base class)
+    def check(self, model) -> None:
         """See the base class."""
         super().check(model)
         model.memory.build(model.decoder.width, model.precision, parent=None)
@@ -79,7 +79,7 @@ class Step(NamedTuple):
     x: Float[Array, "B T D"]
     attended: Attended
     valid: Bool[Array, "B T"]
-    reset: Bool[Array, "B"]
+    reset: Bool[Array, " B"]
     document: Int[Array, "B T"] | None
 
 
@@ -197,7 +197,9 @@ class ResidualBlock(Block):
         start_BTD = self.recall(segment.attended, fresh, self.prepare(fresh))
         return jnp.where((segment.document == 0)[:, :, None], y_BTD, start_BTD)
 
-    def write(self, h_BTD: Array, attended: Attended, memory: State, valid_BT: Array, notes: Notes | None = None) -> State:
+    def write(
+        self, h_BTD: Array, attended: Attended, memory: State, valid_BT: Array, notes: Notes | None = None
+    ) -> State:
         """The memory after a segment.
 
         Args:

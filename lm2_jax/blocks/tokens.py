@@ -32,7 +32,7 @@ class TokensJoin(JoinConfig):
         """The memory tokens."""
         return TokensCarrier(spec, **linen)
 
-    def check(self, model) -> None:  # noqa: ANN001 (typed in the base class)
+    def check(self, model) -> None:
         """See the base class; a window would have to skip the memory tokens between two segments."""
         super().check(model)
         if model.decoder.window_tokens is not None:

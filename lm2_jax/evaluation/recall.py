@@ -129,7 +129,11 @@ def show(results: list[Result], out: epath.Path, console: rich.console.Console) 
         console.print(report.console_table(cells, "run"))
         parts.append(f"Rows of {segments} segments:\n\n{_markdown(chosen)}")
     text = "# Recall: accuracy in per cent by the age of the fact in segments\n\n" + "\n".join(parts)
-    files = {"recall.json": report.to_json(_document(results)), "recall.md": text.encode(), "recall.png": _picture(results)}
+    files = {
+        "recall.json": report.to_json(_document(results)),
+        "recall.md": text.encode(),
+        "recall.png": _picture(results),
+    }
     return report.write_files(out, files)
 
 
@@ -177,5 +181,8 @@ def _picture(results: list[Result]) -> bytes:
             ages = np.flatnonzero(result.counts.asked >= 20)
             curves[result.name] = (ages, 100 * result.counts.right[ages] / result.counts.asked[ages])
     return report.line_plot(
-        curves, f"What is remembered, rows of {longest} segments", "segments since the fact was told", "answers right, per cent"
+        curves,
+        f"What is remembered, rows of {longest} segments",
+        "segments since the fact was told",
+        "answers right, per cent",
     )

@@ -28,6 +28,9 @@ class WriteConfig(Family):
 
     by_block: ClassVar[bool] = False  # the join sends the slots through its own block, instead of giving tokens
 
+    def check(self, bank: "GatedBankConfig", width: int) -> None:
+        """Raises ValueError where the form does not fit the bank."""
+
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> nn.Module:
         """The module `(x_BTD, slots_BND, valid_BT, reading, notes) -> new slots [B N D]`."""
         raise NotImplementedError
@@ -55,12 +58,16 @@ class SlotsWrite(WriteConfig):
     input_bias: float = 0.0
     """Initial logit of the input gate."""
 
+    def check(self, bank: "GatedBankConfig", width: int) -> None:
+        """See the base class; rotation takes pairs."""
+        head_width = width // bank.num_heads
+        if self.positions and head_width % 2:
+            raise ValueError(
+                f"memory.write.positions needs an even head width, got {head_width}; change memory.num_heads"
+            )
+
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "SlotsWriter":
         """The module."""
-        if self.positions and (width // bank.num_heads) % 2:
-            raise ValueError(
-                f"memory.write.positions needs an even head width, got {width // bank.num_heads}; change memory.num_heads"
-            )
         return SlotsWriter(self, bank.num_slots, bank.num_heads, width, precision)
 
 
@@ -181,9 +188,7 @@ class SlotsWriter(nn.Module):
         candidate_BND = self.mlp(normed_BND) if c.candidate == "mlp" else found_BND
         if not c.gated:
             return self.norm_new(found_BND + candidate_BND)
-        return gated_update(
-            slots_BND, candidate_BND, self.gate_input(normed_BND), self.gate_forget(normed_BND), notes
-        )
+        return gated_update(slots_BND, candidate_BND, self.gate_input(normed_BND), self.gate_forget(normed_BND), notes)
 
     def _attend(self, x_BTD: Array, slots_BND: Array, valid_BT: Array) -> Float[Array, "B N D"]:
         """Multi-head attention of the slots over valid tokens, and over each other if configured."""

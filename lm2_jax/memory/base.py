@@ -100,9 +100,7 @@ class Memory(nn.Module):
         width = getattr(self, "width")  # noqa: B009 (every memory has it as a field, the base class has no fields)
         return OpenMemory(state, self.prepare(state), jnp.zeros((batch, segment_tokens, width), dtype))
 
-    def store(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenMemory
-    ) -> OpenMemory:
+    def store(self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenMemory) -> OpenMemory:
         """Keeps what will be written; entries whose `slot_BS` is not below T are dropped."""
         rows = jnp.arange(x_BSD.shape[0])[:, None]
         buffer = open_state.buffer.at[rows, slot_BS].set(x_BSD.astype(open_state.buffer.dtype), mode="drop")

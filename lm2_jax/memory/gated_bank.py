@@ -48,6 +48,7 @@ class GatedBankConfig(MemoryConfig):
         """The module for a decoder of this width."""
         if width % self.num_heads:
             raise ValueError(f"decoder.width={width} is not a multiple of memory.num_heads={self.num_heads}")
+        self.write.check(self, width)
         return GatedBank(self, width, precision, **linen)
 
 
@@ -55,7 +56,7 @@ class BankState(NamedTuple):
     """The bank between two segments."""
 
     slots: Float[Array, "B N D"]
-    fresh: Bool[Array, "B"]
+    fresh: Bool[Array, " B"]
 
 
 class BankKeys(NamedTuple):

@@ -32,7 +32,7 @@ class TokensState(NamedTuple):
     """Memory tokens as they enter the bottom of the next segment."""
 
     tokens: Float[Array, "B N D"]
-    fresh: Bool[Array, "B"]
+    fresh: Bool[Array, " B"]
 
 
 class Tokens(Memory):
@@ -45,7 +45,9 @@ class Tokens(Memory):
     def setup(self) -> None:
         # As in the released code: the start has the embedding's scale.
         init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("slots", "embed"))
-        self.start_ND = self.param("start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params))
+        self.start_ND = self.param(
+            "start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params)
+        )
 
     def init_state(self, batch: int) -> TokensState:
         """Fresh rows."""

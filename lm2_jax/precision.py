@@ -26,4 +26,4 @@ class Precision:
 
 def safe(dtype: jnp.dtype | str) -> jnp.dtype:
     """`dtype`, or float32 where it is narrower: for softmax, norms and gates."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lm2_jax.decoder import RopeScaling
+from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rope_frequencies, rotate
+from lm2_jax.precision import Precision, safe
+
+PRECISION = Precision()
+RULES = (("batch", None), ("embed", None))
+
+
+def test_constrain_refuses_a_wrong_rank_without_any_rules():
+    with pytest.raises(ValueError, match=r"2 axes .* shape \(3, 4, 5\)"):
+        constrain(jnp.zeros((3, 4, 5)), ("batch", "embed"))
+
+
+def test_constrain_refuses_an_unknown_name_under_rules():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        assert constrain(jnp.zeros((3, 4)), ("batch", "embed")).shape == (3, 4)
+        with pytest.raises(ValueError, match="slotz"):
+            constrain(jnp.zeros((3, 4)), ("batch", "slotz"))
+
+
+def test_einsum_names_one_axis_per_dimension():
+    layer = Einsum((5, 2, 3), ("embed", "heads", "head"), PRECISION)
+    boxed = jax.eval_shape(lambda: layer.init(jax.random.key(0), "btd,dhk->bthk", jnp.zeros((1, 4, 5))))
+    (kernel,) = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    assert kernel.names == ("embed", "heads", "head")
+    assert kernel.value.shape == (5, 2, 3)
+
+
+def test_einsum_equals_the_plain_product():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 4, 2, 3)).astype(np.float32), rng.standard_normal((2, 3, 5)).astype(np.float32)
+    layer = Einsum(w.shape, ("heads", "head", "embed"), PRECISION, in_dims=2)
+    got = layer.apply({"params": {"w": jnp.asarray(w)}}, "bthk,hkd->btd", jnp.asarray(x))
+    np.testing.assert_allclose(got, np.tensordot(x, w, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_einsum_starts_at_unit_variance():
+    x = jnp.ones((1, 1, 400))
+    layer = Einsum((400, 300), ("embed", "mlp"), PRECISION, scale=2.0)
+    w = nn.unbox(layer.init(jax.random.key(0), "btd,df->btf", x))["params"]["w"]
+    assert float(w.std()) == pytest.approx(2 / 20, rel=0.02)
+
+
+def test_rms_norm_by_hand():
+    norm = RMSNorm(PRECISION, epsilon=0.0)
+    y = norm.apply({"params": {"scale": jnp.array([1.0, 2.0])}}, jnp.array([[3.0, 4.0]]))
+    np.testing.assert_allclose(y, [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-6)
+
+
+def test_rms_norm_is_computed_in_float32():
+    """256 entries of 300 in bfloat16: their squares would lose their last bits, their mean is still exact."""
+    norm = RMSNorm(Precision(compute="bfloat16"), epsilon=0.0)
+    y = norm.apply({"params": {"scale": jnp.ones(256)}}, jnp.full((1, 256), 301.0, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y.astype(jnp.float32), np.ones((1, 256)))
+
+
+def test_swiglu_by_hand():
+    layer = SwiGLU(1, 1, PRECISION)
+    params = {name: {"w": jnp.full((1, 1), w)} for name, w in (("gated", 2.0), ("up", 3.0), ("down", 5.0))}
+    silu = 4 / (1 + np.exp(-4))
+    np.testing.assert_allclose(layer.apply({"params": params}, jnp.full((1, 1), 2.0)), [[5 * silu * 6]], rtol=1e-6)
+
+
+def test_the_tied_head_is_the_transpose_of_the_embedding():
+    table = jnp.arange(12.0).reshape(4, 3)
+    embed = Embed(4, 3, PRECISION)
+    x = embed.apply({"params": {"table": table}}, jnp.array([[2, 0]]))
+    np.testing.assert_array_equal(x, [[[6, 7, 8], [0, 1, 2]]])
+    logits = embed.apply({"params": {"table": table}}, x, method="attend")
+    np.testing.assert_allclose(logits, x @ table.T)
+
+
+def test_safe_types():
+    assert [safe(t) for t in ("bfloat16", "float32", "float64")] == ["float32", "float32", "float64"]
+
+
+def test_rotate_by_hand():
+    """A quarter turn takes (1, 0) to (0, 1): the pair is the first entry of each half."""
+    x = jnp.array([[[1.0, 5.0, 0.0, 7.0]]])
+    turned = rotate(x, jnp.array([1]), np.array([np.pi / 2, 0.0]))
+    np.testing.assert_allclose(turned, [[[0, 5, 1, 7]]], atol=1e-6)
+
+
+def test_scores_of_rotated_vectors_depend_on_the_distance_only():
+    rng, frequencies = np.random.default_rng(0), rope_frequencies(8, 100.0, None)
+    q, k = (jnp.asarray(rng.standard_normal((1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def score(i, j):
+        return float(jnp.sum(rotate(q, jnp.array([i]), frequencies) * rotate(k, jnp.array([j]), frequencies)))
+
+    assert score(9, 4) == pytest.approx(score(5, 0), abs=1e-5)
+    assert score(3, -2) == pytest.approx(score(5, 0), abs=1e-5)
+    assert score(-1, -6) == pytest.approx(score(5, 0), abs=1e-5)
+    assert abs(score(6, 0) - score(5, 0)) > 1e-2
+
+
+def test_rotate_takes_positions_per_row():
+    rng, frequencies = np.random.default_rng(0), rope_frequencies(4, 100.0, None)
+    x = jnp.asarray(rng.standard_normal((2, 3, 5, 4)), jnp.float32)
+    positions = jnp.array([[0, 1, 2], [7, 3, -4]])
+    together = rotate(x, positions, frequencies)
+    for row in range(2):
+        np.testing.assert_allclose(together[row], rotate(x[row], positions[row], frequencies), rtol=1e-6)
+    np.testing.assert_array_equal(together[0, 0], x[0, 0])
+
+
+def test_rotate_keeps_lengths_and_types():
+    x = jnp.ones((3, 2, 4), jnp.bfloat16)
+    turned = rotate(x, jnp.arange(3), rope_frequencies(4, 100.0, None))
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.sum(turned.astype(jnp.float32) ** 2, -1), np.full((3, 2), 4), rtol=1e-2)
+
+
+def test_frequencies_by_hand():
+    np.testing.assert_allclose(rope_frequencies(4, 10_000.0, None), [1, 0.01])
+
+
+def test_llama_3_frequencies():
+    """Those of Llama 3.1 (theta 500,000, head width 128): kept, blended and divided by 8, as published."""
+    scaling = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_tokens=8192)
+    plain, scaled = rope_frequencies(128, 500_000.0, None), rope_frequencies(128, 500_000.0, scaling)
+    wavelength = 2 * np.pi / plain
+    short, long = wavelength < 8192 / 4, wavelength > 8192
+    np.testing.assert_array_equal(scaled[short], plain[short])
+    np.testing.assert_allclose(scaled[long], plain[long] / 8)
+    between = ~short & ~long
+    assert between.sum() > 3
+    blend = (8192 / wavelength[between] - 1) / (4 - 1)
+    np.testing.assert_allclose(scaled[between], (1 - blend) * plain[between] / 8 + blend * plain[between])
+    assert (np.diff(scaled) < 0).all()

@@ -210,7 +210,7 @@ class ResidualBlock(Block):
           notes: diagnostics are added here.
         """
         if self.memory.written_by_block:
-            rows_BND = self.memory.rows(memory)
+            rows_BND = self.memory.asking_rows(memory)
             assert rows_BND is not None
             found_BND = self.attention.from_behind(self.attention_norm(rows_BND), attended.k, attended.v, valid_BT)
             rows_BN = jnp.ones(rows_BND.shape[:2], bool)

@@ -77,6 +77,8 @@ class BlockWrite(WriteConfig):
 
     kind: ClassVar[str] = "block"
     by_block: ClassVar[bool] = True
+    codes: bool = True
+    """A learned vector per slot is added before it goes through the block, so that a slot keeps its role."""
     gated: bool = True
     """Input and forget gates; without them the candidate replaces the slot."""
     forget_bias: float = 1.0
@@ -86,7 +88,7 @@ class BlockWrite(WriteConfig):
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "BlockWriter":
         """The module."""
-        return BlockWriter(self, width, precision)
+        return BlockWriter(self, bank.num_slots, width, precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +164,7 @@ class SlotsWriter(nn.Module):
         self.q, self.k, self.v = (Einsum(shape, axes, self.precision) for _ in range(3))
         self.o = Einsum((H, D // H, D), ("heads", "head", "embed"), self.precision, in_dims=2)
         if c.codes:
-            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("slots", "embed"))
-            self.code_ND = self.param("code", init, (self.num_slots, D), jnp.dtype(self.precision.params))
+            self.code = SlotCode(self.num_slots, D, self.precision)
         if c.candidate == "mlp":
             self.mlp = SwiGLU(D, c.mlp_width or 2 * D, self.precision)
         if c.gated:
@@ -194,7 +195,7 @@ class SlotsWriter(nn.Module):
         """Multi-head attention of the slots over valid tokens, and over each other if configured."""
         c, T, N = self.config, x_BTD.shape[1], self.num_slots
         rows_BND, keys_BSD, seen_BS = self.norm_slots(slots_BND), self.norm_tokens(x_BTD), valid_BT
-        asking_BND = rows_BND + self.code_ND[None].astype(rows_BND.dtype) if c.codes else rows_BND
+        asking_BND = rows_BND + self.code() if c.codes else rows_BND
         if c.attend_slots:
             keys_BSD = jnp.concatenate([keys_BSD, rows_BND], axis=1)
             seen_BS = jnp.concatenate([valid_BT, jnp.ones(slots_BND.shape[:2], bool)], axis=1)
@@ -209,18 +210,40 @@ class SlotsWriter(nn.Module):
         return self.o("bnhk,hkd->bnd", y_BNHK)
 
 
+class SlotCode(nn.Module):
+    """A learned vector per slot."""
+
+    num_slots: int
+    width: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "1 N D"]:
+        """In the compute type."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("slots", "embed"))
+        code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
+        return code_ND[None].astype(jnp.dtype(self.precision.compute))
+
+
 class BlockWriter(nn.Module):
     """See `BlockWrite`."""
 
     config: BlockWrite
+    num_slots: int
     width: int
     precision: Precision
 
     def setup(self) -> None:
+        if self.config.codes:
+            self.code = SlotCode(self.num_slots, self.width, self.precision)
         self.norm = RMSNorm(self.precision)
         if self.config.gated:
             self.gate_input = Gate(self.width, self.precision, self.config.input_bias)
             self.gate_forget = Gate(self.width, self.precision, self.config.forget_bias)
+
+    def asking(self, rows_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """Slots as they go through the block."""
+        return rows_BND + self.code() if self.config.codes else rows_BND
 
     def __call__(
         self,

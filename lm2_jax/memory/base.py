@@ -79,6 +79,10 @@ class Memory(nn.Module):
         """The memory as rows that a join can attend to with its own projections; None where there are none."""
         return None
 
+    def asking_rows(self, state: State) -> Float[Array, "B N D"] | None:
+        """The rows as they go through the block, where `written_by_block`; by default those that are read."""
+        return self.rows(state)
+
     def write(
         self, x_BTD: Float[Array, "B T D"], state: State, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
     ) -> State:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, constrain
-from lm2_jax.memory.bank_writes import SlotsWrite, WriteConfig
+from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float
@@ -33,7 +33,7 @@ class GatedBankConfig(MemoryConfig):
     """What a document begins with: row j is the one-hot e_j, or a parameter that starts there."""
     norm_slots: bool = True
     """Whether slots are normalised before they are projected (the paper does not)."""
-    write: WriteConfig = SlotsWrite()
+    write: WriteConfig = BlockWrite()
     """How a segment becomes new slots."""
 
     def __post_init__(self) -> None:
@@ -159,6 +159,10 @@ class GatedBank(Memory):
         """The slots as they are projected: normalised if configured, in the compute type."""
         slots_BND = self.slots(state)
         return slots_BND.astype(jnp.dtype(self.precision.compute)) if self.norm is None else self.norm(slots_BND)
+
+    def asking_rows(self, state: BankState) -> Float[Array, "B N D"]:
+        """`rows` with the write form's code of each slot."""
+        return self.writer.asking(self.rows(state))
 
     def prepare(self, state: BankState) -> BankKeys:
         """Keys and values of all slots."""

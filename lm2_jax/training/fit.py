@@ -20,6 +20,7 @@ from lm2_jax.model import LanguageModel
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.evaluate import host_batches, make_evaluate
 from lm2_jax.training.metrics import MetricsLog
+from lm2_jax.training.objective import evaluate_batch
 from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
 from lm2_jax.training.signals import StopSignals
 from lm2_jax.training.state import Plan, TrainState, make_plan
@@ -126,13 +127,20 @@ def prepare(config: RunConfig, workdir: epath.Path) -> tuple[Plan, FileTokenizer
 
 
 def _check_trainable(plan: Plan) -> None:
-    """Traces a step on shapes: what the model and the data refuse of each other is said before training begins."""
+    """Runs the model on shapes: what the model and the data refuse of each other is said before training begins."""
     rows, segments = plan.config.data.rows, plan.config.data.segments[0]
     positions = (rows, segments * plan.config.model.segment_tokens)
     whole, bits = jax.ShapeDtypeStruct(positions, np.int32), jax.ShapeDtypeStruct(positions, np.bool_)
     reset = jax.ShapeDtypeStruct((rows, segments), np.bool_)
+    batch = Example(whole, whole, bits, bits, bits, reset, whole, whole)  # pyright: ignore[reportArgumentType]
+    memory = jax.eval_shape(lambda: plan.model.init_state(rows))
     try:
-        jax.eval_shape(make_train_step(plan), plan.shapes, Example(whole, whole, bits, bits, bits, reset, whole, whole))  # pyright: ignore[reportArgumentType]
+        jax.eval_shape(
+            lambda params, memory, batch: evaluate_batch(plan.model, plan.config, params, memory, batch),
+            plan.shapes.params,
+            memory,
+            batch,
+        )
     except ValueError as error:
         raise UserError(f"This model cannot be trained on this data: {error}") from error
 

@@ -42,8 +42,11 @@ class Plan:
 
     def init(self, layout: Layout) -> TrainState:
         """The state before the first step, made where it lies; called inside the layout's context."""
-        make = jax.jit(lambda: _unbox(_first_state(self.config, self.model, self.optimizer)))
-        return jax.jit(make, out_shardings=self.shardings(layout))()
+
+        def first() -> TrainState:
+            return _first_state(self.config, self.model, self.optimizer, _unbox(_first_params(self.config, self.model)))
+
+        return jax.jit(first, out_shardings=self.shardings(layout))()
 
 
 def make_plan(config: RunConfig, model: LanguageModel) -> Plan:
@@ -53,9 +56,9 @@ def make_plan(config: RunConfig, model: LanguageModel) -> Plan:
       config: of the run.
       model: `lm2_jax.build_model(config.model)`.
     """
-    params_axes = axes_of(jax.eval_shape(lambda: _first_params(config, model)))
-    optimizer = make_optimizer(config, params_axes)
-    boxed = jax.eval_shape(lambda: _first_state(config, model, optimizer))
+    params = jax.eval_shape(lambda: _first_params(config, model))  # in boxes that name their axes
+    optimizer = make_optimizer(config, axes_of(params))
+    boxed = jax.eval_shape(lambda params: _first_state(config, model, optimizer, params), params)
     memory_axes = model.state_axes()
     axes = axes_of(boxed)._replace(memory=memory_axes if config.data.carry_state else None)
     return Plan(config, model, optimizer, _unbox(boxed), axes, memory_axes)
@@ -67,9 +70,10 @@ def _first_params(config: RunConfig, model: LanguageModel) -> PyTree:
     return model.init(jax.random.key(config.train.seed), tokens_BT, model.init_state(1))["params"]
 
 
-def _first_state(config: RunConfig, model: LanguageModel, optimizer: optax.GradientTransformation) -> TrainState:
-    """The boxed state before the first step."""
-    params = _first_params(config, model)
+def _first_state(
+    config: RunConfig, model: LanguageModel, optimizer: optax.GradientTransformation, params: PyTree
+) -> TrainState:
+    """The state before the first step; boxed where `params` are."""
     memory = model.init_state(config.data.rows) if config.data.carry_state else None
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), memory, jax.random.key_data(key))

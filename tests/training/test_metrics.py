@@ -1,0 +1,138 @@
+"""What is written down and shown: lines, diagnostics, rates, and the progress line on and off a terminal."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import lm2_jax
+from lm2_jax.model import LanguageModel
+from lm2_jax.training import metrics, progress
+from lm2_jax.training.metrics import MetricsLog, diagnostics, read_lines
+from lm2_jax.training.progress import ProgressLine, Throughput, clock, flops_per_token, peak_flops
+from lm2_jax.training.state import make_plan
+
+
+def steps(workdir):
+    return [line["step"] for line in read_lines(workdir)]
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        for step in (1, 2, 3, 4):
+            log.write(step, {"loss": step / 2})
+    with open(tmp_path / metrics.FILE, "a") as file:
+        file.write('{"step": 5, "loss": 2')  # a kill in the middle of a line
+    with MetricsLog(tmp_path, 2) as log:
+        assert steps(tmp_path) == [1, 2]
+        log.write(3, {"loss": 9.0})
+        assert steps(tmp_path) == [1, 2, 3], "a line is there as soon as it is written"
+    assert read_lines(tmp_path)[-1] == {"step": 3, "loss": 9.0}
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_bucket_gets_whole_files_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 0.5})
+        assert steps(tmp_path) == [], "not every line is an upload"
+        log.flush()
+        log.write(3, {"loss": 0.25})
+        assert steps(tmp_path) == [1, 2]
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_what_is_no_number_is_never_written(tmp_path):
+    with MetricsLog(tmp_path, 0) as log, pytest.raises(ValueError, match="JSON"):
+        log.write(1, {"loss": float("nan")})
+
+
+def test_diagnostics_by_layer():
+    assert diagnostics({"gate": np.array([0.25, 0.75]), "norm": np.float32(2.0)}) == {
+        "memory/gate/0": 0.25,
+        "memory/gate/1": 0.75,
+        "memory/norm/0": 2.0,
+    }
+
+
+def test_flops_by_hand():
+    """6 per parameter, and 6 L H K T for the scores and sums of causal attention."""
+    config = lm2_jax.preset("none_tiny")
+    shapes = make_plan(config, LanguageModel(config.model)).shapes.params
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert flops_per_token(config.model, shapes) == 6 * count + 6 * 2 * 4 * 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+class Device:
+    device_kind = "NVIDIA A100-SXM4-40GB"
+
+
+def test_throughput_by_hand(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    throughput = Throughput(flops=31.2e6, steps=11, devices=[Device(), Device()])
+    throughput.count(1000)
+    now[0] += 50  # compilation
+    assert throughput.measure(1)["tokens_per_second"] == pytest.approx(20)
+    for _ in range(5):
+        throughput.count(1000)
+    now[0] += 14
+    throughput.leave_out(4)  # an evaluation
+    values = throughput.measure(6)
+    assert values["tokens_per_second"] == pytest.approx(500)
+    assert values["mfu"] == pytest.approx(500 * 31.2e6 / (2 * 312e12))
+    assert values["seconds_left"] == pytest.approx(5 * 14 / 5)
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+VALUES = {"loss": 1.25, "answer_accuracy": 0.5, "tokens_per_second": 1234.0, "mfu": 0.41, "seconds_left": 65.0}
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    out = io.StringIO()
+    with ProgressLine(20, Console(file=out, width=40)) as line:
+        line.show(5, VALUES)
+    assert out.getvalue().split() == (
+        "step 5/20 | loss 1.250 | answers 50.0% | 1,234 tokens/s | MFU 41.0% | 1:05 left".split()
+    )
+
+
+def test_a_live_line_on_a_terminal():
+    out = io.StringIO()
+    with ProgressLine(20, Console(file=out, width=150, force_terminal=True)) as line:
+        line.show(5, VALUES)
+        line.step(6)
+    assert "6/20" in out.getvalue()
+    assert "loss 1.250 | answers 50.0%" in out.getvalue()
+    assert "\x1b[" in out.getvalue(), "it is drawn in place"
+
+
+def test_lines_are_json(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(7, {"loss": 0.5})
+    assert json.loads((tmp_path / metrics.FILE).read_text()) == {"step": 7, "loss": 0.5}

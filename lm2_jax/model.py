@@ -166,6 +166,7 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"tokens must be whole segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream"
             )
+        self._check_state(B, state)
         J = S // T
         segments = self._segments(B, J, reset, valid, document, bptt_segments)
         x_BJTD = self.embed(tokens).reshape(B, J, T, -1)
@@ -189,6 +190,22 @@ class LanguageModel(nn.Module):
         if self.config.schedule != "auto":
             return self.config.schedule
         return "layer_major" if self.carrier is None else "segment_major"
+
+    def _check_state(self, batch: int, state: ModelState) -> None:
+        """Refuses what would fail far inside, or be broadcast: a state of another model or of other rows."""
+        expected = jax.eval_shape(lambda: self.init_state(batch))
+        if jax.tree.structure(state) != jax.tree.structure(expected):
+            raise ValueError("state is not one of this model; make it with init_state")
+        axes = jax.tree.structure(expected).flatten_up_to(self.state_axes())
+        for leaf, like, names in zip(jax.tree.leaves(state), jax.tree.leaves(expected), axes, strict=True):
+            rows = leaf.shape[names.index("batch")] if leaf.ndim == len(names) else batch
+            if rows != batch:
+                raise ValueError(f"state has {rows} rows, tokens have {batch}; make it with init_state(batch={batch})")
+            if leaf.shape != like.shape:
+                raise ValueError(
+                    f"state is not one of this model: an array of it has shape {list(leaf.shape)}, expected "
+                    f"{list(like.shape)}; make it with init_state"
+                )
 
     def _segments(
         self, B: int, J: int, reset: Array | None, valid: Array | None, document: Array | None, bptt: int | None

@@ -82,7 +82,9 @@ def test_top_k_leaves_k_slots_and_a_sum_of_one():
 
 def test_query_heads_share_the_slots_of_their_group():
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 5, 4, 3), (1, 6, 2, 3), (1, 6, 2, 3)))
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 5, 4, 3), (1, 6, 2, 3), (1, 6, 2, 3))
+    )
     found = attend_slots(q, BankKeys(k, v))
     for head in (1, 2):
         group = head // 2
@@ -115,5 +117,5 @@ def test_a_fresh_row_holds_the_start_whatever_its_slots_are():
 
 def test_positions_need_an_even_head_width():
     with pytest.raises(ValueError, match="even head width, got 3"):
-        GatedBankConfig(num_slots=3, num_heads=2).build(6, Precision())
+        GatedBankConfig(num_slots=3, num_heads=2, write=SlotsWrite()).build(6, Precision())
     GatedBankConfig(num_slots=3, num_heads=2, write=SlotsWrite(positions=False)).build(6, Precision())

@@ -1,0 +1,56 @@
+"""How text is cut for streaming; that the pieces give what the whole gives is tested in contract/."""
+
+import jax
+import numpy as np
+import pytest
+
+import lm2_jax
+from lm2_jax.streaming import _pieces
+from tests.contract.subjects import abstract_params
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lm2_jax.build_model(lm2_jax.preset("none_tiny").model)
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (1, [1]),
+        (2, [4]),
+        (4, [4]),
+        (5, [16]),
+        (17, [32]),
+        (32, [32]),
+        (33, [32, 1]),
+        (100, [32, 32, 32, 4]),
+    ],
+)
+def test_pieces_have_one_of_few_sizes(model, length, sizes):
+    """So that few programs are compiled; no token is lost or doubled."""
+    tokens = np.arange(2 * length).reshape(2, length)
+    pieces = _pieces(model, tokens, None)
+    assert [piece.arrays[0].shape for piece in pieces] == [(2, size) for size in sizes]
+    again = np.concatenate([piece.arrays[0][:, : piece.used] for piece in pieces], axis=1)
+    np.testing.assert_array_equal(again, tokens)
+    for piece in pieces:
+        np.testing.assert_array_equal(piece.arrays[1], [piece.used] * 2)
+        assert (piece.arrays[0][:, piece.used :] == 0).all()
+
+
+def test_each_row_counts_its_own_tokens(model):
+    lengths = np.array([40, 32, 3, 0])
+    valid = np.arange(40)[None] < lengths[:, None]
+    counts = [piece.arrays[1] for piece in _pieces(model, np.zeros((4, 40), int), valid)]
+    np.testing.assert_array_equal(counts, [[32, 32, 3, 0], [8, 0, 0, 0]])
+
+
+def test_an_open_segment_keeps_no_text_but_its_own():
+    """Streaming's memory does not depend on how much was read."""
+    model = lm2_jax.build_model(lm2_jax.preset("lm2_tiny").model)
+    state = jax.eval_shape(lambda: model.init_state(1))
+    opened = jax.eval_shape(lambda p, s: model.apply({"params": p}, s, 1, method="open"), abstract_params(model), state)
+    T, D = model.config.segment_tokens, model.config.decoder.width
+    largest = max(leaf.size for leaf in jax.tree.leaves(opened))
+    assert largest <= model.config.decoder.num_layers * T * D

@@ -31,11 +31,9 @@ BASE = RunConfig(
     data=DataConfig(
         source=BabilongSource(noise_fraction=0.2, question_rate=1.0, closing=False),
         rows=64,
-        segments=(1, 2, 4),
-        stage_steps=(300, 600),
-        fill_rows=True,
+        segments=(4,),
     ),
-    optim=OptimConfig(steps=1200, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    optim=OptimConfig(steps=1500, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
     train=TrainConfig(eval_every=100, eval_batches=8),
     checkpoint=CheckpointConfig(every_steps=250, keep=1),
 )

@@ -2,9 +2,8 @@
 
     make quickstart
 
-Both read the same stories of qa1's world, a third of it background prose, with questions all along; segments hold 32
-tokens, four or five sentences. The twin answers from the segment at hand only. Documents grow from one segment to four:
-first a model learns to read, then to remember.
+Both read the same stories of qa1's world, a fifth of it background prose, with questions all along; segments hold 32
+tokens, four or five sentences. The twin answers from the segment at hand only.
 """
 
 import dataclasses
@@ -32,13 +31,11 @@ LM2 = RunConfig(
     data=DataConfig(
         source=BabilongSource(noise_fraction=0.2, question_rate=1.0),
         rows=64,
-        segments=(1, 2, 4),
-        stage_steps=(200, 400),
-        fill_rows=True,
+        segments=(4,),
     ),
-    optim=OptimConfig(steps=800, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
-    train=TrainConfig(eval_every=200, eval_batches=2),
-    checkpoint=CheckpointConfig(every_steps=200),
+    optim=OptimConfig(steps=700, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    train=TrainConfig(eval_every=100, eval_batches=2),
+    checkpoint=CheckpointConfig(every_steps=350),
 )
 NONE = dataclasses.replace(replace_model(LM2, memory=NoMemory(), join=PlainJoin()), name="quickstart_none")
 

@@ -35,6 +35,10 @@ hypothesis.settings.register_profile("lm2_jax", deadline=None, max_examples=25, 
 hypothesis.settings.load_profile("lm2_jax")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of real data (bAbI, books, tokenizers, ...): $LM2_JAX_DATA, or ../shared/data beside the repository."""

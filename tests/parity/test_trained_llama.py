@@ -45,18 +45,17 @@ def read_llama2c(content: bytes):
     q, k = queries(take(L, H * K, D), H), queries(take(L, G * K, D), G)
     v = take(L, G * K, D).transpose(0, 2, 1).reshape(L, D, G, K)
     o = take(L, D, H * K).transpose(0, 2, 1).reshape(L, H, K, D)
-    mlp_norm, gated, down, up = take(L, D), take(L, F, D), take(L, D, F), take(L, F, D)
+    mlp_norm = take(L, D)
+    gated, down, up = (w.transpose(0, 2, 1) for w in (take(L, F, D), take(L, D, F), take(L, F, D)))
     final_norm = take(D)
     params = {
         "embed": {"table": table},
         "final_norm": {"scale": final_norm},
         "blocks_0": {
             "attention_norm": {"scale": attention_norm},
-            "attention": {name: {"w": w} for name, w in zip(("q_proj", "k_proj", "v_proj", "o_proj"), (q, k, v, o))},
+            "attention": {"q_proj": {"w": q}, "k_proj": {"w": k}, "v_proj": {"w": v}, "o_proj": {"w": o}},
             "mlp_norm": {"scale": mlp_norm},
-            "mlp": {
-                name: {"w": w.transpose(0, 2, 1)} for name, w in zip(("gated", "up", "down"), (gated, up, down))
-            },
+            "mlp": {"gated": {"w": gated}, "up": {"w": up}, "down": {"w": down}},
         },
     }
     decoder = DecoderConfig(width=D, num_layers=L, num_heads=H, num_kv_heads=G, mlp_width=F)
@@ -90,9 +89,7 @@ def test_the_greedy_text_of_stories260k(folder):
     vocab, decoder, params = read_llama2c((folder / "stories260K.bin").read_bytes())
     words = read_words((folder / "tok512.bin").read_bytes())
     assert len(words) == vocab
-    config = ModelConfig(
-        vocab_size=vocab, segment_tokens=512, decoder=decoder, memory=NoMemory(), join=PlainJoin()
-    )
+    config = ModelConfig(vocab_size=vocab, segment_tokens=512, decoder=decoder, memory=NoMemory(), join=PlainJoin())
     model = lm2_jax.build_model(config)
     state, token, said = model.init_state(1), BOS, []
     while len(said) < STEPS:

@@ -33,7 +33,9 @@ BASE = RunConfig(
         rows=64,
         segments=(4,),
     ),
-    optim=OptimConfig(steps=1500, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    optim=OptimConfig(
+        steps=1500, learning_rate=3e-3, final_fraction=0.3, warmup_steps=50, beta2=0.999, weight_decay=0.0
+    ),
     train=TrainConfig(eval_every=100, eval_batches=8),
     checkpoint=CheckpointConfig(every_steps=250, keep=1),
 )

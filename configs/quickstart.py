@@ -3,7 +3,8 @@
     make quickstart
 
 Both read the same stories of qa1's world, a fifth of it background prose, with questions all along; segments hold 32
-tokens, four or five sentences. The twin answers from the segment at hand only.
+tokens, four or five sentences. The twin answers from the segment at hand only. LM2's bank is threaded
+here: every block reads it as it stood before the segment and writes what the blocks below left.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ LM2 = RunConfig(
         segment_tokens=32,
         decoder=DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=192),
         memory=GatedBankConfig(num_slots=8, write=BlockWrite()),
-        join=ResidualJoin(),
+        join=ResidualJoin(topology="threaded"),
         remat="full",
     ),
     data=DataConfig(
@@ -33,7 +34,9 @@ LM2 = RunConfig(
         rows=64,
         segments=(4,),
     ),
-    optim=OptimConfig(steps=700, learning_rate=3e-3, warmup_steps=50, weight_decay=0.0),
+    optim=OptimConfig(
+        steps=800, learning_rate=3e-3, final_fraction=0.3, warmup_steps=50, beta2=0.999, weight_decay=0.0
+    ),
     train=TrainConfig(eval_every=100, eval_batches=2),
     checkpoint=CheckpointConfig(every_steps=350),
 )

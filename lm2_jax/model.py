@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -194,18 +195,18 @@ class LanguageModel(nn.Module):
     def _check_state(self, batch: int, state: ModelState) -> None:
         """Refuses what would fail far inside, or be broadcast: a state of another model or of other rows."""
         expected = jax.eval_shape(lambda: self.init_state(batch))
-        if jax.tree.structure(state) != jax.tree.structure(expected):
-            raise ValueError("state is not one of this model; make it with init_state")
-        axes = jax.tree.structure(expected).flatten_up_to(self.state_axes())
-        for leaf, like, names in zip(jax.tree.leaves(state), jax.tree.leaves(expected), axes, strict=True):
-            rows = leaf.shape[names.index("batch")] if leaf.ndim == len(names) else batch
-            if rows != batch:
-                raise ValueError(f"state has {rows} rows, tokens have {batch}; make it with init_state(batch={batch})")
-            if leaf.shape != like.shape:
-                raise ValueError(
-                    f"state is not one of this model: an array of it has shape {list(leaf.shape)}, expected "
-                    f"{list(like.shape)}; make it with init_state"
-                )
+        try:
+            chex.assert_trees_all_equal_structs(state, expected)
+            axes = jax.tree.structure(expected).flatten_up_to(self.state_axes())
+            for leaf, names in zip(jax.tree.leaves(state), axes, strict=True):
+                rows = leaf.shape[names.index("batch")] if leaf.ndim == len(names) else batch
+                if rows != batch:
+                    raise ValueError(
+                        f"state has {rows} rows, tokens have {batch}; make it with init_state(batch={batch})"
+                    )
+            chex.assert_trees_all_equal_shapes(state, expected)
+        except AssertionError as error:
+            raise ValueError(f"state is not one of this model; make it with init_state. {error}") from error
 
     def _segments(
         self, B: int, J: int, reset: Array | None, valid: Array | None, document: Array | None, bptt: int | None

@@ -207,7 +207,10 @@ class Attention(nn.Module):
         W = self.window_keys
         valid_BJW = segments.valid[:, :, -W:]
         if segments.document is not None:
-            valid_BJW = valid_BJW & (segments.document[:, :, -W:] == segments.document[:, :, -1:])
+            last_BJ1 = jnp.where(segments.valid, segments.document, 0).max(axis=2, keepdims=True)
+            valid_BJW = valid_BJW & (segments.document[:, :, -W:] == last_BJ1)
+        # What is never seen is zero, so that no padding shows in the state.
+        k_BJWGK, v_BJWGK = (jnp.where(valid_BJW[..., None, None], a[:, :, -W:], 0) for a in (k_BJTGK, v_BJTGK))
 
         def step(window: Window, inputs: tuple[Array, ...]) -> tuple[Window, Window]:
             k, v, valid, any_valid, reset, cut = inputs
@@ -215,7 +218,7 @@ class Attention(nn.Module):
             last = Window(k, v, valid, jnp.zeros_like(reset))
             return select_rows(any_valid, last, window, WINDOW_AXES), window
 
-        per_segment = (k_BJTGK[:, :, -W:], v_BJTGK[:, :, -W:], valid_BJW, segments.valid.any(axis=2), segments.reset)
+        per_segment = (k_BJWGK, v_BJWGK, valid_BJW, segments.valid.any(axis=2), segments.reset)
         inputs = (*(jnp.moveaxis(a, 1, 0) for a in per_segment), segments.cut)
         window, before = jax.lax.scan(step, window, inputs)
         return Window(*(jnp.moveaxis(a, 0, 1) for a in before)), window

@@ -289,7 +289,8 @@ class PaperWriter(nn.Module):
         weights_BTHN, memory_BTHK = reading()
         weights_BTHN = weights_BTHN * valid_BT[:, :, None, None].astype(weights_BTHN.dtype)
         total_BHN = weights_BTHN.sum(axis=1)
-        weights_BTHN = weights_BTHN / jnp.maximum(total_BHN, jnp.finfo(total_BHN.dtype).tiny)[:, None]
+        # A slot that no token asks for is left at zero; a smaller floor would overflow in the gradient's 1 / total^2.
+        weights_BTHN = weights_BTHN / jnp.maximum(total_BHN, 1e-12)[:, None]
         weights_BTHN = weights_BTHN.astype(memory_BTHK.dtype)
 
         def to_slots(y_BTHK: Array) -> Array:

@@ -279,7 +279,9 @@ VARIANTS: dict[str, ModelConfig] = {
     "window_scaled_rope_untied": _variant(NoMemory(), PlainJoin(), _SCALED),
     "window_of_a_segment": _variant(NoMemory(), PlainJoin(), _decoder(window_tokens=12)),
     "middle_layer_learned_window": _variant(
-        _bank(start="learned", top_k=2), ResidualJoin(layers=(1,)), _decoder(num_layers=3, window_tokens=5)
+        _bank(start="learned", top_k=2, write=SlotsWrite()),
+        ResidualJoin(layers=(1,)),
+        _decoder(num_layers=3, window_tokens=5),
     ),
     "more_slots_than_width": _variant(
         _bank(
@@ -293,7 +295,8 @@ VARIANTS: dict[str, ModelConfig] = {
     ),
     "block_write_window": _variant(_bank(write=BlockWrite()), decoder=_decoder(window_tokens=7)),
     "block_write_own_no_gates": _variant(
-        _bank(write=BlockWrite(gated=False), start="learned"), ResidualJoin(read="own", topology="per_layer")
+        _bank(write=BlockWrite(gated=False, codes=False), start="learned"),
+        ResidualJoin(read="own", topology="per_layer"),
     ),
     "paper_shared": _variant(_bank(write=PaperWrite(), top_k=3), ResidualJoin(read="shared", source="block")),
     "threaded_outer_layers_window": _variant(

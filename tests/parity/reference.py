@@ -1,0 +1,318 @@
+"""The models once more, token by token in numpy float64, written from the papers' equations and slow on purpose.
+
+One row of text at a time; parameters as `LanguageModel` names them. Nothing here is imported from the models but the
+configs and the table of identity rows.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm2_jax.config import ModelConfig
+from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite
+from lm2_jax.memory.gated_bank import identity_rows
+
+
+class Past(NamedTuple):
+    """Keys and values of all tokens so far, keys rotated to their place in the whole text."""
+
+    k: list[np.ndarray]  # [G K] each
+    v: list[np.ndarray]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def swiglu(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    gated = x @ p["gated"]["w"]
+    return (gated * sigmoid(gated) * (x @ p["up"]["w"])) @ p["down"]["w"]
+
+
+def llama_frequencies(head_width: int, config: ModelConfig) -> list[float]:
+    """Radians per position of each pair, as in Llama 3's published code: by wavelength."""
+    out = []
+    for i in range(head_width // 2):
+        f = config.decoder.rope_theta ** (-2 * i / head_width)
+        scaling = config.decoder.rope_scaling
+        if scaling is not None:
+            wavelength = 2 * math.pi / f
+            low = scaling.original_tokens / scaling.low_frequency_factor
+            high = scaling.original_tokens / scaling.high_frequency_factor
+            if wavelength > low:
+                f = f / scaling.factor
+            elif wavelength >= high:
+                blend = (scaling.original_tokens / wavelength - scaling.low_frequency_factor) / (
+                    scaling.high_frequency_factor - scaling.low_frequency_factor
+                )
+                f = (1 - blend) * f / scaling.factor + blend * f
+        out.append(f)
+    return out
+
+
+def rotated(x_HK: np.ndarray, position: int, frequencies: list[float]) -> np.ndarray:
+    """Each pair (i, i + K/2) as a complex number, turned."""
+    half = x_HK.shape[-1] // 2
+    turned = (x_HK[:, :half] + 1j * x_HK[:, half:]) * np.exp(1j * position * np.array(frequencies))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def weights_over(q_K: np.ndarray, keys: list[np.ndarray], top_k: int | None = None) -> np.ndarray:
+    """softmax(q k / sqrt(K)) over the keys, or over the k best of them."""
+    scores = np.array([q_K @ k_K / math.sqrt(len(q_K)) for k_K in keys])
+    if top_k is not None:
+        least = sorted(scores)[-top_k]
+        scores = np.where(scores >= least, scores, -np.inf)
+    odds = np.exp(scores - scores.max())
+    return odds / odds.sum()
+
+
+def attended(
+    q_HK: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray], top_k: int | None = None
+) -> np.ndarray:
+    """What one query finds, head by head; keys and values [G K], group g serving H/G heads."""
+    share = q_HK.shape[0] // keys[0].shape[0]
+    out = np.zeros_like(q_HK)
+    for h, q_K in enumerate(q_HK):
+        weights = weights_over(q_K, [k[h // share] for k in keys], top_k)
+        out[h] = sum(w * v[h // share] for w, v in zip(weights, values, strict=True))
+    return out
+
+
+def heads(x: np.ndarray, w_DHK: np.ndarray) -> np.ndarray:
+    """x W for every head."""
+    return np.tensordot(x, w_DHK, axes=1)
+
+
+def merged(y_HK: np.ndarray, w_HKD: np.ndarray) -> np.ndarray:
+    return np.tensordot(y_HK, w_HKD, axes=2)
+
+
+class Reference:
+    """A model over one row."""
+
+    def __init__(self, config: ModelConfig, params: Any):
+        self.config, self.params = config, _numpy(params)
+        self.frequencies = llama_frequencies(config.decoder.head_dim, config)
+        self.with_memory = config.join.memory_layers(config.decoder.num_layers)
+        self.layers = self._layers()
+
+    def _layers(self) -> list[dict[str, Any]]:
+        """Parameters of each layer, out of the stacks."""
+        stacks = {int(name.removeprefix("blocks_")): p for name, p in self.params.items() if name.startswith("blocks_")}
+        layers: list[dict[str, Any]] = []
+        for first in sorted(stacks):
+            assert first == len(layers)
+            depth = len(stacks[first]["attention_norm"]["scale"])
+            layers += [_pick(stacks[first], i) for i in range(depth)]
+        return layers
+
+    def head(self, x_D: np.ndarray) -> np.ndarray:
+        if self.config.decoder.tie_head:
+            return self.params["embed"]["table"] @ x_D
+        return x_D @ self.params["head"]["w"]
+
+    def self_attention(self, p: dict[str, Any], x_D: np.ndarray, position: int, past: Past, first: int) -> Any:
+        """Output of one token, its unrotated query; its key and value join the past.
+
+        Args:
+          p: parameters of the attention.
+          x_D: normalised input.
+          position: in the whole text.
+          past: of this layer.
+          first: earliest position that is seen.
+        """
+        k_GK = rotated(heads(x_D, p["k_proj"]["w"]), position, self.frequencies)
+        past.k.append(k_GK)
+        past.v.append(heads(x_D, p["v_proj"]["w"]))
+        q_HK = heads(x_D, p["q_proj"]["w"])
+        y_HK = attended(rotated(q_HK, position, self.frequencies), past.k[first:], past.v[first:])
+        return merged(y_HK, p["o_proj"]["w"]), q_HK
+
+    def run(self, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits of a text of whole segments, and all memories behind it."""
+        if self.config.join.kind == "tokens":
+            return self.run_memory_tokens(tokens)
+        T, layers = self.config.segment_tokens, range(self.config.decoder.num_layers)
+        pasts = [Past([], []) for _ in layers]
+        threaded = getattr(self.config.join, "topology", "per_layer") == "threaded"
+        memories = [self.first_memory(self.layers[layer]) for layer in self.with_memory[: 1 if threaded else None]]
+        logits = []
+        for begin in range(0, len(tokens), T):
+            x_TD = self.params["embed"]["table"][tokens[begin : begin + T]]
+            written = memories[0] if threaded and memories else None
+            for layer in layers:
+                bank = None
+                if layer in self.with_memory:
+                    nth = 0 if threaded else self.with_memory.index(layer)
+                    bank = memories[nth]
+                x_TD, wrote = self.block(self.layers[layer], x_TD, begin, pasts[layer], bank, written)
+                if threaded:
+                    written = written if wrote is None else wrote
+                elif wrote is not None:
+                    memories[nth] = wrote
+            if threaded:
+                memories = [written]
+            final = rms_norm(x_TD, self.params["final_norm"]["scale"], self.config.decoder.norm_epsilon)
+            logits += [self.head(x_D) for x_D in final]
+        return np.array(logits), memories
+
+    def first_memory(self, p: dict[str, Any]) -> np.ndarray:
+        memory = self.config.memory
+        if memory.start == "learned":
+            return p["memory"]["start"]
+        return identity_rows(memory.num_slots, self.config.decoder.width)
+
+    def block(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any, written: Any) -> Any:
+        """One segment through one block.
+
+        Args:
+          p: parameters of the block.
+          x_TD: its input.
+          begin: position of its first token in the whole text.
+          past: keys and values of this layer.
+          bank: the memory as it stood before the segment, None in a block without.
+          written: what blocks below made of a threaded memory, None where each block has its own.
+        Returns:
+          Output, and the new memory or None.
+        """
+        epsilon, window = self.config.decoder.norm_epsilon, self.config.decoder.window_tokens
+        found, queries = [], []
+        for t, x_D in enumerate(x_TD):
+            first = begin if window is None else max(0, begin + t - window + 1)
+            normed = rms_norm(x_D, p["attention_norm"]["scale"], epsilon)
+            y_D, q_HK = self.self_attention(p["attention"], normed, begin + t, past, first)
+            found.append(y_D)
+            queries.append(q_HK)
+        found_TD = np.array(found)
+        h_TD = x_TD + found_TD
+        if bank is not None:
+            h_TD = h_TD + np.array([self.recall(p, y, q, bank) for y, q in zip(found_TD, queries, strict=True)])
+        out_TD = h_TD + swiglu(rms_norm(h_TD, p["mlp_norm"]["scale"], epsilon), p["mlp"])
+        if bank is None:
+            return out_TD, None
+        source_TD = found_TD if self.config.join.source == "attention" else out_TD
+        old = bank if written is None else written
+        write = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper, BlockWrite: self.write_block}
+        return out_TD, write[type(self.config.memory.write)](p, source_TD, old, begin, past)
+
+    def projected(self, p: dict[str, Any], bank_ND: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Slots as keys and values of the read."""
+        rows_ND = rms_norm(bank_ND, p["memory"]["norm"]["scale"]) if self.config.memory.norm_slots else bank_ND
+        shared = self.config.join.read == "shared"
+        k = p["attention"]["k_proj"] if shared else p["memory"]["k"]
+        v = p["attention"]["v_proj"] if shared else p["memory"]["v"]
+        return [heads(row, k["w"]) for row in rows_ND], [heads(row, v["w"]) for row in rows_ND]
+
+    def recall(self, p: dict[str, Any], found_D: np.ndarray, q_HK: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
+        """E_mem, then g_out = sigmoid(E_mem W_out) times it."""
+        join, keys_values = self.config.join, self.projected(p, bank_ND)
+        top_k = self.config.memory.top_k
+        if join.read == "shared":
+            y_D = merged(attended(q_HK, *keys_values, top_k), p["attention"]["o_proj"]["w"])
+        else:
+            y_D = attended(heads(found_D, p["memory"]["q"]["w"]), *keys_values, top_k).reshape(-1)
+        if join.gate:
+            y_D = sigmoid(y_D @ p["gate_output"]["w"]["w"] + p["gate_output"]["b"]["b"]) * y_D
+        return y_D * p["loudness"]["b"] if join.silent_start else y_D
+
+    def gated(self, p: dict[str, Any], old: np.ndarray, new: np.ndarray, for_input: Any, for_forget: Any) -> np.ndarray:
+        """M' = g_in tanh(U) + g_forget M."""
+        g_in = sigmoid(for_input @ p["gate_input"]["w"]["w"] + p["gate_input"]["b"]["b"])
+        g_forget = sigmoid(for_forget @ p["gate_forget"]["w"]["w"] + p["gate_forget"]["b"]["b"])
+        return g_in * np.tanh(new) + g_forget * old
+
+    def write_slots(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray, begin: int, past: Past) -> Any:
+        """Each slot asks the segment and the other slots from behind the segment's end."""
+        write, w = self.config.memory.write, p["memory"]["writer"]
+        T, head_width = len(x_TD), self.config.decoder.width // self.config.memory.num_heads
+        frequencies = [10_000.0 ** (-2 * i / head_width) for i in range(head_width // 2)]
+        if not write.positions:
+            frequencies = [0.0] * len(frequencies)
+        tokens = rms_norm(x_TD, w["norm_tokens"]["scale"])
+        slots = rms_norm(bank_ND, w["norm_slots"]["scale"])
+        keys = [rotated(heads(x, w["k"]["w"]), t, frequencies) for t, x in enumerate(tokens)]
+        values = [heads(x, w["v"]["w"]) for x in tokens]
+        new = []
+        for n, slot in enumerate(slots):
+            asking = slot + w["code"]["code"][n] if write.codes else slot
+            q_HK = heads(asking, w["q"]["w"])
+            scores_of = list(keys)
+            if write.attend_slots:
+                scores_of += [rotated(heads(s, w["k"]["w"]), T, frequencies) for s in slots]
+            seen = values + ([heads(s, w["v"]["w"]) for s in slots] if write.attend_slots else [])
+            y_HK = attended(rotated(q_HK, T, frequencies), scores_of, seen)
+            found = bank_ND[n] + merged(y_HK, w["o"]["w"])
+            normed = rms_norm(found, w["norm_found"]["scale"])
+            candidate = swiglu(normed, w["mlp"]) if write.candidate == "mlp" else found
+            if write.gated:
+                new.append(self.gated(w, bank_ND[n], candidate, normed, normed))
+            else:
+                new.append(rms_norm(found + candidate, w["norm_new"]["scale"]))
+        return np.array(new)
+
+    def write_paper(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray, begin: int, past: Past) -> Any:
+        """R = A^T normalised over tokens, head by head; M' = sig(R E W_in) tanh(R E_mem) + sig(R E_mem W_f) M."""
+        memory, w = self.config.memory, p["memory"]["writer"]
+        H, D = memory.num_heads, self.config.decoder.width
+        own = rms_norm(bank_ND, p["memory"]["norm"]["scale"]) if memory.norm_slots else bank_ND
+        keys = [heads(row, p["memory"]["k"]["w"]) for row in own]
+        values = [heads(row, p["memory"]["v"]["w"]) for row in own]
+        candidate, tokens = np.zeros_like(bank_ND), np.zeros_like(bank_ND)
+        for h in range(H):
+            part = slice(h * D // H, (h + 1) * D // H)
+            queries = [heads(x, p["memory"]["q"]["w"])[h] for x in x_TD]
+            A_TN = np.array([weights_over(q, [k[h] for k in keys], memory.top_k) for q in queries])
+            read_TK = A_TN @ np.array([v[h] for v in values])
+            for n in range(len(bank_ND)):
+                total = A_TN[:, n].sum()
+                R_T = A_TN[:, n] / total if total > 0 else A_TN[:, n]
+                candidate[n, part] = R_T @ read_TK
+                tokens[n, part] = R_T @ x_TD[:, part]
+        return self.gated(w, bank_ND, candidate, tokens, candidate)
+
+    def write_block(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray, begin: int, past: Past) -> Any:
+        """Slots as tokens right behind the segment, through attention and MLP of the block."""
+        T, a, w = len(x_TD), p["attention"], p["memory"]["writer"]
+        epsilon = self.config.decoder.norm_epsilon
+        rows = rms_norm(bank_ND, p["memory"]["norm"]["scale"]) if self.config.memory.norm_slots else bank_ND
+        rows = rows + w["code"]["code"] if self.config.memory.write.codes else rows
+        normed = [rms_norm(row, p["attention_norm"]["scale"], epsilon) for row in rows]
+        place = begin + T
+        keys = past.k[begin:] + [rotated(heads(x, a["k_proj"]["w"]), place, self.frequencies) for x in normed]
+        values = past.v[begin:] + [heads(x, a["v_proj"]["w"]) for x in normed]
+        new = []
+        for n, x in enumerate(normed):
+            q_HK = rotated(heads(x, a["q_proj"]["w"]), place, self.frequencies)
+            h_D = rows[n] + merged(attended(q_HK, keys, values), a["o_proj"]["w"])
+            h_D = h_D + swiglu(rms_norm(h_D, p["mlp_norm"]["scale"], epsilon), p["mlp"])
+            candidate = rms_norm(h_D, w["norm"]["scale"])
+            gated = self.config.memory.write.gated
+            new.append(self.gated(w, bank_ND[n], candidate, candidate, candidate) if gated else candidate)
+        return np.array(new)
+
+    def run_memory_tokens(self, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """RMT: [memory; segment; memory] under a causal mask, the last m outputs are the next memory."""
+        T, m, logits = self.config.segment_tokens, self.config.memory.num_tokens, []
+        memory = self.params["carrier"]["memory"]["start"]
+        for begin in range(0, len(tokens), T):
+            x = np.concatenate([memory, self.params["embed"]["table"][tokens[begin : begin + T]], memory])
+            for p in self.layers:
+                x, _ = self.block(p, x, 0, Past([], []), None, None)
+            x = rms_norm(x, self.params["final_norm"]["scale"], self.config.decoder.norm_epsilon)
+            logits += [self.head(y) for y in x[m : m + T]]
+            memory = x[m + T :]
+        return np.array(logits), [memory]
+
+
+def _numpy(tree: Any) -> Any:
+    return {k: _numpy(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float64)
+
+
+def _pick(tree: Any, layer: int) -> Any:
+    return {k: _pick(v, layer) for k, v in tree.items()} if isinstance(tree, dict) else tree[layer]

@@ -297,7 +297,9 @@ def _retype(shapes: PyTree, dtype: str | None) -> PyTree:
 
 
 def _brief(error: Exception) -> str:
-    """First line of an exception, of a length that fits a message."""
+    """First line of what lies behind an exception, of a length that fits a message."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
@@ -307,12 +309,15 @@ def _hush_late_reads() -> None:
     """Keeps one kind of noise off the terminal.
 
     When one file of a checkpoint is damaged, Orbax gives up at once and closes its event loop; the reads of the other
-    files end later, find it closed, and Python prints a traceback for each though nothing more is wrong.
+    files end later or are dropped, and Python prints a traceback for each though nothing more is wrong.
     """
     show = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+        error = unraisable.exc_value
+        closed = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+        dropped = error is not None and isinstance(error.__cause__, GeneratorExit)
+        if not (closed or dropped):
             show(unraisable)
 
     sys.unraisablehook = hook

@@ -53,7 +53,7 @@ def test_kinds_of_the_gated_bank():
         "blocks_0/gate_output/b/b": "gate",
         "blocks_0/memory/writer/gate_forget/w/w": "gate",
         "blocks_0/memory/writer/gate_input/b/b": "gate",
-        "blocks_0/memory/writer/mlp/up/w": "matrix",
+        "blocks_0/memory/norm/scale": "norm",
     }.items() <= found.items()
     assert set(found.values()) <= {"matrix", "norm", "gate", "bias", "start", "vector"}
 

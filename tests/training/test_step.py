@@ -20,15 +20,15 @@ from sharding import Layout, MeshConfig, make_mesh
 ROWS, SEGMENTS = 8, 4
 
 
-def batch_of(config, seed=0):
+def batch_of(config, seed=0, segments=SEGMENTS):
     """Random rows whose loss weights differ widely, padding at the end of some."""
     draw = np.random.default_rng(seed)
-    shape = (ROWS, SEGMENTS * config.model.segment_tokens)
+    shape = (ROWS, segments * config.model.segment_tokens)
     tokens, targets = draw.integers(0, config.model.vocab_size, (2, *shape), np.int32)
     answer = draw.random(shape) < np.linspace(0.02, 0.5, ROWS)[:, None]
     valid = np.arange(shape[1])[None] < draw.integers(shape[1] // 2, shape[1] + 1, ROWS)[:, None]
     distance = np.where(answer, draw.integers(0, 12, shape), -1).astype(np.int32)
-    reset = draw.random((ROWS, SEGMENTS)) < 0.3
+    reset = draw.random((ROWS, segments)) < 0.3
     return Example(tokens, targets, answer, ~answer, valid, reset, distance, np.zeros(shape, np.int32))
 
 
@@ -44,15 +44,13 @@ def config_with(carry=True, bptt=None, **optim):
     )
 
 
-def one_step(config, layout=None, steps=1):
+def one_step(config, layout=None, segments=SEGMENTS):
     layout = layout or Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
     plan = make_plan(config, LanguageModel(config.model))
     step = jax.jit(make_train_step(plan))
     with layout.context():
         state = plan.init(layout)
-        for index in range(steps):
-            state, report = step(state, layout.batch(batch_of(config, index)))
-    return state, report
+        return step(state, layout.batch(batch_of(config, segments=segments)))
 
 
 def test_weights_and_tally_by_hand():
@@ -123,11 +121,12 @@ def test_bptt_blocks_change_the_gradient_and_not_the_loss():
     assert abs(float(full.grad_norm) - float(short.grad_norm)) > 1e-6 * float(full.grad_norm)
 
 
+@pytest.mark.slow  # virtual devices wait for each other, and there are more of them than cores
 @pytest.mark.parity
 def test_a_sharded_step_equals_the_one_on_one_device():
     config = config_with(accumulate=2)
-    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, model=2)))
-    (single, report), (sharded, sharded_report) = one_step(config), one_step(config, layout)
+    layout = Layout(make_mesh(MeshConfig(fsdp=2, model=2), jax.devices()[:4]))
+    (single, report), (sharded, sharded_report) = one_step(config, segments=2), one_step(config, layout, segments=2)
     table = sharded.params["embed"]["table"]
     assert np.prod(table.sharding.shard_shape(table.shape)) < table.size
     np.testing.assert_allclose(sharded_report.grad_norm, report.grad_norm, rtol=2e-4)

@@ -60,7 +60,7 @@ ARMS = (
     arm("block_ungated", 240, bank(BlockWrite(gated=False)), ResidualJoin()),
     arm("slots", 8, bank(SlotsWrite(mlp_width=96)), ResidualJoin()),
     arm("slots_no_positions", 8, bank(SlotsWrite(positions=False, mlp_width=96)), ResidualJoin()),
-    arm("slots_ungated", 24, bank(SlotsWrite(gated=False, mlp_width=96)), ResidualJoin()),
+    arm("slots_ungated", 56, bank(SlotsWrite(gated=False, mlp_width=96)), ResidualJoin()),
     arm("slots_own_read", 48, bank(SlotsWrite(candidate="linear")), ResidualJoin(read="own", source="attention")),
     arm(
         "paper",

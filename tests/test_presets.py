@@ -1,0 +1,36 @@
+"""Presets that are compared have equal parameters; every preset builds."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import lm2_jax
+from configs import babilong_small, probe
+from lm2_jax.config import RunConfig, from_dict, to_dict
+
+
+def parameters(name: str) -> int:
+    """How many a preset has, without making them."""
+    config = lm2_jax.preset(name).model
+    model = lm2_jax.build_model(config)
+    tokens = jnp.zeros((1, config.segment_tokens), jnp.int32)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens, model.init_state(1)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", sorted({*probe.PRESETS, *babilong_small.PRESETS}))
+def test_compared_presets_have_equal_parameters(name):
+    twin = "probe_none" if name in probe.PRESETS else "babilong_small_none"
+    assert abs(parameters(name) / parameters(twin) - 1) < 0.03
+
+
+def test_small_means_at_most_three_million_parameters():
+    assert max(parameters(name) for name in babilong_small.PRESETS) <= 3_000_000
+
+
+@pytest.mark.parametrize("name", sorted(lm2_jax.PRESETS))
+def test_every_preset_survives_its_json(name):
+    run = lm2_jax.preset(name)
+    assert run.name == name
+    assert from_dict(RunConfig, to_dict(run)) == run

@@ -1,6 +1,7 @@
 """Checkpoints of a run: Orbax writes them, and nothing that is damaged or not finite gets in or out unseen."""
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -38,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
-        self.folder = epath.Path(workdir) / FOLDER
+        self.folder = folder_of(workdir)
         self._config = config
         self._damaged: set[int] = set()
         for name in half_written(self.folder):
@@ -233,7 +234,7 @@ def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
     Raises:
       UserError: there is no usable checkpoint.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = folder_of(workdir)
     if not folder.exists():
         raise UserError(f"{workdir}: no checkpoint there yet; expected a folder {FOLDER!r} with one", status=1)
     manager = ocp.CheckpointManager(
@@ -248,6 +249,12 @@ def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
     finally:
         manager.close()
     raise UserError(f"{folder}: no usable checkpoint there", status=1)
+
+
+def folder_of(workdir: epath.PathLike) -> epath.Path:
+    """The checkpoints of a workdir; absolute where it is local, as Orbax wants it, and a bucket as it is."""
+    path = os.fspath(workdir)
+    return epath.Path(path if "://" in path else os.path.abspath(path)) / FOLDER
 
 
 def half_written(folder: epath.PathLike) -> list[str]:

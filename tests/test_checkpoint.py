@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm2_jax import load_run
-from lm2_jax.checkpoint import Checkpoints, half_written
+from lm2_jax.checkpoint import Checkpoints, folder_of, half_written
 from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
 from lm2_jax.training.fit import begin
@@ -86,6 +86,15 @@ def test_everything_comes_back_bit_for_bit(plan, state, workdir):
     assert_equal(restored, at(state, 8))
     position = json.loads((workdir / "checkpoints" / "8" / "position" / "metadata").read_text())
     assert (position["step"], position["rows"]) == (8, ROWS)
+
+
+def test_a_workdir_may_be_relative(plan, state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("here", plan.config) as checkpoints:
+        checkpoints.save(4, at(state, 4), 3.5)
+    assert (tmp_path / "here" / "checkpoints" / "4").is_dir()
+    assert restore(plan, "here")[1] == 4
+    assert str(folder_of("gs://bucket/run")) == "gs://bucket/run/checkpoints"
 
 
 def test_a_checkpoint_lies_on_the_mesh_it_is_restored_to(plan, state, workdir):

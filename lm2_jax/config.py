@@ -255,7 +255,7 @@ class RunConfig:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON types; members of a family carry their `kind`."""
-    plain: dict[str, Any] = {"kind": config.kind} if isinstance(config, Family) else {}
+    plain: dict[str, Any] = {"kind": config.kind} if issubclass(type(config), Family) else {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

@@ -1,6 +1,7 @@
 """Layers shared by decoder and memories: every kernel names its logical axes."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ def constrain(x: Array, axes: Axes) -> Array:
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axes {axes} for an array of shape {x.shape}")
     return nn.with_logical_constraint(x, axes, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
+def named(init: Any, axes: tuple[str, ...]) -> Any:
+    """`init`, whose parameter carries a logical name for each axis and is a plain array wherever it is used."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 class Einsum(nn.Module):
@@ -42,7 +48,7 @@ class Einsum(nn.Module):
     def __call__(self, equation: str, x: Array) -> Array:
         """`einsum(equation, x, kernel)` in the compute type."""
         std = self.scale / math.sqrt(math.prod(self.shape[: self.in_dims]))
-        init = nn.with_logical_partitioning(nn.initializers.normal(std), self.axes)
+        init = named(nn.initializers.normal(std), self.axes)
         w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
         dtype = jnp.dtype(self.precision.compute)
         return _flat_einsum(equation, x.astype(dtype), w.astype(dtype), self.in_dims)
@@ -75,7 +81,7 @@ class Vector(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         """The array, in the parameters' type."""
-        init = nn.with_logical_partitioning(nn.initializers.constant(self.fill), self.axes)
+        init = named(nn.initializers.constant(self.fill), self.axes)
         return self.param("b", init, self.shape, jnp.dtype(self.precision.params))
 
 
@@ -89,7 +95,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalises the last dimension; the result has the compute type."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        init = named(nn.initializers.ones, (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.precision.params))
         wide = x.astype(safe(x.dtype))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
@@ -124,7 +130,7 @@ class Embed(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
+        init = named(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -35,7 +35,7 @@ def token_losses(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk(hidden_BCD: Array, targets_BC: Array) -> tuple[Array, Array]:
-        logits_BCV = model.apply({"params": params}, hidden_BCD, method="logits")
+        logits_BCV: Any = model.apply({"params": params}, hidden_BCD, method="logits")
         logits_BCV = logits_BCV.astype(safe(logits_BCV.dtype))
         norm_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]

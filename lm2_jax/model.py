@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=run.length,
             metadata_params={nn.PARTITION_NAME: "layers"},
             methods=["forward", "open", "extend", "close"],
@@ -245,8 +245,8 @@ class LanguageModel(nn.Module):
 
         def body(model: "LanguageModel", state: ModelState, inputs: tuple[Array, Segments]) -> tuple[ModelState, Any]:
             x_BTD, one = inputs
-            one = one._replace(cut=one.cut[None])
-            one = Segments(*(a if a is None or name == "cut" else a[:, None] for name, a in one._asdict().items()))
+            document = None if one.document is None else one.document[:, None]
+            one = Segments(one.reset[:, None], one.cut[None], one.valid[:, None], document)
             y_BTD, state, aux = model._one_segment(x_BTD, state, one)
             return state, (y_BTD, aux)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.attention import attend
-from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, named, rope_frequencies, rotate
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.precision import Precision, safe
 from lm2_jax.registry import Family
@@ -220,7 +220,7 @@ class SlotCode(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute type."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("slots", "embed"))
+        init = named(nn.initializers.normal(1.0), ("slots", "embed"))
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
         return code_ND[None].astype(jnp.dtype(self.precision.compute))
 

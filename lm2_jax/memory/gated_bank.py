@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from lm2_jax.layers import Einsum, RMSNorm, constrain
+from lm2_jax.layers import Einsum, RMSNorm, constrain, named
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
 from lm2_jax.precision import Precision, safe
@@ -118,7 +117,7 @@ class GatedBank(Memory):
         c, D, H = self.config, self.width, self.config.num_heads
         if c.start == "learned":
             rows_ND = identity_rows(c.num_slots, D)
-            init = nn.with_logical_partitioning(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "embed"))
+            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "embed"))
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")

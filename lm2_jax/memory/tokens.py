@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.layers import named
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
@@ -44,7 +45,7 @@ class Tokens(Memory):
 
     def setup(self) -> None:
         # As in the released code: the start has the embedding's scale.
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("slots", "embed"))
+        init = named(nn.initializers.normal(self.width**-0.5), ("slots", "embed"))
         self.start_ND = self.param(
             "start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params)
         )

@@ -94,6 +94,7 @@ class Subject:
         rng = np.random.default_rng(1)
         self.tokens = rng.permutation(config.vocab_size)[: ROWS * self.S].reshape(ROWS, self.S).astype(np.int32)
         self.float64 = config.precision.compute == "float64"
+        self.optimized = config.precision.compute == "float32"
         self.tolerance = 1e-9 if self.float64 else 1e-4
 
     @functools.cached_property
@@ -119,7 +120,7 @@ class Subject:
         def forward(params: Any, tokens: Any, state: Any, reset: Any, valid: Any) -> Any:
             return self.model.apply({"params": params}, tokens, state, reset, valid)
 
-        return jax.jit(forward, compiler_options=UNOPTIMIZED if self.float64 else OPTIMIZED)
+        return jax.jit(forward, compiler_options=OPTIMIZED if self.optimized else UNOPTIMIZED)
 
     def apply(self, tokens: Any, state: Any = None, reset: Any = None, valid: Any = None) -> tuple[Any, Any]:
         """`model.apply`, compiled once per number of segments; `reset` is [B] for one segment.

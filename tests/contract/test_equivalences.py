@@ -34,6 +34,7 @@ def eventful(case: Subject):
     weight = rng.standard_normal((ROWS, case.S, case.config.vocab_size))
     hidden_weight = weight[:, :, : case.config.decoder.width]
     result = case.run(None, used, reset, valid, hidden_weight, weight, 0.1)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
     mask = valid[:, :, None]
     return result._replace(logits=np.where(mask, result.logits, 0), hidden=np.where(mask, result.hidden, 0))
 
@@ -58,7 +59,7 @@ def test_both_schedules_agree(name):
     ("name", "remat"),
     [
         ("middle_layer_learned_window", "dots"),
-        ("middle_layer_learned_window", "full"),
+        pytest.param("middle_layer_learned_window", "full", marks=slow),
         pytest.param("rmt_tiny", "full", marks=slow),
         pytest.param("threaded_outer_layers_window", "full", marks=slow),
         pytest.param("paper_shared", "dots", marks=slow),
@@ -84,13 +85,13 @@ def segment_reach(case: Subject) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "bptt_segments"),
     [
-        ("middle_layer_learned_window", 1),
         ("middle_layer_learned_window", 2),
-        ("threaded_outer_layers_window", 2),
-        ("rmt_tiny", 2),
+        ("rmt_tiny", 1),
         ("window_scaled_rope_untied", 2),
+        pytest.param("middle_layer_learned_window", 1, marks=slow),
         pytest.param("threaded_outer_layers_window", 1, marks=slow),
-        pytest.param("rmt_tiny", 1, marks=slow),
+        pytest.param("threaded_outer_layers_window", 2, marks=slow),
+        pytest.param("rmt_tiny", 2, marks=slow),
         pytest.param("lm2_tiny", 2, marks=slow),
         pytest.param("block_write_window", 2, marks=slow),
         pytest.param("paper_shared", 2, marks=slow),
@@ -110,7 +111,7 @@ def test_gradient_reaches_all_segments_by_default(name):
     np.testing.assert_array_equal(segment_reach(case), (r <= s) if case.remembers else (r == s))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "lm2_tiny" else slow) for name in TINY])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "rmt_tiny" else slow) for name in TINY])
 def test_without_jit_the_same(name):
     case = changed(name, segment_tokens=4, precision=FLOAT64)
     logits, state = case.apply(case.tokens)
@@ -133,7 +134,9 @@ def test_a_hundred_segments_stay_finite(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(state)] == types
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("lm2_tiny", "rmt_tiny") else slow) for name in TINY]
+)
 def test_bfloat16_is_close(name):
     case, narrow = subject(name), changed(name, precision=Precision(compute="bfloat16", state="bfloat16"))
     exact, _ = case.apply(case.tokens)

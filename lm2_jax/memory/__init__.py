@@ -2,6 +2,7 @@
 
 from lm2_jax.memory import gated_bank as gated_bank
 from lm2_jax.memory import none as none
+from lm2_jax.memory import titans as titans
 from lm2_jax.memory import tokens as tokens
 from lm2_jax.memory.base import Memory as Memory
 from lm2_jax.memory.base import MemoryConfig as MemoryConfig

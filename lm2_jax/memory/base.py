@@ -21,6 +21,9 @@ class MemoryConfig(Family):
         """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
         raise NotImplementedError
 
+    def check_segment(self, segment_tokens: int) -> None:
+        """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""
+
 
 class OpenMemory(NamedTuple):
     """A memory inside an unfinished segment: reads see `state`, writes wait in `buffer`."""
@@ -66,7 +69,7 @@ class Memory(nn.Module):
         """What stood in the memory at the segment's start, asked by each token.
 
         Args:
-          q_BTD: queries, in the compute type.
+          q_BTD: queries, in the compute type; zero at padding, as a memory may look at neighbours of a token.
           state: at the segment's start.
           prepared: `prepare(state)`, where the caller has it already.
           notes: diagnostics are added here.
@@ -98,8 +101,8 @@ class Memory(nn.Module):
         """Reads and writes a segment; token i may see writes of tokens <= i. Here: read all, then write all."""
         return self.read(x_BTD, state, notes=notes), self.write(x_BTD, state, valid_BT, notes)
 
-    def open(self, state: State, segment_tokens: int, dtype: jnp.dtype) -> OpenMemory:
-        """Begins a segment that arrives in pieces."""
+    def open(self, state: State, segment_tokens: int, dtype: jnp.dtype) -> Any:
+        """Begins a segment that arrives in pieces: an `OpenMemory`, or a tuple of the memory's own."""
         batch = self.rows_of(state)
         width = getattr(self, "width")  # noqa: B009 (every memory has it as a field, the base class has no fields)
         return OpenMemory(state, self.prepare(state), jnp.zeros((batch, segment_tokens, width), dtype))
@@ -120,6 +123,12 @@ class Memory(nn.Module):
         """`__call__` for a piece of a segment; the caller calls `close` once the segment is full."""
         y_BSD = self.read(x_BSD, open_state.state, open_state.prepared)
         return y_BSD, self.store(x_BSD, slot_BS, open_state)
+
+    def ask(
+        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: Any
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """`read` for a piece of a segment: the memory as it stood at the segment's start."""
+        return self.read(x_BSD, open_state.state, open_state.prepared), open_state
 
     @staticmethod
     def rows_of(state: State) -> int:

@@ -1,0 +1,244 @@
+"""A chunk of test-time training as matrix products: the exact form of Titans' update, one head at a time.
+
+Token by token, with all gradients u_i of a chunk taken at its start weights (arXiv:2501.00663, equations 13-18):
+
+    S_t = e_t S_{t-1} - theta_t u_t,   W_t = a_t W_{t-1} + S_t,   a_t = 1 - alpha_t
+
+Both recurrences are linear, so with L_a[t, s] = prod_{s<j<=t} a_j for s <= t, else 0, and L_e alike,
+
+    W_t = A_t W_0 + b_t S_0 - sum_i P[t, i] u_i,   P = L_a L_e diag(theta),   A_t = prod_{j<=t} a_j,
+    S_t = H_t S_0 - sum_i L_e[t, i] theta_i u_i,   b = L_a H,                 H_t = prod_{j<=t} e_j.
+
+The gradient of one layer z = x W by a token is the outer product x_i^T g_i of the layer's input and of the loss's
+derivative by its output, so that a read with the weights of its own token, z_t W_t, is
+
+    A_t z_t W_0 + b_t z_t S_0 - ((P . (z X^T)) G)_t
+
+and no token ever has weights of its own. All g come from one backward pass at the start weights.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm2_jax.memory.inner import InnerLoss, InnerNetwork, NormWeights, Weights
+from lm2_jax.types import Array, Bool, Float
+
+EXACT = jax.lax.Precision.HIGHEST  # gates are products of many factors: accelerators must not round them to bfloat16
+
+
+class Rates(NamedTuple):
+    """How a chunk's tokens change the memory; None: no momentum, or no forgetting."""
+
+    step: Float[Array, "*lead C"]  # theta
+    log_momentum: Float[Array, "*lead C"] | None  # log e
+    log_keep: Float[Array, "*lead C"] | None  # log a
+
+
+class Presence(NamedTuple):
+    """How much of what is in the weights, and momentum, behind each of R tokens of a chunk."""
+
+    start: Float[Array, " R"]  # A: the start weights
+    momentum: Float[Array, " R"] | None  # b: the start momentum
+    gradient: Float[Array, "R C"]  # P: each token's gradient
+
+
+class Gradients(NamedTuple):
+    """What a chunk's tokens would change, layer by layer: outer products of the rows of both."""
+
+    inputs: tuple[Float[Array, "*lead C _"], ...]  # X
+    outputs: tuple[Float[Array, "*lead C _"], ...]  # G, derivatives of the loss
+
+
+class Fast(NamedTuple):
+    """Weights that are trained at test time, and their momentum."""
+
+    weights: Weights
+    momentum: Weights | None
+
+
+def products(log_C: Float[Array, " C"]) -> Float[Array, "C C"]:
+    """L[t, s] = exp(sum_{s<j<=t} log_j) for s <= t, else 0.
+
+    Sums run over the factors of each entry alone: as differences of one running sum, entries behind a factor near 0
+    would lose their digits.
+    """
+    place = jnp.arange(log_C.shape[0])
+    later = place[:, None] > place[None, :]
+    sums = jnp.cumsum(jnp.where(later, log_C[:, None], jnp.zeros_like(log_C)[:, None]), axis=0)
+    return jnp.where(place[:, None] >= place[None, :], jnp.exp(sums), jnp.zeros_like(sums))
+
+
+def presence(
+    rates: Rates, valid_C: Bool[Array, " C"], scale_C: Float[Array, " C"] | None = None
+) -> tuple[Presence, Presence]:
+    """How start and gradients are present in the weights W_t and in the momentum S_t behind each token.
+
+    Args:
+      rates: step sizes and logarithms of the gates.
+      valid_C: where false, the token leaves weights and momentum as they are; no value of the gates could say so, as
+        W_t = a W_{t-1} + S_t moves whenever there is momentum.
+      scale_C: factor on all gradients as the token at that place sees them (TTT's step matrix has rows of its own).
+    Returns:
+      (A, b, P), and the same of the momentum: (H as `momentum`, L_e theta as `gradient`, `start` zero).
+    """
+    step_C = jnp.where(valid_C, rates.step, jnp.zeros_like(rates.step))
+    C, dtype = step_C.shape[0], step_C.dtype
+    valid_1C = valid_C[None, :].astype(dtype)
+
+    def factors(log_C: Array | None, without: Array) -> tuple[Array, Array]:
+        if log_C is None:
+            return without, jnp.ones(C, dtype)
+        log_C = jnp.where(valid_C, log_C, jnp.zeros_like(log_C))
+        return products(log_C), jnp.exp(jnp.cumsum(log_C))
+
+    keep_CC, start_C = factors(rates.log_keep, jnp.tril(jnp.ones((C, C), dtype)))
+    keep_CC = keep_CC * valid_1C  # momentum is added by valid tokens alone
+    carry_CC, momentum_C = factors(rates.log_momentum, jnp.eye(C, dtype=dtype))
+    gradient_CC = jnp.matmul(keep_CC, carry_CC, precision=EXACT) * step_C[None, :]
+    momentum_CC = carry_CC * step_C[None, :]
+    if scale_C is not None:
+        gradient_CC, momentum_CC = gradient_CC * scale_C[:, None], momentum_CC * scale_C[:, None]
+    has_momentum = rates.log_momentum is not None
+    added_C = jnp.matmul(keep_CC, momentum_C, precision=EXACT) if has_momentum else None
+    return (
+        Presence(start_C, added_C, gradient_CC),
+        Presence(jnp.zeros_like(start_C), momentum_C if has_momentum else None, momentum_CC),
+    )
+
+
+def rows_of(there: Presence, place: Any) -> Presence:
+    """The rows of some tokens of a chunk."""
+    return jax.tree.map(lambda a: a[place], there)
+
+
+def plain(network: InnerNetwork, weights: Weights, x: Float[Array, "R K"], norm: NormWeights | None) -> Array:
+    """f(x; W) at fixed weights, rows [R K]."""
+    return network(lambda i, z: with_bias(network, z) @ weights[i], x, norm)
+
+
+def with_bias(network: InnerNetwork, z: Float[Array, "R I"]) -> Float[Array, "R _"]:
+    """The rows with a last column of ones, where a layer's last row is its bias."""
+    if not network.has_bias:
+        return z
+    return jnp.concatenate([z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1)
+
+
+def linearise(
+    network: InnerNetwork,
+    loss: InnerLoss,
+    weights: Weights,
+    k_CK: Float[Array, "C K"],
+    v_CK: Float[Array, "C K"],
+    norm: NormWeights | None,
+) -> tuple[Gradients, Float[Array, " C"]]:
+    """Each token's gradient at given weights, as outer products, and its loss.
+
+    The derivative by a layer's output is that by an array of zeros that is added to it: one backward pass for the
+    whole chunk, whatever network and loss are.
+    """
+
+    def total(taps: tuple[Array, ...]) -> tuple[Array, tuple[tuple[Array, ...], Array]]:
+        inputs: dict[int, Array] = {}
+
+        def linear(i: int, z: Array) -> Array:
+            if i in inputs:
+                raise ValueError(f"{type(network).__name__} calls layer {i} twice")
+            inputs[i] = with_bias(network, z)
+            return inputs[i] @ weights[i] + taps[i]
+
+        loss_C = loss(network(linear, k_CK, norm), v_CK)
+        return loss_C.sum(), (tuple(inputs[i] for i in range(len(weights))), loss_C)
+
+    taps = tuple(jnp.zeros((k_CK.shape[0], w.shape[1]), k_CK.dtype) for w in weights)
+    outputs, (inputs, loss_C) = jax.grad(total, has_aux=True)(taps)
+    return Gradients(inputs, outputs), loss_C
+
+
+def recall(
+    network: InnerNetwork,
+    fast: Fast,
+    gradients: Gradients,
+    there: Presence,
+    q_RK: Float[Array, "R K"],
+    norm: NormWeights | None,
+) -> Float[Array, "R K"]:
+    """f(q_t; W_t): each row asks the weights behind its own token.
+
+    Args:
+      network: f.
+      fast: W_0 and S_0.
+      gradients: of the chunk's C tokens at W_0.
+      there: rows of A, b and P for the R asking tokens.
+      q_RK: queries.
+      norm: the network's slow parameters.
+    """
+
+    def linear(i: int, z: Array) -> Array:
+        z = with_bias(network, z)
+        y = there.start[:, None] * (z @ fast.weights[i])
+        if fast.momentum is not None:
+            assert there.momentum is not None
+            y = y + there.momentum[:, None] * (z @ fast.momentum[i])
+        return y - (there.gradient * (z @ gradients.inputs[i].T)) @ gradients.outputs[i]
+
+    return network(linear, q_RK, norm)
+
+
+def advance(fast: Fast, gradients: Gradients, weights: Presence, momentum: Presence) -> Fast:
+    """W_C and S_C, behind the whole chunk.
+
+    Args:
+      fast: W_0 and S_0.
+      gradients: of the chunk's tokens at W_0.
+      weights: all rows of A, b and P.
+      momentum: the same of the momentum.
+    """
+    end, end_momentum = rows_of(weights, -1), rows_of(momentum, -1)
+    new, new_momentum = [], []
+    for i, (x_CI, g_CO) in enumerate(zip(gradients.inputs, gradients.outputs, strict=True)):
+        w = end.start * fast.weights[i] - x_CI.T @ (end.gradient[:, None] * g_CO)
+        if fast.momentum is not None:
+            assert end.momentum is not None
+            assert end_momentum.momentum is not None
+            w = w + end.momentum * fast.momentum[i]
+            kept = end_momentum.momentum * fast.momentum[i]
+            new_momentum.append(kept - x_CI.T @ (end_momentum.gradient[:, None] * g_CO))
+        new.append(w)
+    return Fast(tuple(new), None if fast.momentum is None else tuple(new_momentum))
+
+
+def surprise(gradients: Gradients) -> Float[Array, "*lead C"]:
+    """Norm of each token's gradient by all weights: the outer product's norm is the product of the norms."""
+    squares = [
+        jnp.sum(x * x, axis=-1) * jnp.sum(g * g, axis=-1)
+        for x, g in zip(gradients.inputs, gradients.outputs, strict=True)
+    ]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def grouped_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
+    """`jax.lax.scan`, whose backward pass keeps the carries of every `group` steps and makes the others again.
+
+    With n steps in groups of sqrt(n), memory for the backward pass grows with sqrt(n).
+
+    Args:
+      step: of the scan.
+      carry: before the first step.
+      inputs: leaves [n ...], n a multiple of `group`.
+      group: steps of a group.
+    """
+    steps = jax.tree.leaves(inputs)[0].shape[0]
+    inputs = jax.tree.map(lambda a: a.reshape(steps // group, group, *a.shape[1:]), inputs)
+    inner = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
+    carry, outputs = jax.lax.scan(inner, carry, inputs)
+    return carry, jax.tree.map(lambda a: a.reshape(steps, *a.shape[2:]), outputs)
+
+
+def group_of(steps: int) -> int:
+    """Steps of a group: about the root of all, a divisor where there is one near it."""
+    root = max(1, int(steps**0.5))
+    near = [d for d in range(root, 2 * root + 1) if steps % d == 0]
+    return near[0] if near else root

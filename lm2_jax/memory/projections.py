@@ -1,0 +1,154 @@
+"""What stands between tokens and an inner memory: short convolutions, gates per head, slow weights of its norm."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm2_jax.layers import Einsum, Vector, named
+from lm2_jax.memory.inner import NormWeights
+from lm2_jax.precision import Precision, safe
+from lm2_jax.types import Array, Bool, Float, Int
+
+
+class CausalConv(nn.Module):
+    """y_t = sum_j kernel_j * x_{t-j}, j < taps: each channel by itself, over this token and those before."""
+
+    taps: int
+    num_heads: int
+    head_width: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self, x_BTHK: Float[Array, "B T H K"], tail_BWHK: Float[Array, "B W H K"], valid_BT: Bool[Array, "B T"]
+    ) -> Float[Array, "B T H K"]:
+        """Convolves a piece of a text.
+
+        Args:
+          x_BTHK: inputs.
+          tail_BWHK: the taps - 1 inputs before them.
+          valid_BT: an input that is padding counts as zero.
+        """
+        shape = (self.taps, self.num_heads, self.head_width)
+        init = named(nn.initializers.normal(1 / math.sqrt(self.taps)), ("time", "heads", "head"))
+        kernel_WHK = self.param("w", init, shape, jnp.dtype(self.precision.params)).astype(x_BTHK.dtype)
+        x_BTHK = jnp.where(valid_BT[:, :, None, None], x_BTHK, jnp.zeros_like(x_BTHK))
+        all_BSHK = jnp.concatenate([tail_BWHK.astype(x_BTHK.dtype), x_BTHK], axis=1)
+        T, last = x_BTHK.shape[1], self.taps - 1
+        parts = [all_BSHK[:, last - j : last - j + T] * kernel_WHK[j][None, None] for j in range(self.taps)]
+        return functools.reduce(jnp.add, parts)
+
+
+def last_valid(valid_BT: Bool[Array, "B T"], count: int) -> Int[Array, "B W"]:
+    """Positions of the last valid tokens of each row, in order; -1, -2 .. for those before the first of them."""
+    seen_B1T = jnp.cumsum(valid_BT, axis=1)[:, None]
+    wanted_BW = seen_B1T[:, :, -1] - count + 1 + jnp.arange(count)[None]  # the how many-th valid token, from 1
+    return jnp.where(wanted_BW >= 1, (seen_B1T < wanted_BW[:, :, None]).sum(axis=2), wanted_BW - 1)
+
+
+def unit(x: Float[Array, "*lead K"]) -> Float[Array, "*lead K"]:
+    """x / |x|, in float32 at least."""
+    wide = x.astype(safe(x.dtype))
+    return wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
+
+
+class Stream(nn.Module):
+    """x W, a causal convolution, SiLU, and a norm, as configured: queries, keys or values of an inner memory.
+
+    Attributes:
+      width: of the tokens.
+      num_heads: heads that the projection is cut into.
+      precision: number types.
+      taps: of the convolution; 0: none.
+      silu: whether the activation is there.
+      is_unit: whether the result has length 1 per head.
+    """
+
+    width: int
+    num_heads: int
+    precision: Precision
+    taps: int
+    silu: bool
+    is_unit: bool
+
+    def setup(self) -> None:
+        D, H, K = self.width, self.num_heads, self.width // self.num_heads
+        self.w = Einsum((D, H, K), ("embed", "heads", "head"), self.precision)
+        if self.taps:
+            self.conv = CausalConv(self.taps, H, K, self.precision)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tail_BWHK: Float[Array, "B W H K"] | None,
+        valid_BT: Bool[Array, "B T"],
+        dtype: jnp.dtype,
+    ) -> Float[Array, "B T H K"]:
+        """A piece of a text.
+
+        Args:
+          x_BTD: tokens.
+          tail_BWHK: the convolution's inputs before them, where there is one.
+          valid_BT: padding is not convolved.
+          dtype: of the result.
+        """
+        y_BTHK = self.w("btd,dhk->bthk", x_BTD)
+        if tail_BWHK is not None:
+            y_BTHK = self.conv(y_BTHK, tail_BWHK, valid_BT)
+        y_BTHK = nn.silu(y_BTHK) if self.silu else y_BTHK
+        return (unit(y_BTHK) if self.is_unit else y_BTHK).astype(dtype)
+
+    def tail(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        old_BWHK: Float[Array, "B W H K"] | None,
+        valid_BT: Bool[Array, "B T"],
+    ) -> Float[Array, "B W H K"] | None:
+        """The convolution's last valid inputs in the text so far, of which `old_BWHK` are those before x."""
+        if old_BWHK is None:
+            return None
+        W = old_BWHK.shape[1]
+        index_BW = last_valid(valid_BT, W)
+        last_BWD = jnp.take_along_axis(x_BTD, jnp.maximum(index_BW, 0)[:, :, None], axis=1)
+        new_BWHK = self.w("btd,dhk->bthk", last_BWD).astype(old_BWHK.dtype)
+        index_BW11 = index_BW[:, :, None, None]
+        kept_BWHK = jnp.take_along_axis(old_BWHK, jnp.clip(index_BW11 + W, 0, max(W - 1, 0)), axis=1)
+        return jnp.where(index_BW11 >= 0, new_BWHK, kept_BWHK)
+
+
+class HeadGate(nn.Module):
+    """Logits of a gate per head: x W + b."""
+
+    width: int
+    num_heads: int
+    precision: Precision
+    bias: float = 0.0
+
+    def setup(self) -> None:
+        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision)
+        self.b = Vector((self.num_heads,), ("heads",), self.precision, fill=self.bias)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
+        """In float32 at least."""
+        logit_BTH = self.w("btd,dh->bth", x_BTD)
+        logit_BTH = logit_BTH.astype(safe(logit_BTH.dtype))
+        return logit_BTH + self.b()[None, None].astype(logit_BTH.dtype)
+
+
+class InnerNorm(nn.Module):
+    """Slow scale and shift of the inner network's norm, per head."""
+
+    num_heads: int
+    head_width: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, dtype: jnp.dtype) -> NormWeights:
+        """[H K] both."""
+        shape, axes, stored = (self.num_heads, self.head_width), ("heads", "head"), jnp.dtype(self.precision.params)
+        scale = self.param("scale", named(nn.initializers.ones, axes), shape, stored)
+        shift = self.param("b", named(nn.initializers.zeros, axes), shape, stored)
+        return NormWeights(scale.astype(dtype), shift.astype(dtype))

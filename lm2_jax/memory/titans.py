@@ -1,0 +1,368 @@
+"""Titans' neural memory: weights that are trained at test time, with momentum and forgetting (arXiv:2501.00663)."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm2_jax.layers import Einsum, RMSNorm, Vector, constrain, named
+from lm2_jax.memory import titans_open
+from lm2_jax.memory.base import Memory, MemoryConfig, Notes
+from lm2_jax.memory.chunk_form import Fast, Rates, plain
+from lm2_jax.memory.inner import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
+from lm2_jax.memory.projections import HeadGate, InnerNorm, Stream
+from lm2_jax.memory.titans_chunks import Rules, Tokens, note_update, over_heads, run
+from lm2_jax.memory.titans_open import OpenTitans
+from lm2_jax.precision import Precision, safe
+from lm2_jax.types import Array, Bool, Float, Int
+
+WEIGHT_AXES = ("batch", "heads", "inner", "head")
+OUTPUT_GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """The step size theta of the inner gradient descent, maximum * sigmoid(x w + b) per head."""
+
+    per: Literal["token", "chunk", "fixed"] = "token"
+    """What has a step size of its own: each token, each chunk (by its first token), or nothing: always the maximum."""
+    maximum: float = 0.1
+    """Largest step; 0.1 suits an MLP with a sum of squares and keys of length 1, 1.0 a linear network."""
+    bias: float = 0.0
+    """Initial logit."""
+    by_place: bool = False
+    """Whether a read also scales all steps of its chunk by max(0, 1/t + learned_t) at the chunk's token t (TTT)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """Momentum e or forgetting alpha, sigmoid(x w + b) per head; the paper leaves the biases open."""
+
+    per: Literal["token", "chunk", "off"] = "token"
+    """What has a gate of its own: each token, each chunk (by its first token), or nothing: there is no such term."""
+    bias: float = 0.0
+    """Initial logit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TitansConfig(MemoryConfig):
+    """A small network per head whose weights are the memory; TTT is the same without momentum and forgetting."""
+
+    kind: ClassVar[str] = "titans"
+    num_heads: int = 4
+    """Heads H, each with a memory of its own of width D/H."""
+    chunk_tokens: int = 16
+    """Tokens C whose gradients are taken at the same weights; part of the function, and divides a segment."""
+    network: InnerNetwork = MlpNetwork()
+    """What is trained at test time."""
+    loss: InnerLoss = SquaredError()
+    """On what."""
+    step: StepConfig = StepConfig()
+    """Step size theta."""
+    momentum: GateConfig = GateConfig(bias=2.0)
+    """Share e of the last surprise that is kept."""
+    forget: GateConfig = GateConfig(bias=-4.0)
+    """Share alpha of the weights that is lost at each token."""
+    conv_tokens: int = 4
+    """Taps of the causal convolution behind each of the projections q, k and v; 0: none."""
+    silu: bool = True
+    """Whether q, k and v go through SiLU."""
+    unit_keys: bool = True
+    """Whether q and k have length 1; else weights can grow without bound."""
+    output_norm: bool = True
+    """Whether what was found is normalised, per head."""
+    output_gate: Literal["sigmoid", "silu", "gelu", "none"] = "sigmoid"
+    """What is made of a projection of the token and multiplies what was found."""
+    start_scale: float = 1.0
+    """Initial standard deviation of the learned start weights, times the root of a layer's inputs."""
+    narrow_state: bool = False
+    """Whether weights between segments may have a type narrower than float32, if precision.state is one."""
+    remat: bool = True
+    """Whether the backward pass keeps about the root of all chunks' weights and makes the others again."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"memory.{name} must be at least 1, got {getattr(self, name)}")
+        if self.conv_tokens < 0:
+            raise ValueError(f"memory.conv_tokens must not be negative, got {self.conv_tokens}")
+        if self.step.maximum <= 0:
+            raise ValueError(f"memory.step.maximum must be positive, got {self.step.maximum}")
+
+    def build(self, width: int, precision: Precision, **linen: Any) -> "Titans":
+        """The module for a decoder of this width."""
+        if width % self.num_heads:
+            raise ValueError(f"decoder.width={width} is not a multiple of memory.num_heads={self.num_heads}")
+        return Titans(self, width, precision, **linen)
+
+    def check_segment(self, segment_tokens: int) -> None:
+        """Chunks must not cross a segment border, or decoding would not give what training gave."""
+        if segment_tokens % self.chunk_tokens:
+            raise ValueError(
+                f"memory.chunk_tokens={self.chunk_tokens} must divide the segment of {segment_tokens} tokens; "
+                "change it or model.segment_tokens"
+            )
+
+    @property
+    def rules(self) -> Rules:
+        """What a chunk's update needs to know."""
+        held = (self.step.per == "chunk", self.momentum.per == "chunk", self.forget.per == "chunk")
+        return Rules(self.network, self.loss, self.chunk_tokens, held)
+
+
+class TitansState(NamedTuple):
+    """The memory between two segments."""
+
+    weights: Weights  # [B H I O] per layer
+    momentum: Weights | None
+    tails: tuple[Array, Array, Array] | None  # [B W H K]: the last inputs of the convolutions of q, k and v
+    fresh: Bool[Array, " B"]
+
+
+class Titans(Memory):
+    """H networks f(x; W) trained at test time to answer keys with values.
+
+        S_t = e_t S_{t-1} - theta_t dl/dW,   l = |f(k_t; W) - v_t|^2,
+        W_t = (1 - alpha_t) W_{t-1} + S_t,   y_t = f(q_t; W_t)
+
+    (equations 11-15; gradients at the weights before the token's chunk, equation 16). `read` asks the weights at the
+    segment's start, a running call those behind each token, its own included. q, k and v are projections, then a
+    causal convolution, SiLU, and for q and k a norm (section 4.4). Start weights are learned; momentum starts at 0.
+
+    Differs from the paper where it is silent or slips: theta, e and alpha are sigmoids, theta with a maximum; a
+    memory per head; gates per head and not per channel. See `chunk_form` for how a chunk is computed.
+    """
+
+    config: TitansConfig
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        c, D, H, K, precision = self.config, self.width, self.config.num_heads, self.head_width, self.precision
+        self.q, self.k = (Stream(D, H, precision, c.conv_tokens, c.silu, c.unit_keys) for _ in range(2))
+        self.v = Stream(D, H, precision, c.conv_tokens, c.silu, is_unit=False)
+        if c.step.per != "fixed":
+            self.gate_step = HeadGate(D, H, precision, c.step.bias)
+        if c.step.by_place:
+            self.place = Vector((c.chunk_tokens,), ("chunk",), precision)
+        if c.momentum.per != "off":
+            self.gate_momentum = HeadGate(D, H, precision, c.momentum.bias)
+        if c.forget.per != "off":
+            self.gate_forget = HeadGate(D, H, precision, c.forget.bias)
+        if c.network.has_norm:
+            self.inner_norm = InnerNorm(H, K, precision)
+        self.start = [self._start(i, shape) for i, shape in enumerate(c.network.shapes(K))]
+        if c.output_norm:
+            self.norm = RMSNorm(precision, axis="head")
+        if c.output_gate != "none":
+            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision)
+        self.o = Einsum((H, K, D), ("heads", "head", "embed"), precision, in_dims=2)
+
+    @property
+    def head_width(self) -> int:
+        """Width K of a head's memory."""
+        return self.width // self.config.num_heads
+
+    @property
+    def inner_dtype(self) -> jnp.dtype:
+        """Type of all that happens inside the memory."""
+        return jnp.promote_types(safe(self.precision.compute), safe(self.precision.state))
+
+    def _start(self, layer: int, shape: tuple[int, int]) -> Float[Array, "H _ _"]:
+        """Learned start weights of one layer; biases start at 0."""
+        scale, bias = self.config.start_scale, int(self.config.network.has_bias)
+
+        def init(key: Array, full: tuple[int, ...], dtype: jnp.dtype) -> Array:
+            w_HIO = jax.random.normal(key, (full[0], *shape), dtype) * (scale * shape[0] ** -0.5)
+            return jnp.pad(w_HIO, ((0, 0), (0, bias), (0, 0)))
+
+        full = (self.config.num_heads, shape[0] + bias, shape[1])
+        return self.param(f"start_{layer}", named(init, WEIGHT_AXES[1:]), full, jnp.dtype(self.precision.params))
+
+    def init_state(self, batch: int) -> TitansState:
+        """Fresh rows."""
+        c, K = self.config, self.head_width
+        dtype = jnp.dtype(self.precision.state)
+        dtype = dtype if c.narrow_state else safe(dtype)
+        bias = int(c.network.has_bias)
+        weights = tuple(jnp.zeros((batch, c.num_heads, i + bias, o), dtype) for i, o in c.network.shapes(K))
+        momentum, tail = None if c.momentum.per == "off" else weights, self._no_tail(batch)
+        return TitansState(weights, momentum, None if tail is None else (tail, tail, tail), jnp.ones(batch, bool))
+
+    def state_axes(self) -> TitansState:
+        """Heads are an axis of their own, so that a head's memory never leaves its device."""
+        c, tail = self.config, ("batch", "time", "heads", "head")
+        weights = (WEIGHT_AXES,) * len(c.network.shapes(self.head_width))
+        momentum = None if c.momentum.per == "off" else weights
+        tails = (tail, tail, tail) if c.conv_tokens else None
+        return TitansState(weights, momentum, tails, ("batch",))  # pyright: ignore[reportArgumentType]
+
+    def _begin(self, state: TitansState) -> TitansState:
+        """The state with the start in fresh rows; it may stay marked as fresh."""
+
+        def put(start: Array | None, held: Array) -> Array:
+            fresh = state.fresh.reshape(-1, *[1] * (held.ndim - 1))
+            return jnp.where(fresh, jnp.zeros_like(held) if start is None else start[None].astype(held.dtype), held)
+
+        weights = tuple(constrain(put(s, w), WEIGHT_AXES) for s, w in zip(self.start, state.weights, strict=True))
+        momentum, tails = jax.tree.map(lambda held: put(None, held), (state.momentum, state.tails))
+        return TitansState(weights, momentum, tails, state.fresh)
+
+    def prepare(self, state: TitansState) -> Weights:
+        """Weights at the segment's start."""
+        return tuple(w.astype(self.inner_dtype) for w in self._begin(state).weights)
+
+    def _norm_weights(self) -> Any:
+        return self.inner_norm(self.inner_dtype) if self.config.network.has_norm else None
+
+    def _rates(self, x_BTD: Array) -> Rates:
+        """theta, log e and log(1 - alpha) of each token, [B T H]."""
+        c, dtype = self.config, self.inner_dtype
+        if c.step.per == "fixed":
+            step = jnp.full((*x_BTD.shape[:2], c.num_heads), c.step.maximum, dtype)
+        else:
+            step = c.step.maximum * jax.nn.sigmoid(self.gate_step(x_BTD)).astype(dtype)
+        momentum = None if c.momentum.per == "off" else jax.nn.log_sigmoid(self.gate_momentum(x_BTD)).astype(dtype)
+        keep = None if c.forget.per == "off" else jax.nn.log_sigmoid(-self.gate_forget(x_BTD)).astype(dtype)
+        return Rates(step, momentum, keep)
+
+    def _place_scale(self) -> Float[Array, " C"] | None:
+        """max(0, 1/t + learned_t), t from 1 (TTT, arXiv:2407.04620, released code)."""
+        if not self.config.step.by_place:
+            return None
+        learned_C = self.place().astype(self.inner_dtype)
+        return jnp.maximum(1 / jnp.arange(1, learned_C.shape[0] + 1, dtype=self.inner_dtype) + learned_C, 0)
+
+    def _answer(self, y_BTHK: Float[Array, "B T H K"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What was found, normalised, gated by the token, and projected."""
+        y_BTHK = self.norm(y_BTHK) if self.config.output_norm else y_BTHK.astype(jnp.dtype(self.precision.compute))
+        if self.config.output_gate != "none":
+            y_BTHK = y_BTHK * OUTPUT_GATES[self.config.output_gate](self.gate_output("btd,dhk->bthk", x_BTD))
+        return self.o("bthk,hkd->btd", y_BTHK)
+
+    def read(
+        self, q_BTD: Float[Array, "B T D"], state: TitansState, prepared: Any = None, notes: Notes | None = None
+    ) -> Float[Array, "B T D"]:
+        """f(q_t; W), all tokens at the weights of the segment's start.
+
+        See `Memory.read`. The convolution of q begins anew at the segment's first token.
+        """
+        weights = self.prepare(state) if prepared is None else prepared
+        B, T, _ = q_BTD.shape
+        q_BTHK = self.q(q_BTD, self._no_tail(B), jnp.ones((B, T), bool), self.inner_dtype)
+        return self._answer(self._ask(weights, q_BTHK), q_BTD)
+
+    def _no_tail(self, batch: int) -> Float[Array, "B W H K"] | None:
+        """The inputs of a convolution before a text's first token; None without convolutions."""
+        if not self.config.conv_tokens:
+            return None
+        shape = (batch, self.config.conv_tokens - 1, self.config.num_heads, self.head_width)
+        return jnp.zeros(shape, jnp.dtype(self.precision.compute))
+
+    def _ask(self, weights: Weights, q_BTHK: Array) -> Float[Array, "B T H K"]:
+        """f(q; W) of all heads."""
+        network = self.config.network
+        asked = over_heads(lambda norm, weights, q_TK: plain(network, weights, q_TK, norm))
+        y_BHTK = asked(self._norm_weights(), weights, jnp.moveaxis(q_BTHK, 1, 2))
+        return jnp.moveaxis(y_BHTK, 1, 2)
+
+    def write(
+        self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
+    ) -> TitansState:
+        """Weights, momentum and convolution tails behind the segment."""
+        return self._update(x_BTD, state, valid_BT, notes, reads=False)[1]
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
+    ) -> tuple[Float[Array, "B T D"], TitansState]:
+        """f(q_t; W_t): each token asks the weights behind itself; and the state behind the segment."""
+        y_BTHK, state = self._update(x_BTD, state, valid_BT, notes, reads=True)
+        assert y_BTHK is not None
+        return self._answer(y_BTHK, x_BTD), state
+
+    def _update(
+        self, x_BTD: Array, state: TitansState, valid_BT: Array, notes: Notes | None, *, reads: bool
+    ) -> tuple[Array | None, TitansState]:
+        """Trains on a segment; with `reads`, the answers [B T H K] to its own queries too."""
+        begun, norm = self._begin(state), self._norm_weights()
+        tokens = self._tokens(x_BTD, begun.tails, valid_BT, reads=reads)
+        rules, scale_C = self.config.rules, self._place_scale()
+        after, y_BTHK, measured = run(rules, norm, scale_C, self._fast(begun), tokens, self.config.remat)
+        if notes is not None:
+            note_update(notes, rules, norm, after, tokens, measured)
+        held, tails = self._held(after, begun), self._tails(x_BTD, begun.tails, valid_BT)
+        return y_BTHK, TitansState(held.weights, held.momentum, tails, jnp.zeros_like(state.fresh))
+
+    def _tokens(self, x_BTD: Array, tails: Any, valid_BT: Array, *, reads: bool) -> Tokens:
+        """Tokens as the memory sees them; with `reads`, their queries too."""
+        q_tail, k_tail, v_tail = tails or (None, None, None)
+        q_BTHK = self.q(x_BTD, q_tail, valid_BT, self.inner_dtype) if reads else None
+        k_BTHK, v_BTHK = (
+            stream(x_BTD, tail, valid_BT, self.inner_dtype) for stream, tail in ((self.k, k_tail), (self.v, v_tail))
+        )
+        return Tokens(q_BTHK, k_BTHK, v_BTHK, self._rates(x_BTD), valid_BT)
+
+    def _tails(self, x_BTD: Array, tails: Any, valid_BT: Array) -> Any:
+        """The last valid inputs of the convolutions of q, k and v, for the text that follows."""
+        if tails is None:
+            return None
+        streams = (self.q, self.k, self.v)
+        return tuple(stream.tail(x_BTD, old, valid_BT) for stream, old in zip(streams, tails, strict=True))
+
+    def _fast(self, begun: TitansState) -> Fast:
+        """Weights and momentum in the type of all that happens inside."""
+        return Fast(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (begun.weights, begun.momentum)))
+
+    @staticmethod
+    def _held(fast: Fast, like: TitansState) -> Fast:
+        """Weights and momentum in the types of a state."""
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), fast, Fast(like.weights, like.momentum))
+
+    def open(self, state: TitansState, segment_tokens: int, dtype: jnp.dtype) -> OpenTitans:
+        """See the base class; raises ValueError where chunks do not divide the segment."""
+        self.config.check_segment(segment_tokens)
+        begun, B = self._begin(state), self.rows_of(state)
+        fast = self._fast(begun)
+        no_token = self._rates(jnp.zeros((B, 1, self.width), jnp.dtype(self.precision.compute)))
+        part = titans_open.empty_chunk(fast, no_token, self.config.chunk_tokens)
+        end_B = jnp.full(B, segment_tokens)
+        return OpenTitans(state, fast.weights, fast, part, begun.tails, self._no_tail(B), end_B)
+
+    def ask(
+        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans
+    ) -> tuple[Float[Array, "B S D"], OpenTitans]:
+        """See the base class; the queries' convolution goes on from the piece before."""
+        live_BS = slot_BS < open_state.end[:, None]
+        q_BSHK = self.q(x_BSD, open_state.asked, live_BS, self.inner_dtype)
+        y_BSD = self._answer(self._ask(open_state.prepared, q_BSHK), x_BSD)
+        return y_BSD, open_state._replace(asked=self.q.tail(x_BSD, open_state.asked, live_BS))
+
+    def store(self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans) -> OpenTitans:
+        """Trains on the tokens; in rows whose chunk is full the weights move on."""
+        return self._feed(x_BSD, slot_BS, open_state, reads=False)[1]
+
+    def extend(
+        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans
+    ) -> tuple[Float[Array, "B S D"], OpenTitans]:
+        """See the base class."""
+        y_BSHK, open_state = self._feed(x_BSD, slot_BS, open_state, reads=True)
+        assert y_BSHK is not None
+        return self._answer(y_BSHK, x_BSD), open_state
+
+    def close(self, open_state: OpenTitans) -> TitansState:
+        """The state after a segment that is full, and so are its chunks."""
+        held, fresh = self._held(open_state.fast, open_state.state), open_state.state.fresh
+        return TitansState(held.weights, held.momentum, open_state.tails, jnp.zeros_like(fresh))
+
+    def _feed(
+        self, x_BSD: Array, slot_BS: Array, open_state: OpenTitans, *, reads: bool
+    ) -> tuple[Array | None, OpenTitans]:
+        """S more tokens of the segment; with `reads`, the answers [B S H K] to their own queries too."""
+        live_BS = slot_BS < open_state.end[:, None]
+        tokens = self._tokens(x_BSD, open_state.tails, live_BS, reads=reads)
+        rules, norm, scale_C = self.config.rules, self._norm_weights(), self._place_scale()
+        feed = titans_open.feed(rules, norm, scale_C, slot_BS, tokens, open_state.fast, open_state.part)
+        y_BSHK, fast, part = feed
+        tails = self._tails(x_BSD, open_state.tails, live_BS)
+        return y_BSHK, open_state._replace(fast=fast, part=part, tails=tails)

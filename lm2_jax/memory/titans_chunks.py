@@ -1,0 +1,184 @@
+"""A text through a Titans memory, chunk by chunk: `chunk_form` over rows, heads and chunks."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm2_jax.layers import constrain
+from lm2_jax.memory.base import Notes, note
+from lm2_jax.memory.chunk_form import (
+    Fast,
+    Rates,
+    advance,
+    group_of,
+    grouped_scan,
+    linearise,
+    plain,
+    presence,
+    recall,
+    surprise,
+)
+from lm2_jax.memory.inner import InnerLoss, InnerNetwork
+from lm2_jax.types import Array, Bool, Float
+
+FAST_AXES = ("batch", "heads", "inner", "head")
+
+
+class Rules(NamedTuple):
+    """What an update is told by the config."""
+
+    network: InnerNetwork
+    loss: InnerLoss
+    chunk_tokens: int
+    held: tuple[bool, bool, bool]  # whether step size, momentum and forgetting are one value per chunk
+
+
+class Tokens(NamedTuple):
+    """A text as the memory sees it, or, with [J B H C ..] in the place of [B T H ..], its chunks."""
+
+    q: Array | None  # None where nothing is read
+    k: Array
+    v: Array
+    rates: Rates
+    valid: Bool[Array, "..."]
+
+
+class Measured(NamedTuple):
+    """Of each token, at the weights before its chunk."""
+
+    loss: Float[Array, "J B H C"]
+    surprise: Float[Array, "J B H C"]
+    rates: Rates
+
+
+def over_heads(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(slow, *fast)` of one head, over rows and heads: leaves of `slow` are [H ..], those of the others [B H ..]."""
+
+    def call(slow: Any, *fast: Any) -> Any:
+        heads = jax.vmap(fn, in_axes=(0, *[0] * len(fast)))
+        return jax.vmap(heads, in_axes=(None, *[0] * len(fast)))(slow, *fast)
+
+    return call
+
+
+def hold(rates: Rates, valid_C: Bool[Array, " C"], held: tuple[bool, bool, bool]) -> Rates:
+    """The rates of a chunk, where configured those of its first valid token for all of it.
+
+    An average over the chunk would let a token read what later ones say.
+    """
+    first = jnp.argmax(valid_C)
+
+    def one(log_C: Array | None, is_held: bool) -> Array | None:
+        return log_C if log_C is None or not is_held else jnp.broadcast_to(log_C[first], log_C.shape)
+
+    step_C = one(rates.step, held[0])
+    assert step_C is not None
+    return Rates(step_C, one(rates.log_momentum, held[1]), one(rates.log_keep, held[2]))
+
+
+def chunk(
+    rules: Rules, scale_C: Float[Array, " C"] | None, norm: Any, fast: Fast, tokens: Tokens
+) -> tuple[Fast, tuple[Array | None, Array, Array, Rates]]:
+    """One chunk of one head.
+
+    Args:
+      rules: network, loss and granularity of the rates.
+      scale_C: see `presence`.
+      norm: slow weights of the network's norm.
+      fast: before the chunk.
+      tokens: [C ..].
+    Returns:
+      Weights and momentum behind the chunk; answers [C K] if there are queries, losses, surprises and rates.
+    """
+    rates = hold(tokens.rates, tokens.valid, rules.held)
+    gradients, loss_C = linearise(rules.network, rules.loss, fast.weights, tokens.k, tokens.v, norm)
+    weights, momentum = presence(rates, tokens.valid, scale_C)
+    y_CK = None if tokens.q is None else recall(rules.network, fast, gradients, weights, tokens.q, norm)
+    measured = jax.lax.stop_gradient((loss_C, surprise(gradients), rates))
+    return advance(fast, gradients, weights, momentum), (y_CK, *measured)
+
+
+def run(
+    rules: Rules, norm: Any, scale_C: Float[Array, " C"] | None, fast: Fast, tokens: Tokens, remat: bool
+) -> tuple[Fast, Float[Array, "B T H K"] | None, Measured]:
+    """T tokens of all rows and heads; a rest that fills no chunk is a chunk with padding.
+
+    Args:
+      rules: network, loss and granularity of the rates.
+      norm: slow weights of the network's norm, [H K], or None.
+      scale_C: see `presence`.
+      fast: weights and momentum before the tokens, [B H I O].
+      tokens: [B T H ..], `valid` [B T].
+      remat: see `grouped_scan`.
+    Returns:
+      Weights and momentum behind the tokens, answers if there are queries, and what was measured.
+    """
+    B, T, H, K = tokens.k.shape
+    chunks = math.ceil(T / rules.chunk_tokens)
+    group = group_of(chunks) if remat else chunks
+    total = math.ceil(chunks / group) * group
+
+    def step(fast: Fast, tokens: Tokens) -> tuple[Fast, Any]:
+        fast = jax.tree.map(lambda w: constrain(w, FAST_AXES), fast)
+        return over_heads(lambda norm, *args: chunk(rules, scale_C, norm, *args))(norm, fast, tokens)
+
+    inputs = jax.tree.map(lambda a: to_chunks(a, total, rules.chunk_tokens), _with_heads(tokens))
+    scan = grouped_scan if remat and total > 1 else _scan
+    fast, (y_JBHCK, *measured) = scan(step, fast, inputs, group)
+    y_BTHK = None if y_JBHCK is None else jnp.moveaxis(y_JBHCK, (0, 3), (1, 2)).reshape(B, -1, H, K)[:, :T]
+    return fast, y_BTHK, Measured(*measured)
+
+
+def _scan(step: Any, carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
+    return jax.lax.scan(step, carry, inputs)
+
+
+def _with_heads(tokens: Tokens) -> Tokens:
+    B, T, H, _ = tokens.k.shape
+    return tokens._replace(valid=jnp.broadcast_to(tokens.valid[:, :, None], (B, T, H)))
+
+
+def to_chunks(a: Array, chunks: int, size: int) -> Array:
+    """[B T H ..] as [J B H C ..]; what is missing at the end is zero."""
+    B, T, *rest = a.shape
+    a = jnp.pad(a, ((0, 0), (0, chunks * size - T), *[(0, 0)] * len(rest)))
+    return jnp.moveaxis(a.reshape(B, chunks, size, *rest), (1, 3), (0, 2))
+
+
+def note_update(notes: Notes, rules: Rules, norm: Any, after: Fast, tokens: Tokens, measured: Measured) -> None:
+    """Diagnostics of a segment: means over valid tokens; the loss before and after that of the last chunk's update.
+
+    Args:
+      notes: receives surprise (norm of a token's gradient), step, momentum, forgetting, both losses, state_norm.
+      rules: network and loss.
+      norm: slow weights of the network's norm.
+      after: weights behind the segment.
+      tokens: [B T H ..].
+      measured: in chunks.
+    """
+    size = rules.chunk_tokens
+    valid_JBHC = to_chunks(_with_heads(tokens).valid, measured.loss.shape[0], size)
+
+    def mean(a: Array, counts: Array) -> Array:
+        return jnp.sum(jnp.where(counts, a, jnp.zeros_like(a))) / jnp.maximum(counts.sum(), 1).astype(a.dtype)
+
+    rates = measured.rates
+    note(notes, surprise=mean(measured.surprise, valid_JBHC), step_size=mean(rates.step, valid_JBHC))
+    if rates.log_momentum is not None:
+        note(notes, momentum=mean(jnp.exp(rates.log_momentum), valid_JBHC))
+    if rates.log_keep is not None:
+        note(notes, forgetting=mean(-jnp.expm1(rates.log_keep), valid_JBHC))
+    last = (tokens.k.shape[1] - 1) // size
+    k_BHCK, v_BHCK = (to_chunks(a[:, last * size :], 1, size)[0] for a in (tokens.k, tokens.v))
+
+    def loss(norm: Any, weights: Any, k_CK: Array, v_CK: Array) -> Array:
+        return rules.loss(plain(rules.network, weights, k_CK, norm), v_CK)
+
+    again_BHC = over_heads(loss)(*jax.lax.stop_gradient((norm, after.weights, k_BHCK, v_BHCK)))
+    note(notes, inner_loss_before=mean(measured.loss[last], valid_JBHC[last]))
+    note(notes, inner_loss_after=mean(again_BHC, valid_JBHC[last]))
+    squares = [jnp.sum(w * w, axis=(2, 3)) for w in jax.lax.stop_gradient(after.weights)]
+    note(notes, state_norm=jnp.sqrt(sum(squares[1:], squares[0])))

@@ -11,16 +11,22 @@ MeshAxes: TypeAlias = str | tuple[str, ...] | None
 Rule: TypeAlias = tuple[str, MeshAxes]
 
 # In order of precedence: where two dimensions of an activation want one mesh axis, the upper row has it.
+#
+# The mesh axis `slots` splits whatever is long in a segment: the memory's slots and, so that no other work is done
+# more than once, the tokens; and, like `fsdp`, the width of the kernels that all of them meet.
 RULES: tuple[Rule, ...] = (
     ("batch", ("data", "fsdp")),  # rows: every device that holds its own piece of the work
     ("heads", "model"),  # query heads, and the memory's heads: one head never leaves its device
     ("kv_heads", "model"),  # key/value groups, beside the query heads that read them
     ("mlp", "model"),  # hidden width of the feed-forward: one sum over devices per layer
-    ("vocab", "model"),  # rows of embedding and head: logits stay split until the loss has reduced them
+    ("gate_width", "model"),  # width that a gate sums over: one sum over devices per gate
+    ("vocab", ("model", "slots")),  # rows of embedding and head: logits stay split until the loss has reduced them
     ("slots", "slots"),  # memory rows, on an axis of their own: they meet heads in one score array
-    ("embed", "fsdp"),  # model width of a kernel: gathered for a layer at a time; whole in activations
-    ("time", None),  # positions of a segment: attention needs them all
+    ("time", "slots"),  # tokens of a segment: norms, projections and MLP of each on one device only
+    ("embed", ("fsdp", "slots")),  # model width of a kernel: gathered for a layer at a time; whole in activations
+    ("vocab_width", "fsdp"),  # model width of embedding and head, whose vocabulary lies on `slots` already
     ("segments", None),  # segments of a row: read one after the other
+    ("window", None),  # tokens of an attention window: a few that every token of the next segment needs
     ("layers", None),  # stacked layers: the loop takes them one by one
     ("head", None),  # width of one head: too small to split, and contracted in every score
     ("chunk", None),  # chunks of an inner memory: a loop

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from lm2_jax.memory.bank_reads import BankKeys, attend_slots, slot_weights
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite, gated_update
-from lm2_jax.memory.gated_bank import BankKeys, GatedBankConfig, attend_slots, identity_rows, slot_weights
+from lm2_jax.memory.gated_bank import GatedBankConfig, identity_rows
 from lm2_jax.precision import Precision
 from tests.contract.subjects import UNOPTIMIZED
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.attention import attend
+from lm2_jax.dot_product import Keys, attend_behind
 from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, named, rope_frequencies, rotate
+from lm2_jax.memory.bank_reads import BankKeys, tokens_to_slots
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.precision import Precision, safe
 from lm2_jax.registry import Family
@@ -18,8 +19,8 @@ from lm2_jax.types import Array, Bool, Float
 if TYPE_CHECKING:
     from lm2_jax.memory.gated_bank import GatedBankConfig
 
-# (weights [B T H N] of the read by the written tokens, what they read [B T H K])
-Reading = tuple[Array, Array]
+# How the written tokens ask the bank: queries [B T H K], and the bank's keys.
+Asking = tuple[Array, BankKeys]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class WriteConfig(Family):
         """Raises ValueError where the form does not fit the bank."""
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> nn.Module:
-        """The module `(x_BTD, slots_BND, valid_BT, reading, notes) -> new slots [B N D]`."""
+        """The module `(x_BTD, slots_BND, valid_BT, asking, notes) -> new slots [B N D]`."""
         raise NotImplementedError
 
 
@@ -101,7 +102,7 @@ class PaperWrite(WriteConfig):
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "PaperWriter":
         """The module."""
-        return PaperWriter(self, width, precision)
+        return PaperWriter(self, bank.top_k, width, precision)
 
 
 def gated_update(
@@ -138,7 +139,8 @@ class Gate(nn.Module):
     bias: float = 0.0
 
     def setup(self) -> None:
-        self.w = Einsum((self.width, self.width), ("embed", "state_embed"), self.precision)
+        # Split by what is summed, so that gates lie like the slots they open: whole in width.
+        self.w = Einsum((self.width, self.width), ("gate_width", "embed"), self.precision)
         self.b = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -178,7 +180,7 @@ class SlotsWriter(nn.Module):
         x_BTD: Float[Array, "B T D"],
         slots_BND: Float[Array, "B N D"],
         valid_BT: Bool[Array, "B T"],
-        reading: Callable[[], Reading],
+        asking: Callable[[], Asking],
         notes: Notes | None,
     ) -> Float[Array, "B N D"]:
         """U = candidate(M + attention(M -> [M; X])), then the gated update (`gated_update`)."""
@@ -194,20 +196,18 @@ class SlotsWriter(nn.Module):
     def _attend(self, x_BTD: Array, slots_BND: Array, valid_BT: Array) -> Float[Array, "B N D"]:
         """Multi-head attention of the slots over valid tokens, and over each other if configured."""
         c, T, N = self.config, x_BTD.shape[1], self.num_slots
-        rows_BND, keys_BSD, seen_BS = self.norm_slots(slots_BND), self.norm_tokens(x_BTD), valid_BT
-        asking_BND = rows_BND + self.code() if c.codes else rows_BND
-        if c.attend_slots:
-            keys_BSD = jnp.concatenate([keys_BSD, rows_BND], axis=1)
-            seen_BS = jnp.concatenate([valid_BT, jnp.ones(slots_BND.shape[:2], bool)], axis=1)
-        project = "bnd,dhk->bnhk"
-        q_BNHK, k_BSHK, v_BSHK = self.q(project, asking_BND), self.k(project, keys_BSD), self.v(project, keys_BSD)
-        if c.positions:
-            # Slots stand right behind the segment, all at one place, so that among them positions cancel.
-            frequencies = rope_frequencies(self.width // self.num_heads, 10_000.0, None)
-            k_BSHK = rotate(k_BSHK, jnp.minimum(jnp.arange(k_BSHK.shape[1]), T), frequencies)
-            q_BNHK = rotate(q_BNHK, jnp.full(N, T), frequencies)
-        y_BNHK = attend(q_BNHK, k_BSHK, v_BSHK, seen_BS[:, None, None, :])
-        return self.o("bnhk,hkd->bnd", y_BNHK)
+        frequencies = rope_frequencies(self.width // self.num_heads, 10_000.0, None)
+
+        def heads(projection: Einsum, rows: Array, position: Array | None = None) -> Array:
+            y = projection("bnd,dhk->bnhk", rows)
+            return rotate(y, position, frequencies) if c.positions and position is not None else y
+
+        # Slots stand right behind the segment, all at one place, so that among them positions cancel.
+        rows_BND, normed_BTD, behind_N = self.norm_slots(slots_BND), self.norm_tokens(x_BTD), jnp.full(N, T)
+        q_BNHK = heads(self.q, rows_BND + self.code() if c.codes else rows_BND, behind_N)
+        tokens = Keys(heads(self.k, normed_BTD, jnp.arange(T)), heads(self.v, normed_BTD))
+        rows = Keys(heads(self.k, rows_BND, behind_N), heads(self.v, rows_BND)) if c.attend_slots else None
+        return self.o("bnhk,hkd->bnd", attend_behind(q_BNHK, tokens, valid_BT, rows))
 
 
 class SlotCode(nn.Module):
@@ -220,7 +220,7 @@ class SlotCode(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute type."""
-        init = named(nn.initializers.normal(1.0), ("slots", "embed"))
+        init = named(nn.initializers.normal(1.0), ("slots", "state_embed"))
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
         return code_ND[None].astype(jnp.dtype(self.precision.compute))
 
@@ -250,7 +250,7 @@ class BlockWriter(nn.Module):
         x_BND: Float[Array, "B N D"],
         slots_BND: Float[Array, "B N D"],
         valid_BT: Bool[Array, "B T"],
-        reading: Callable[[], Reading],
+        asking: Callable[[], Asking],
         notes: Notes | None,
     ) -> Float[Array, "B N D"]:
         """U = norm(block(M)), then the gated update (`gated_update`) with both gates made from U."""
@@ -266,6 +266,7 @@ class PaperWriter(nn.Module):
     """See `PaperWrite`."""
 
     config: PaperWrite
+    top_k: int | None
     width: int
     precision: Precision
 
@@ -278,7 +279,7 @@ class PaperWriter(nn.Module):
         x_BTD: Float[Array, "B T D"],
         slots_BND: Float[Array, "B N D"],
         valid_BT: Bool[Array, "B T"],
-        reading: Callable[[], Reading],
+        asking: Callable[[], Asking],
         notes: Notes | None,
     ) -> Float[Array, "B N D"]:
         """With R = A^T normalised over tokens: U = R E_mem, X = R E, M' = sig(X W_in) tanh(U) + sig(U W_f) M.
@@ -286,18 +287,9 @@ class PaperWriter(nn.Module):
         The paper adds T token rows to N slot rows, which is defined for T = N only; R brings tokens to slots, each
         head its part of the width.
         """
-        weights_BTHN, memory_BTHK = reading()
-        weights_BTHN = weights_BTHN * valid_BT[:, :, None, None].astype(weights_BTHN.dtype)
-        total_BHN = weights_BTHN.sum(axis=1)
-        # A slot that no token asks for is left at zero; a smaller floor would overflow in the gradient's 1 / total^2.
-        weights_BTHN = weights_BTHN / jnp.maximum(total_BHN, 1e-12)[:, None]
-        weights_BTHN = weights_BTHN.astype(memory_BTHK.dtype)
-
-        def to_slots(y_BTHK: Array) -> Array:
-            return jnp.einsum("bthn,bthk->bnhk", weights_BTHN, y_BTHK).reshape(slots_BND.shape)
-
-        candidate_BND = to_slots(memory_BTHK)
-        tokens_BND = to_slots(x_BTD.astype(memory_BTHK.dtype).reshape(memory_BTHK.shape))
+        q_BTHK, keys = asking()
+        brought = tokens_to_slots(q_BTHK, keys, x_BTD.reshape(q_BTHK.shape), valid_BT, self.top_k)
+        candidate_BND, tokens_BND = (y_BNHK.reshape(slots_BND.shape) for y_BNHK in brought)
         return gated_update(
             slots_BND, candidate_BND, self.gate_input(tokens_BND), self.gate_forget(candidate_BND), notes
         )

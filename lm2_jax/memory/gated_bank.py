@@ -1,17 +1,16 @@
 """LM2's memory: a bank of slots, read by attention and written through input and forget gates (arXiv:2502.06049)."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.layers import Einsum, RMSNorm, constrain, named
+from lm2_jax.memory.bank_reads import BankKeys, attend_slots
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
-from lm2_jax.precision import Precision, safe
+from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
 
 SLOT_AXES = ("batch", "slots", None)
@@ -58,13 +57,6 @@ class BankState(NamedTuple):
     fresh: Bool[Array, " B"]
 
 
-class BankKeys(NamedTuple):
-    """Slots as keys and values, grouped heads G."""
-
-    k: Float[Array, "B N G K"]
-    v: Float[Array, "B N G K"]
-
-
 def identity_rows(num_slots: int, width: int) -> np.ndarray:
     """[N D] distinct unit rows: e_0 .. e_{D-1}, then fixed random directions.
 
@@ -74,36 +66,6 @@ def identity_rows(num_slots: int, width: int) -> np.ndarray:
     extra_MD = np.random.default_rng(2502_06049).standard_normal((max(num_slots - width, 0), width))
     rows_ND[width:] = extra_MD / np.linalg.norm(extra_MD, axis=-1, keepdims=True)
     return rows_ND
-
-
-def slot_weights(
-    q_BTHK: Float[Array, "B T H K"], k_BNGK: Float[Array, "B N G K"], top_k: int | None
-) -> Float[Array, "B T H N"]:
-    """softmax_n(q k_n / sqrt(K)), outside the k best slots zero; float32 at least (arXiv:2502.06049, section 2.1)."""
-    B, T, H, K = q_BTHK.shape
-    G = k_BNGK.shape[2]
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    wide = safe(q_BTHK.dtype)
-    score_BTGRN = jnp.einsum("btgrk,bngk->btgrn", q_BTGRK, k_BNGK, preferred_element_type=wide) / math.sqrt(K)
-    if top_k is not None:
-        least = jax.lax.top_k(score_BTGRN, top_k)[0][..., -1:]
-        score_BTGRN = jnp.where(score_BTGRN >= least, score_BTGRN, jnp.finfo(wide).min)
-    return jax.nn.softmax(score_BTGRN, axis=-1).reshape(B, T, H, -1)
-
-
-def attend_slots(
-    q_BTHK: Float[Array, "B T H K"], keys: BankKeys, top_k: int | None = None, notes: Notes | None = None
-) -> Float[Array, "B T H K"]:
-    """softmax(Q K^T / sqrt(K)) V over slots, without a mask: the bank holds past segments only."""
-    B, T, H, K = q_BTHK.shape
-    weights_BTHN = slot_weights(q_BTHK, keys.k, top_k)
-    if notes is not None:
-        usage_BN = weights_BTHN.mean(axis=(1, 2))
-        entropy_B = -jnp.sum(usage_BN * jnp.log(usage_BN + 1e-9), axis=-1)
-        note(notes, usage_entropy=entropy_B / math.log(max(usage_BN.shape[-1], 2)))
-    G = keys.v.shape[2]
-    weights_BTGRN = weights_BTHN.astype(keys.v.dtype).reshape(B, T, G, H // G, -1)
-    return jnp.einsum("btgrn,bngk->btgrk", weights_BTGRN, keys.v).reshape(B, T, H, K)
 
 
 class GatedBank(Memory):
@@ -117,7 +79,7 @@ class GatedBank(Memory):
         c, D, H = self.config, self.width, self.config.num_heads
         if c.start == "learned":
             rows_ND = identity_rows(c.num_slots, D)
-            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "embed"))
+            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "state_embed"))
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")
@@ -185,11 +147,9 @@ class GatedBank(Memory):
         """The bank after a segment, by the configured write form; see `bank_writes`."""
         slots_BND = self.slots(state)
 
-        def reading() -> tuple[Array, Array]:
-            keys, q_BTHK = self.prepare(state), self.q("btd,dhk->bthk", x_BTD)
-            weights_BTHN = slot_weights(q_BTHK, keys.k, self.config.top_k)
-            return weights_BTHN, jnp.einsum("bthn,bnhk->bthk", weights_BTHN.astype(keys.v.dtype), keys.v)
+        def asking() -> tuple[Array, BankKeys]:
+            return self.q("btd,dhk->bthk", x_BTD), self.prepare(state)
 
-        new_BND = self.writer(x_BTD, slots_BND, valid_BT, reading, notes)
+        new_BND = self.writer(x_BTD, slots_BND, valid_BT, asking, notes)
         note(notes, state_norm=jnp.linalg.norm(new_BND.astype(jnp.float32), axis=-1))
         return BankState(constrain(new_BND.astype(state.slots.dtype), SLOT_AXES), jnp.zeros_like(state.fresh))

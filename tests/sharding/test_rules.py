@@ -7,7 +7,7 @@ from sharding.rules import RULES, activation_rules, check_rules
 def test_the_table_holds_the_names_of_the_project():
     assert {name for name, _ in check_rules(RULES)} == {
         *("batch", "time", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "layers"),
-        *("slots", "chunk", "inner", "segments", "norm", "state_embed"),
+        *("slots", "chunk", "inner", "segments", "norm", "state_embed", "window", "gate_width", "vocab_width"),
     }
 
 
@@ -15,6 +15,11 @@ def test_slots_and_heads_are_on_different_mesh_axes():
     table = dict(RULES)
     assert table["slots"] == "slots"
     assert table["heads"] == table["kv_heads"] == "model"
+
+
+def test_tokens_are_split_where_slots_are_so_that_no_work_is_done_twice():
+    table = dict(RULES)
+    assert table["time"] == table["slots"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Presets: one experiment per file, collected here by name."""
 
-from configs import babilong_small, probe, quickstart, tiny
+from configs import babilong_small, probe, quickstart, tiny, titans
 from lm2_jax.config import RunConfig
 
 PRESETS: dict[str, RunConfig] = {
@@ -8,4 +8,5 @@ PRESETS: dict[str, RunConfig] = {
     **quickstart.PRESETS,
     **probe.PRESETS,
     **babilong_small.PRESETS,
+    **titans.PRESETS,
 }

@@ -6,16 +6,26 @@ python train.py lm2_tiny --workdir runs/lm2_tiny
 import dataclasses
 
 from lm2_jax.blocks.base import JoinConfig
+from lm2_jax.blocks.combine import Mix
+from lm2_jax.blocks.context import ContextJoin
+from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.blocks.layer import LayerJoin
+from lm2_jax.blocks.mixed import MixedJoin, Part
+from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.memory.bank_writes import PaperWrite
+from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.inner import MlpNetwork
 from lm2_jax.memory.none import NoMemory
+from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
+
+TITANS = TitansConfig(num_heads=2, chunk_tokens=8, network=MlpNetwork(expansion=2))
 
 MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "lm2": (GatedBankConfig(num_slots=6), ResidualJoin()),
@@ -24,14 +34,36 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
         GatedBankConfig(num_slots=6, norm_slots=False, write=PaperWrite()),
         ResidualJoin(read="own", source="attention"),
     ),
+    "lm2_context": (
+        GatedBankConfig(num_slots=6, write=SlotsWrite()),
+        ContextJoin(retrieve="rows", num_persistent=3, combine=Mix()),
+    ),
     "none": (NoMemory(), PlainJoin()),
+    "none_window": (NoMemory(), PlainJoin(num_persistent=3)),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
+    "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
+    "titans_mag": (TITANS, GateJoin(num_persistent=3)),
+    "titans_mal": (TITANS, LayerJoin(num_persistent=3)),
+    "titans_lmm": (TITANS, MixerJoin(num_persistent=3)),
+    "titans_residual": (TITANS, ResidualJoin(read="own", source="attention")),
+    "hybrid": (
+        NoMemory(),
+        MixedJoin(
+            parts=(
+                Part(layers=(0,), memory=GatedBankConfig(num_slots=6), join=ResidualJoin()),
+                Part(layers=(1,), memory=TITANS, join=ContextJoin(num_persistent=3)),
+            )
+        ),
+    ),
 }
+WINDOWS = {"none_window": 12, "titans_mag": 12, "titans_mal": 12}
 
 
-def tiny(name: str, memory: MemoryConfig, join: JoinConfig) -> RunConfig:
+def tiny(name: str, memory: MemoryConfig, join: JoinConfig, window_tokens: int | None = None) -> RunConfig:
     """The tiny run of one memory and join."""
-    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64)
+    decoder = DecoderConfig(
+        width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64, window_tokens=window_tokens
+    )
     return RunConfig(
         name=name,
         model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),
@@ -42,7 +74,7 @@ def tiny(name: str, memory: MemoryConfig, join: JoinConfig) -> RunConfig:
     )
 
 
-PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts) for name, parts in MEMORIES.items()}
+PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts, WINDOWS.get(name)) for name, parts in MEMORIES.items()}
 
 
 def replace_model(run: RunConfig, **changes: object) -> RunConfig:

@@ -51,12 +51,32 @@ class Attended(NamedTuple):
     v: Float[Array, "B *J T G K"]
 
 
+class Beside(NamedTuple):
+    """Keys, as they stand, and values of rows that are no tokens but seen under the same softmax."""
+
+    k: Float[Array, "B N G K"]
+    v: Float[Array, "B N G K"]
+
+
+class Asked(NamedTuple):
+    """Segments, projected but not yet attended; leading dimensions B and J, or B for one segment."""
+
+    q: Float[Array, "B *J T H K"]  # unrotated
+    k: Float[Array, "B *J T G K"]  # rotated to the token's position
+    v: Float[Array, "B *J T G K"]
+    valid: Bool[Array, "B *J T"]
+    document: Int[Array, "B *J T"] | None
+    past: Window | None  # before each segment: [B *J W ...]
+
+
 class OpenAttention(NamedTuple):
-    """Attention inside an unfinished segment: rotated keys of its tokens so far, and the window before them."""
+    """Attention inside an unfinished segment: rotated keys of its tokens so far, and what else they see."""
 
     k: Float[Array, "B T G K"]
     v: Float[Array, "B T G K"]
     window: Window | None
+    always: Beside | None = None  # rows that every token sees
+    own: Beside | None = None  # a row per token, seen from that token on
 
 
 def attend(
@@ -126,8 +146,23 @@ class Attention(nn.Module):
         """Merges the heads."""
         return self.o_proj("...hk,hkd->...d", y)
 
+    def beside(self, x_BND: Float[Array, "B N D"], position: Int[Array, "..."] | None = None) -> Beside:
+        """Keys and values of rows that are no tokens of the segment.
+
+        Args:
+          x_BND: normalised rows.
+          position: where they stand; None: all at the segment's start, so that a query's place in the segment turns
+            the score of all of them alike, whatever number of segments came before.
+        """
+        k_BNGK, v_BNGK = self.kv(x_BND)
+        return Beside(k_BNGK if position is None else rotate(k_BNGK, position, self.frequencies), v_BNGK)
+
     def __call__(
-        self, x_BJTD: Float[Array, "B J T D"], window: Window | None, segments: Segments
+        self,
+        x_BJTD: Float[Array, "B J T D"],
+        window: Window | None,
+        segments: Segments,
+        always: Beside | None = None,
     ) -> tuple[Attended, Window | None]:
         """Attends within J segments at once.
 
@@ -135,37 +170,64 @@ class Attention(nn.Module):
           x_BJTD: normalised input.
           window: state before the first segment.
           segments: borders and padding.
+          always: rows that all tokens see; batch 1 where they are the same for all.
         Returns:
           Output, queries, keys and values of the J segments, and the window after the last one.
         """
-        B, J, T, _ = x_BJTD.shape
+        asked, window = self.project(x_BJTD, window, segments)
+        return self.meet(asked, always), window
+
+    def project(
+        self, x_BJTD: Float[Array, "B J T D"], window: Window | None, segments: Segments
+    ) -> tuple[Asked, Window | None]:
+        """Queries, keys and values of J segments, with the window before each, and the window after the last one."""
         q_BJTHK = self.q(x_BJTD)
         k_BJTGK, v_BJTGK = self.kv(x_BJTD)
-        before, window = self._windows(k_BJTGK, v_BJTGK, window, segments)
-        here = jnp.arange(T)
-        fold = functools.partial(_fold, rows=B * J)
-        rotated_BJTGK = rotate(k_BJTGK, here, self.frequencies)
-        q, k = fold(rotate(q_BJTHK, here, self.frequencies)), fold(rotated_BJTGK)
-        v, valid, document = fold(v_BJTGK), fold(segments.valid), segments.document
-        document = None if document is None else fold(document)
-        q = constrain(q, ("batch", "time", "heads", "head"))
-        if before is None:
-            mask = valid[:, None, None, :]
-            if document is not None:
-                mask = mask & (document[:, None, :, None] == document[:, None, None, :])
-            y = attend(q, k, v, mask, causal=True)
+        past, window = self._windows(k_BJTGK, v_BJTGK, window, segments)
+        rotated_BJTGK = rotate(k_BJTGK, jnp.arange(x_BJTD.shape[2]), self.frequencies)
+        return Asked(q_BJTHK, rotated_BJTGK, v_BJTGK, segments.valid, segments.document, past), window
+
+    def meet(self, asked: Asked, always: Beside | None = None, own: Beside | None = None) -> Attended:
+        """Attends within each segment.
+
+        Args:
+          asked: one or several segments.
+          always: rows that all tokens of a segment see; batch 1 where they are the same for all.
+          own: a row per token, which that token and those after it see as they see the token. One segment only.
+        """
+        lead = asked.valid.shape[:-1]
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), asked)
+        R, T = flat.valid.shape
+        q = constrain(rotate(flat.q, jnp.arange(T), self.frequencies), ("batch", "time", "heads", "head"))
+        rows = None if always is None else Beside(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in always))
+        if flat.past is None and flat.document is None and own is None:
+            y = _causal(q, flat.k, flat.v, flat.valid, rows)
         else:
+            k, v, mask_RTS = self._past_and_segment(flat)
+            if own is not None:
+                k, v = jnp.concatenate([k, own.k], axis=1), jnp.concatenate([v, own.v], axis=1)
+                mask_RTS = jnp.concatenate([mask_RTS, mask_RTS[:, :, -T:]], axis=2)
+            if rows is not None:
+                k, v = jnp.concatenate([rows.k, k], axis=1), jnp.concatenate([rows.v, v], axis=1)
+                mask_RTS = jnp.pad(mask_RTS, ((0, 0), (0, 0), (rows.k.shape[1], 0)), constant_values=True)
+            y = attend(q, k, v, mask_RTS[:, None])
+        return Attended(self.o(y.reshape(asked.q.shape)), asked.q, asked.k, asked.v)
+
+    def _past_and_segment(self, flat: Asked) -> tuple[Array, Array, Bool[Array, "R T S"]]:
+        """Keys and values of the window and the segment, and who sees whom."""
+        R, T = flat.valid.shape
+        k, v, seen, document, W = flat.k, flat.v, flat.valid, flat.document, 0
+        if flat.past is not None:
             W = self.window_keys
-            past = fold(rotate(before.k, jnp.arange(-W, 0), self.frequencies))
-            k, v = jnp.concatenate([past, k], axis=1), jnp.concatenate([fold(before.v), v], axis=1)
-            seen = fold(before.valid & ~before.fresh[..., None])
-            mask = self._window_mask(jnp.broadcast_to(here, (B * J, T)), jnp.concatenate([seen, valid], axis=1))
-            if document is not None:
-                # What came before the segment belongs to its first document.
-                keys = jnp.concatenate([jnp.zeros((B * J, W), document.dtype), document], axis=1)
-                mask = mask & (document[:, None, :, None] == keys[:, None, None, :])
-            y = attend(q, k, v, mask)
-        return Attended(self.o(y.reshape(q_BJTHK.shape)), q_BJTHK, rotated_BJTGK, v_BJTGK), window
+            k = jnp.concatenate([rotate(flat.past.k, jnp.arange(-W, 0), self.frequencies), k], axis=1)
+            v = jnp.concatenate([flat.past.v, v], axis=1)
+            seen = jnp.concatenate([flat.past.valid & ~flat.past.fresh[:, None], seen], axis=1)
+        mask_RTS = self._mask(jnp.broadcast_to(jnp.arange(T), (R, T)), seen)
+        if document is not None:
+            # What came before the segment belongs to its first document.
+            keys = jnp.pad(document, ((0, 0), (W, 0)))
+            mask_RTS = mask_RTS & (document[:, :, None] == keys[:, None, :])
+        return k, v, mask_RTS
 
     def from_behind(
         self,
@@ -191,12 +253,12 @@ class Attention(nn.Module):
         q_BNHK = rotate(self.q(x_BND), behind, self.frequencies)
         return self.o(attend(q_BNHK, k, v, mask))
 
-    def _window_mask(self, position_BT: Int[Array, "B T"], seen_BS: Bool[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
-        """Keys stand at -W .. T-1; a query sees itself and the W keys before it."""
+    def _mask(self, position_BT: Int[Array, "B T"], seen_BS: Bool[Array, "B S"]) -> Bool[Array, "B T S"]:
+        """Keys stand at -W .. T-1; a query sees itself and those before it, the last W of them if there is a window."""
         key_11S = (jnp.arange(seen_BS.shape[1]) - self.window_keys)[None, None, :]
         query_BT1 = position_BT[:, :, None]
-        mask_BTS = (key_11S <= query_BT1) & (key_11S >= query_BT1 - self.window_keys) & seen_BS[:, None, :]
-        return mask_BTS[:, None]
+        mask_BTS = (key_11S <= query_BT1) & seen_BS[:, None, :]
+        return mask_BTS & (key_11S >= query_BT1 - self.window_keys) if self.window_keys else mask_BTS
 
     def _windows(
         self, k_BJTGK: Array, v_BJTGK: Array, window: Window | None, segments: Segments
@@ -223,11 +285,20 @@ class Attention(nn.Module):
         window, before = jax.lax.scan(step, window, inputs)
         return Window(*(jnp.moveaxis(a, 0, 1) for a in before)), window
 
-    def open(self, window: Window | None, batch: int, segment_tokens: int) -> OpenAttention:
-        """Begins a segment that arrives in pieces."""
+    def open(
+        self,
+        window: Window | None,
+        batch: int,
+        segment_tokens: int,
+        always: Beside | None = None,
+        with_own: bool = False,
+    ) -> OpenAttention:
+        """Begins a segment that arrives in pieces; see `meet` for what else its tokens see."""
         shape = (batch, segment_tokens, self.decoder.num_kv_heads, self.decoder.head_dim)
         zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute))
-        return OpenAttention(zeros, zeros, window)
+        if always is not None:
+            always = Beside(*(jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in always))
+        return OpenAttention(zeros, zeros, window, always, Beside(zeros, zeros) if with_own else None)
 
     def extend(
         self,
@@ -235,6 +306,7 @@ class Attention(nn.Module):
         position_BS: Int[Array, "B S"],
         slot_BS: Int[Array, "B S"],
         state: OpenAttention,
+        own: Beside | None = None,
     ) -> tuple[Attended, OpenAttention]:
         """Attends from S new tokens to all of their segment so far.
 
@@ -243,6 +315,7 @@ class Attention(nn.Module):
           position_BS: positions within the segment.
           slot_BS: where their keys are kept: the position, or T and more for tokens that do not count.
           state: keys and values so far.
+          own: the rows of the new tokens, if the segment was opened with such.
         Returns:
           Output, queries, keys and values of the S tokens, and the state with the new keys.
         """
@@ -250,21 +323,35 @@ class Attention(nn.Module):
         k_BSGK, v_BSGK = self.kv(x_BSD)
         rows = jnp.arange(x_BSD.shape[0])[:, None]
         k_BSGK = rotate(k_BSGK, position_BS, self.frequencies)
-        k = state.k.at[rows, slot_BS].set(k_BSGK, mode="drop")
-        v = state.v.at[rows, slot_BS].set(v_BSGK, mode="drop")
-        state = state._replace(k=k, v=v)
+
+        def kept(buffer: Array, new: Array) -> Array:
+            return buffer.at[rows, slot_BS].set(new, mode="drop")
+
+        state = state._replace(k=kept(state.k, k_BSGK), v=kept(state.v, v_BSGK))
+        if own is not None:
+            assert state.own is not None
+            state = state._replace(own=Beside(kept(state.own.k, own.k), kept(state.own.v, own.v)))
+        k, v, mask_BSS = self._seen(position_BS, state)
+        y_BSHK = attend(rotate(q_BSHK, position_BS, self.frequencies), k, v, mask_BSS[:, None])
+        return Attended(self.o(y_BSHK), q_BSHK, k_BSGK, v_BSGK), state
+
+    def _seen(self, position_BS: Int[Array, "B S"], state: OpenAttention) -> tuple[Array, Array, Array]:
+        """All keys and values of an open segment, and which of them tokens at these positions see."""
+        k, v, T = state.k, state.v, state.k.shape[1]
         seen = jnp.ones(k.shape[:2], bool)  # later positions are masked by causality
         if state.window is not None:
             W, window = self.window_keys, state.window
             k = jnp.concatenate([rotate(window.k, jnp.arange(-W, 0), self.frequencies), k], axis=1)
             v = jnp.concatenate([window.v, v], axis=1)
             seen = jnp.concatenate([window.valid & ~window.fresh[:, None], seen], axis=1)
-            mask = self._window_mask(position_BS, seen)
-        else:
-            mask = (jnp.arange(k.shape[1])[None, None, :] <= position_BS[:, :, None])[:, None]
-        q = rotate(q_BSHK, position_BS, self.frequencies)
-        y_BSHK = attend(q, k, v, mask)
-        return Attended(self.o(y_BSHK), q_BSHK, k_BSGK, v_BSGK), state
+        mask = self._mask(position_BS, seen)
+        if state.own is not None:
+            k, v = jnp.concatenate([k, state.own.k], axis=1), jnp.concatenate([v, state.own.v], axis=1)
+            mask = jnp.concatenate([mask, mask[:, :, -T:]], axis=2)
+        if state.always is not None:
+            k, v = jnp.concatenate([state.always.k, k], axis=1), jnp.concatenate([state.always.v, v], axis=1)
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (state.always.k.shape[1], 0)), constant_values=True)
+        return k, v, mask
 
     def close(self, state: OpenAttention) -> Window | None:
         """The window after a full segment."""
@@ -276,6 +363,16 @@ class Attention(nn.Module):
         return Window(k, state.v[:, T - W :], rows, jnp.zeros_like(state.window.fresh))
 
 
-def _fold(a: Array, rows: int) -> Array:
-    """[B J ...] as [B*J ...]: segments become rows."""
-    return a.reshape(rows, *a.shape[2:])
+def _causal(q: Array, k: Array, v: Array, valid_RT: Bool[Array, "R T"], rows: Beside | None) -> Array:
+    """Attention of segments to themselves and to rows before them, without a T x T mask.
+
+    As many queries as there are rows stand before the others, so that causality is all that the mask has to say;
+    what they see is thrown away.
+    """
+    if rows is None:
+        return attend(q, k, v, valid_RT[:, None, None, :], causal=True)
+    N = rows.k.shape[1]
+    q = jnp.pad(q, ((0, 0), (N, 0), (0, 0), (0, 0)))
+    k, v = jnp.concatenate([rows.k, k], axis=1), jnp.concatenate([rows.v, v], axis=1)
+    valid = jnp.pad(valid_RT, ((0, 0), (N, 0)), constant_values=True)
+    return attend(q, k, v, valid[:, None, None, :], causal=True)[:, N:]

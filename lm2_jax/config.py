@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from lm2_jax.blocks.base import BlockSpec, JoinConfig
+from lm2_jax.blocks.base import Block, BlockSpec, JoinConfig
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import SourceConfig
@@ -52,6 +52,7 @@ class ModelConfig:
             window is None or 1 <= window <= self.segment_tokens,
             f"decoder.window_tokens={window} must lie between 1 and model.segment_tokens={self.segment_tokens}",
         )
+        self.memory.check_segment(self.segment_tokens)
         self.join.check(self)
         if self.schedule == "layer_major":
             _require(
@@ -65,6 +66,15 @@ class ModelConfig:
         """Whether anything but an attention window crosses a segment border."""
         layers = self.join.memory_layers(self.decoder.num_layers)
         return bool(layers) or self.join.carrier(self.block_spec, parent=None) is not None
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether a document may begin inside a segment."""
+        return self.join.takes_packed(self.memory) and self.join.carrier(self.block_spec, parent=None) is None
+
+    def block_of(self, layer: int) -> tuple[type[Block], BlockSpec]:
+        """The block of one layer, and what it is built from."""
+        return self.join.block_of(layer, self.block_spec)
 
     @property
     def block_spec(self) -> BlockSpec:
@@ -243,6 +253,11 @@ class RunConfig:
             self.data.source.continues or not self.data.carry_state,
             f"data.carry_state needs a source whose rows go on from step to step; {self.data.source.kind!r} as "
             "configured begins every row anew (token shards and text do go on with packing='ordered')",
+        )
+        _require(
+            self.model.takes_packed or not self.data.source.packs,
+            f"memory {self.model.memory.kind!r} joined by {self.model.join.kind!r} takes no packed documents, as its "
+            "state cannot begin anew inside a segment; set packing of data.source to 'ordered'",
         )
         # A memory is read before it is written: within one segment no loss depends on a write.
         reach = min(max(self.data.segments), self.train.bptt_segments or max(self.data.segments))

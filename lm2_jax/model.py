@@ -52,11 +52,10 @@ def split_runs(config: ModelConfig) -> list[Run]:
     with_memory = set(config.join.memory_layers(config.decoder.num_layers))
     runs: list[Run] = []
     for layer in range(config.decoder.num_layers):
-        has_memory = layer in with_memory
-        if runs and runs[-1].has_memory == has_memory:
+        if runs and config.block_of(runs[-1].first) == config.block_of(layer):
             runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
         else:
-            runs.append(Run(layer, 1, has_memory))
+            runs.append(Run(layer, 1, layer in with_memory))
     return runs
 
 
@@ -82,12 +81,15 @@ class LanguageModel(nn.Module):
         if not d.tie_head:
             self.head = Einsum((d.width, c.vocab_size), ("embed", "vocab"), c.precision)
 
-    def _block(self, run: Run) -> type[Block]:
-        return self.config.join.block() if run.has_memory else Block
+    def _unbound(self, run: Run) -> Block:
+        """A block of the run, to ask it for what needs no parameters."""
+        block, spec = self.config.block_of(run.first)
+        return block(spec, parent=None)
 
     def _scanned(self, run: Run) -> Any:
         """One run as a scan over stacked layers; the module's methods keep their meaning for the whole run."""
-        block, policy = self._block(run), REMAT_POLICIES[self.config.remat]
+        block, spec = self.config.block_of(run.first)
+        policy = REMAT_POLICIES[self.config.remat]
         if policy is not None:
             block = nn.remat(block, policy=policy, prevent_cse=False, methods=["forward"])
         scanned = nn.scan(
@@ -99,7 +101,7 @@ class LanguageModel(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
             methods=["forward", "open", "extend", "close"],
         )
-        return scanned(self.config.block_spec, name=f"blocks_{run.first}")
+        return scanned(spec, name=f"blocks_{run.first}")
 
     @property
     def _unbound_carrier(self) -> Carrier | None:
@@ -109,19 +111,13 @@ class LanguageModel(nn.Module):
         """The state before any text; needs no parameters."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        runs = tuple(
-            stack_layers(self._block(run)(self.config.block_spec, parent=None).init_state(batch), run.length)
-            for run in split_runs(self.config)
-        )
+        runs = tuple(stack_layers(self._unbound(run).init_state(batch), run.length) for run in split_runs(self.config))
         carrier = self._unbound_carrier
         return ModelState(runs, None if carrier is None else carrier.init_state(batch))
 
     def state_axes(self) -> ModelState:
         """The logical axes of `init_state`, in the same tree."""
-        runs = tuple(
-            stack_axes(self._block(run)(self.config.block_spec, parent=None).state_axes())
-            for run in split_runs(self.config)
-        )
+        runs = tuple(stack_axes(self._unbound(run).state_axes()) for run in split_runs(self.config))
         carrier = self._unbound_carrier
         return ModelState(runs, None if carrier is None else carrier.state_axes())
 
@@ -221,10 +217,10 @@ class LanguageModel(nn.Module):
         for name, array in (("valid", valid), ("document", document)):
             if array is not None and array.shape != (B, J * T):
                 raise ValueError(f"{name} must have the shape of tokens, {[B, J * T]}, got {list(array.shape)}")
-        if document is not None and self.carrier is not None:
+        if document is not None and not self.config.takes_packed:
             raise ValueError(
-                f"join {self.config.join.kind!r} keeps one state for all blocks and takes no packed documents; "
-                "use ordered segments"
+                f"join {self.config.join.kind!r} takes no packed documents, as its state cannot begin anew inside a "
+                "segment; use ordered segments"
             )
         valid_BJT = jnp.ones((B, J, T), bool) if valid is None else valid.reshape(B, J, T)
         segment_J = jnp.arange(J)

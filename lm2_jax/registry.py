@@ -16,17 +16,18 @@ class Family:
     """Base of a family of frozen config dataclasses.
 
     A direct subclass (`class MemoryConfig(Family)`) opens a family with an empty `registry`; every class below it
-    must set `kind` and is entered under it. A kind that is taken already is an error.
+    must set `kind` and is entered under it, unless it is declared with `abstract=True` as a base of several. A kind
+    that is taken already is an error.
     """
 
     kind: ClassVar[str]
     registry: ClassVar[dict[str, type[Any]]]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Family in cls.__bases__:
             cls.registry = {}
-        elif cls.registry.setdefault(cls.kind, cls).__qualname__ != cls.__qualname__:
+        elif not abstract and cls.registry.setdefault(cls.kind, cls).__qualname__ != cls.__qualname__:
             raise ValueError(f"{cls.__name__}: kind {cls.kind!r} is taken by {cls.registry[cls.kind].__name__}")
 
     @classmethod

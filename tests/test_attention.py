@@ -44,15 +44,15 @@ def attention(window_tokens: int | None = None) -> Attention:
 def test_a_token_of_the_window_sees_itself_and_those_before(window_tokens, sees):
     layer = attention(window_tokens)
     keys = layer.window_keys + T
-    mask = layer._window_mask(jnp.arange(T)[None], jnp.ones((1, keys), bool))
+    mask = layer._mask(jnp.arange(T)[None], jnp.ones((1, keys), bool))
     expected = np.array([[c == "1" for c in row.replace(" ", "")] for row in sees])
-    np.testing.assert_array_equal(mask[0, 0], expected)
+    np.testing.assert_array_equal(mask[0], expected)
 
 
 def test_a_key_that_does_not_count_is_not_seen():
     seen = jnp.array([[True, False, True, True, False, True]])
-    mask = attention(3)._window_mask(jnp.arange(T)[None], seen)
-    assert not np.asarray(mask)[0, 0, :, [1, 4]].any()
+    mask = attention(3)._mask(jnp.arange(T)[None], seen)
+    assert not np.asarray(mask)[0][:, [1, 4]].any()
 
 
 def test_without_a_window_no_key_is_carried():

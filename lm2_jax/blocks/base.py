@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.attention import WINDOW_AXES, Attention, OpenAttention, Segments, Window
+from lm2_jax.attention import WINDOW_AXES, Attention, Beside, OpenAttention, Segments, Window
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.layers import RMSNorm, SwiGLU, constrain
-from lm2_jax.memory.base import MemoryConfig, OpenMemory
+from lm2_jax.layers import RMSNorm, SwiGLU, constrain, named
+from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Bool, Float, Int, State
@@ -34,6 +34,18 @@ class JoinConfig(Family):
     def block(self) -> type["Block"]:
         """The block of a layer with memory."""
         raise NotImplementedError
+
+    def block_of(self, layer: int, spec: "BlockSpec") -> tuple[type["Block"], "BlockSpec"]:
+        """The block of one layer and what it is built from; layers with equal ones run as one loop."""
+        return (self.block() if layer in self.memory_layers(spec.decoder.num_layers) else Block), spec
+
+    def persistent_tokens(self) -> int:
+        """Learned rows in each block that every token sees and no text changes."""
+        return 0
+
+    def takes_packed(self, memory: MemoryConfig) -> bool:
+        """Whether a document may begin inside a segment."""
+        return True
 
     def carrier(self, spec: "BlockSpec", **linen: Any) -> "Carrier | None":
         """What travels through the whole stack with a segment, if anything does; `linen` passes on `parent`."""
@@ -91,8 +103,8 @@ class LayerState(NamedTuple):
 class OpenLayer(NamedTuple):
     """One block inside an unfinished segment."""
 
-    attention: OpenAttention
-    memory: OpenMemory | None
+    attention: OpenAttention | None  # None in a block without attention
+    memory: Any  # what the memory's `open` made, or None
 
 
 class Place(NamedTuple):
@@ -101,6 +113,21 @@ class Place(NamedTuple):
     position: Int[Array, "B S"]  # counted from the segment's start, memory tokens included
     slot: Int[Array, "B S"]  # where their keys are kept; at least the segment's length for tokens that do not count
     buffer: Int[Array, "B S"]  # the same without memory tokens, for what is written at the segment's end
+
+
+class PersistentTokens(nn.Module):
+    """Learned rows that no text changes (Titans, arXiv:2501.00663, equation 19)."""
+
+    rows: int
+    width: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "1 N D"]:
+        """In the compute type, on the scale of the embedding."""
+        init = named(nn.initializers.normal(self.width**-0.5), ("window", "embed"))
+        start_ND = self.param("start", init, (self.rows, self.width), jnp.dtype(self.precision.params))
+        return start_ND[None].astype(jnp.dtype(self.precision.compute))
 
 
 class Block(nn.Module):
@@ -118,7 +145,13 @@ class Block(nn.Module):
         self.attention = Attention(d, precision)
         self.mlp_norm = RMSNorm(precision, d.norm_epsilon)
         self.mlp = SwiGLU(d.width, d.mlp_width, precision)
+        self.setup_persistent()
         self.setup_memory()
+
+    def setup_persistent(self) -> None:
+        """Builds the persistent tokens, if the join has any."""
+        rows = self.spec.join.persistent_tokens()
+        self.persistent = PersistentTokens(rows, self.spec.decoder.width, self.spec.precision) if rows else None
 
     def setup_memory(self) -> None:
         """Builds what the join adds."""
@@ -131,6 +164,10 @@ class Block(nn.Module):
     def state_axes(self) -> LayerState:
         """Logical axes of `init_state`."""
         return LayerState(WINDOW_AXES if (self.spec.decoder.window_tokens or 1) > 1 else None, None)
+
+    def visible(self) -> Beside | None:
+        """Persistent tokens as every token sees them."""
+        return None if self.persistent is None else self.attention.beside(self.attention_norm(self.persistent()))
 
     def feed_forward(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """x + mlp(norm(x))."""
@@ -148,7 +185,8 @@ class Block(nn.Module):
         Returns:
           Output, and the state after the last segment with diagnostics.
         """
-        attended, window = self.attention(self.attention_norm(carry.x), state.window, context.segments)
+        normed_BJTD = self.attention_norm(carry.x)
+        attended, window = self.attention(normed_BJTD, state.window, context.segments, self.visible())
         x_BJTD = constrain(self.feed_forward(carry.x + attended.y), ("batch", "segments", "time", "embed"))
         return carry._replace(x=x_BJTD), (state._replace(window=window), {})
 
@@ -163,12 +201,13 @@ class Block(nn.Module):
           start: the threaded memory at the segment's start, or None.
         """
         batch, tokens = span_BT.shape
-        return span_BT, OpenLayer(self.attention.open(state.window, batch, tokens), None)
+        return span_BT, OpenLayer(self.attention.open(state.window, batch, tokens, self.visible()), None)
 
     def extend(
         self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
     ) -> tuple[Float[Array, "B S D"], OpenLayer]:
         """S more tokens of the open segment."""
+        assert state.attention is not None
         attended, attention = self.attention.extend(
             self.attention_norm(x_BSD), place.position, place.slot, state.attention
         )
@@ -176,6 +215,7 @@ class Block(nn.Module):
 
     def close(self, thread: State, state: OpenLayer, _: Any) -> tuple[State, LayerState]:
         """The state after a segment that is full."""
+        assert state.attention is not None
         return thread, LayerState(self.attention.close(state.attention), None)
 
 

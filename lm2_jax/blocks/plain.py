@@ -11,6 +11,16 @@ class PlainJoin(JoinConfig):
     """A decoder without memory."""
 
     kind: ClassVar[str] = "plain"
+    num_persistent: int = 0
+    """Learned rows in each block that every token sees and no text changes."""
+
+    def __post_init__(self) -> None:
+        if self.num_persistent < 0:
+            raise ValueError(f"join.num_persistent must not be negative, got {self.num_persistent}")
+
+    def persistent_tokens(self) -> int:
+        """As configured."""
+        return self.num_persistent
 
     def memory_kinds(self) -> tuple[str, ...]:
         """Only none."""

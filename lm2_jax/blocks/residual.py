@@ -23,7 +23,7 @@ from lm2_jax.blocks.base import (
 )
 from lm2_jax.layers import Vector, constrain
 from lm2_jax.memory.bank_writes import Gate
-from lm2_jax.memory.base import Memory, Notes, OpenMemory, note
+from lm2_jax.memory.base import Memory, MemoryConfig, Notes, OpenMemory, note
 from lm2_jax.memory.gated_bank import BankKeys, attend_slots
 from lm2_jax.state import reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int, State
@@ -49,11 +49,15 @@ class ResidualJoin(JoinConfig):
 
     def memory_kinds(self) -> tuple[str, ...]:
         """Memories that read a frozen state and write a segment."""
-        return ("gated_bank",)
+        return ("gated_bank", "titans")
 
     def memory_layers(self, num_layers: int) -> tuple[int, ...]:
         """All blocks by default."""
         return tuple(range(num_layers)) if self.layers is None else self.layers
+
+    def takes_packed(self, memory: MemoryConfig) -> bool:
+        """Tokens of a document that begins inside a segment are shown a fresh memory."""
+        return memory.takes_packed
 
     def block(self) -> type["ResidualBlock"]:
         """The block of a layer with memory."""
@@ -66,11 +70,18 @@ class ResidualJoin(JoinConfig):
     def check(self, model) -> None:
         """See the base class."""
         super().check(model)
-        model.memory.build(model.decoder.width, model.precision, parent=None)
+        memory = model.memory.build(model.decoder.width, model.precision, parent=None)
+        if self.read == "shared" and type(memory).rows is Memory.rows:
+            raise ValueError(
+                f"join.read='shared' asks the rows of a memory, {model.memory.kind!r} has none; set join.read to 'own'"
+            )
         if self.layers == ():
             raise ValueError("join.layers is empty; for a decoder without memory use memory 'none' and join 'plain'")
-        if self.topology == "threaded" and getattr(model.memory, "start", "identity") == "learned":
-            raise ValueError("join.topology='threaded' has one memory for all blocks; set memory.start to 'identity'")
+        if self.topology == "threaded" and not model.memory.can_be_threaded:
+            raise ValueError(
+                "join.topology='threaded' has one memory for all blocks, which must not begin with what a block "
+                "learned; set it to 'per_layer' or, with a bank, memory.start to 'identity'"
+            )
 
 
 class Step(NamedTuple):
@@ -145,9 +156,11 @@ class ResidualBlock(Block):
           sigmoid(y W) * y in the compute type (equation 3, with E_mem where the paper prints M).
         """
         if self.join.read == "own":
-            y_BTD = self.memory.read(attended.y, memory, prepared, notes)
-        else:
-            y_BTD = self.attention.o(attend_slots(attended.q, prepared, self.memory.top_k, notes))
+            return self.gated(self.memory.read(attended.y, memory, prepared, notes), notes)
+        return self.gated(self.attention.o(attend_slots(attended.q, prepared, self.memory.top_k, notes)), notes)
+
+    def gated(self, y_BTD: Float[Array, "B T D"], notes: Notes | None = None) -> Float[Array, "B T D"]:
+        """What was read, as it is added: behind the output gate, and as loud as learned."""
         if self.join.gate:
             gate_BTD = jax.nn.sigmoid(self.gate_output(y_BTD))
             note(notes, gate_output=gate_BTD)
@@ -190,11 +203,13 @@ class ResidualBlock(Block):
 
     def _recall_packed(self, segment: Step, memory: State, notes: Notes) -> Float[Array, "B T D"]:
         """`recall`; tokens of documents that begin inside the segment see a fresh memory."""
-        y_BTD = self.recall(segment.attended, memory, self.prepare(memory), notes)
+        asking_BTD = jnp.where(segment.valid[:, :, None], segment.attended.y, 0)
+        attended = segment.attended._replace(y=asking_BTD)
+        y_BTD = self.recall(attended, memory, self.prepare(memory), notes)
         if segment.document is None:
             return y_BTD
         fresh = reset_rows(memory, jnp.ones_like(segment.reset), self._memory_axes())
-        start_BTD = self.recall(segment.attended, fresh, self.prepare(fresh))
+        start_BTD = self.recall(attended, fresh, self.prepare(fresh))
         return jnp.where((segment.document == 0)[:, :, None], y_BTD, start_BTD)
 
     def write(
@@ -240,34 +255,44 @@ class ResidualBlock(Block):
         threaded = self.join.topology == "threaded"
         memory = start if threaded else state.memory
         kept = 0 if self.memory.written_by_block else self.spec.segment_tokens
-        shape = (span_BT.shape[0], kept, self.spec.decoder.width)
-        buffer_BTD = jnp.zeros(shape, jnp.dtype(self.spec.precision.compute))
-        opened = OpenMemory(None if threaded else memory, self.prepare(memory), buffer_BTD)
-        return span_BT, layer._replace(memory=opened)
+        dtype = jnp.dtype(self.spec.precision.compute)
+        if self.join.read == "own":
+            opened = self.memory.open(memory, kept, dtype)
+        else:
+            buffer_BTD = jnp.zeros((span_BT.shape[0], kept, self.spec.decoder.width), dtype)
+            opened = OpenMemory(memory, self.prepare(memory), buffer_BTD)
+        return span_BT, layer._replace(memory=opened._replace(state=None) if threaded else opened)
 
     def extend(
         self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
     ) -> tuple[Float[Array, "B S D"], OpenLayer]:
         """Reads the memory as it stood at the segment's start and keeps what is to be written."""
+        assert state.attention is not None
         attended, attention = self.attention.extend(
             self.attention_norm(x_BSD), place.position, place.slot, state.attention
         )
-        assert state.memory is not None
-        recalled_BSD = self.recall(attended, state.memory.state, state.memory.prepared)
+        memory = state.memory
+        if self.join.read == "own":
+            y_BSD, memory = self.memory.ask(attended.y, place.buffer, memory)
+            recalled_BSD = self.gated(y_BSD)
+        else:
+            recalled_BSD = self.recall(attended, memory.state, memory.prepared)
         h_BSD = self.feed_forward(x_BSD + attended.y + recalled_BSD)
-        if self.memory.written_by_block:  # the keys and values that attention keeps are all that the write needs
-            return h_BSD, OpenLayer(attention, state.memory)
-        written_BSD = h_BSD if self.join.source == "block" else attended.y
-        return h_BSD, OpenLayer(attention, self.memory.store(written_BSD, place.buffer, state.memory))
+        if not self.memory.written_by_block:  # else the keys and values that attention keeps are all the write needs
+            memory = self.memory.store(h_BSD if self.join.source == "block" else attended.y, place.buffer, memory)
+        return h_BSD, OpenLayer(attention, memory)
 
     def close(self, thread: State, state: OpenLayer, _: Any) -> tuple[State, LayerState]:
         """Writes the full segment."""
-        assert state.memory is not None
+        assert state.attention is not None
         window, threaded = self.attention.close(state.attention), self.join.topology == "threaded"
-        memory, kept_BTD = thread if threaded else state.memory.state, state.memory.buffer
-        # Either entry is used, the one that `extend` kept.
-        attended = Attended(kept_BTD, kept_BTD, state.attention.k, state.attention.v)
-        memory = self.write(kept_BTD, attended, memory, jnp.ones(state.attention.k.shape[:2], bool))
+        opened = state.memory._replace(state=thread) if threaded else state.memory
+        if self.memory.written_by_block:
+            k_BTGK, v_BTGK = state.attention.k, state.attention.v
+            attended = Attended(opened.buffer, opened.buffer, k_BTGK, v_BTGK)  # of which only k and v are used
+            memory = self.write(opened.buffer, attended, opened.state, jnp.ones(k_BTGK.shape[:2], bool))
+        else:
+            memory = self.memory.close(opened)
         return (memory, LayerState(window, None)) if threaded else (thread, LayerState(window, memory))
 
 

@@ -17,9 +17,19 @@ Notes = dict[str, Array]  # diagnostics that a call adds to, scalars by name
 class MemoryConfig(Family):
     """Base of all memory configs; `model.memory` of a run."""
 
+    @property
+    def can_be_threaded(self) -> bool:
+        """Whether all blocks may write one state in turn: if what a document begins with is no parameter of a block."""
+        return False
+
     def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
         """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
         raise NotImplementedError
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether a segment may hold several documents: if what a read says to a token depends on that token alone."""
+        return False
 
     def check_segment(self, segment_tokens: int) -> None:
         """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""

@@ -42,6 +42,16 @@ class GatedBankConfig(MemoryConfig):
         if self.top_k is not None and not 1 <= self.top_k <= self.num_slots:
             raise ValueError(f"memory.top_k={self.top_k} must lie between 1 and memory.num_slots={self.num_slots}")
 
+    @property
+    def can_be_threaded(self) -> bool:
+        """Unless the start is learned."""
+        return self.start == "identity"
+
+    @property
+    def takes_packed(self) -> bool:
+        """Slots answer each token for itself."""
+        return True
+
     def build(self, width: int, precision: Precision, **linen: Any) -> "GatedBank":
         """The module for a decoder of this width."""
         if width % self.num_heads:

@@ -1,0 +1,140 @@
+"""Memory as context: attention sees what was retrieved beside the segment, and its output is written (Titans' MAC)."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm2_jax.attention import Asked, Beside
+from lm2_jax.blocks.base import Carry, Context, LayerState, OpenLayer, Place, any_valid, by_segment
+from lm2_jax.blocks.combine import CombineConfig, Product
+from lm2_jax.blocks.per_layer import PerLayerBlock, PerLayerJoin
+from lm2_jax.layers import RMSNorm, constrain
+from lm2_jax.memory.base import Memory
+from lm2_jax.state import select_rows
+from lm2_jax.types import Array, Bool, Float, State
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextJoin(PerLayerJoin):
+    """y = Attention([P; retrieved; n(x)]), h = x + combine(y, M(y)) (arXiv:2501.00663, equations 21-25).
+
+    Two readings of the paper would show a token its future, and are not taken:
+
+    - a retrieved row is made from its token, so it is seen from that token on, not by the whole segment;
+    - M(y) at a token uses what tokens up to it have written, not what the whole segment has.
+    """
+
+    kind: ClassVar[str] = "context"
+    retrieve: Literal["tokens", "rows"] = "tokens"
+    """What attention sees of the memory as it stood before the segment: its answer to each token, standing where the
+    token stands (the paper), or all rows of a memory that has such, standing at the segment's start."""
+    combine: CombineConfig = Product()
+    """How attention and what is read back become one."""
+
+    def block(self) -> type["ContextBlock"]:
+        """The block of a layer with memory."""
+        return ContextBlock
+
+    def check(self, model) -> None:
+        """See the base class."""
+        super().check(model)
+        if self.retrieve == "tokens":
+            return
+        memory = model.memory.build(model.decoder.width, model.precision, parent=None)
+        if type(memory).rows is Memory.rows:
+            raise ValueError(
+                f"join.retrieve='rows' needs a memory with rows, {model.memory.kind!r} has none; set it to 'tokens'"
+            )
+        if memory.top_k is not None:
+            raise ValueError(
+                "join.retrieve='rows' shows all rows; set memory.top_k to None or join.retrieve to 'tokens'"
+            )
+
+
+class Step(NamedTuple):
+    """Inputs of one segment."""
+
+    normed: Float[Array, "B T D"]
+    asked: Asked
+    valid: Bool[Array, "B T"]
+    reset: Bool[Array, " B"]
+
+
+class ContextBlock(PerLayerBlock):
+    """Read, attend, write and read back, then the MLP."""
+
+    def setup_join(self) -> None:
+        d, precision = self.spec.decoder, self.spec.precision
+        self.retrieved_norm = RMSNorm(precision, d.norm_epsilon)
+        self.combine = self.join.combine.build(d.width, precision)
+
+    @property
+    def join(self) -> ContextJoin:
+        """The join's config."""
+        assert isinstance(self.spec.join, ContextJoin)
+        return self.spec.join
+
+    def always(self, memory: State) -> Beside | None:
+        """Persistent tokens, and the memory's rows where they are what is retrieved."""
+        persistent = self.visible()
+        if self.join.retrieve == "tokens":
+            return persistent
+        rows_BND = self.memory.rows(memory)
+        assert rows_BND is not None
+        rows = self.attention.beside(self.retrieved_norm(rows_BND))
+        if persistent is None:
+            return rows
+        beside = zip(persistent, rows, strict=True)
+        return Beside(*(jnp.concatenate([jnp.broadcast_to(p, (len(r), *p.shape[1:])), r], axis=1) for p, r in beside))
+
+    def forward(
+        self, carry: Carry, state: LayerState, context: Context
+    ) -> tuple[Carry, tuple[LayerState, dict[str, Array]]]:
+        """Projections of all segments at once, then segment by segment what meets the memory, then the MLP of all."""
+        segments, here = context.segments, jnp.arange(self.spec.segment_tokens)
+        normed_BJTD = self.attention_norm(carry.x)
+        asked, window = self.attention.project(normed_BJTD, state.window, segments)
+
+        def step(block: "ContextBlock", memory: State, inputs: tuple[Step, Array]) -> tuple[State, Any]:
+            segment, cut = inputs
+            memory, notes = block.at_border(memory, segment.reset, cut), {}
+            own = None
+            if block.join.retrieve == "tokens":
+                asking_BTD = jnp.where(segment.valid[:, :, None], segment.normed, 0)
+                retrieved_BTD = block.memory.read(asking_BTD, memory, notes=notes)
+                own = block.attention.beside(block.retrieved_norm(retrieved_BTD), here)
+            y_BTD = block.attention.meet(segment.asked, block.always(memory), own).y
+            m_BTD, after = block.memory(y_BTD, memory, segment.valid, notes)
+            memory = select_rows(any_valid(segment.valid), after, memory, block._memory_axes())
+            return memory, (block.combine(y_BTD, m_BTD, notes), notes)
+
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        per_segment = by_segment(Step(normed_BJTD, asked, segments.valid, segments.reset))
+        memory, (o_JBTD, notes) = scan(self, state.memory, (per_segment, segments.cut))
+        x_BJTD = self.feed_forward(carry.x + by_segment(o_JBTD))
+        x_BJTD = constrain(x_BJTD, ("batch", "segments", "time", "embed"))
+        return carry._replace(x=x_BJTD), (LayerState(window, memory), jax.tree.map(jnp.mean, notes))
+
+    def open(
+        self, span_BT: Float[Array, "B T"], state: LayerState, start: State
+    ) -> tuple[Float[Array, "B T"], OpenLayer]:
+        """See the base class."""
+        always, with_own = self.always(state.memory), self.join.retrieve == "tokens"
+        attention = self.attention.open(state.window, len(span_BT), span_BT.shape[1], always, with_own)
+        return span_BT, OpenLayer(attention, self.open_memory(state.memory))
+
+    def extend(
+        self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
+    ) -> tuple[Float[Array, "B S D"], OpenLayer]:
+        """See the base class."""
+        assert state.attention is not None
+        normed_BSD, memory, own = self.attention_norm(x_BSD), state.memory, None
+        if self.join.retrieve == "tokens":
+            retrieved_BSD, memory = self.memory.ask(normed_BSD, place.buffer, memory)
+            own = self.attention.beside(self.retrieved_norm(retrieved_BSD), place.position)
+        attended, attention = self.attention.extend(normed_BSD, place.position, place.slot, state.attention, own)
+        m_BSD, memory = self.memory.extend(attended.y, place.buffer, memory)
+        return self.feed_forward(x_BSD + self.combine(attended.y, m_BSD, {})), OpenLayer(attention, memory)

@@ -28,7 +28,8 @@ class StepConfig:
     per: Literal["token", "chunk", "fixed"] = "token"
     """What has a step size of its own: each token, each chunk (by its first token), or nothing: always the maximum."""
     maximum: float = 0.1
-    """Largest step; 0.1 suits an MLP with a sum of squares and keys of length 1, 1.0 a linear network."""
+    """Largest step. 0.1 suits a sum of squares and keys of length 1; a chunk's steps add up, and where the network's
+    output is not normalised, chunk_tokens * maximum / (1 - momentum) much above the head's width makes it diverge."""
     bias: float = 0.0
     """Initial logit."""
     by_place: bool = False

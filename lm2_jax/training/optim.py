@@ -17,6 +17,7 @@ KINDS: tuple[tuple[str, frozenset[str]], ...] = (
     ("start", frozenset({"start", "code"})),  # one vector per slot
     ("norm", frozenset({"norm", "scale"})),
     ("bias", frozenset({"b", "bias"})),
+    ("conv", frozenset({"conv"})),  # a few taps per channel: no matrix, whatever its rank
 )
 MEMORY = frozenset({"memory", "carrier"})  # words that say "this belongs to a memory"
 
@@ -27,7 +28,7 @@ def _path_words(path: Any) -> list[str]:
 
 
 def kind_of(path: Any, axes: Axes) -> str:
-    """What one parameter is: gate, start, norm, bias, else matrix or vector by its rank.
+    """What one parameter is: gate, start, norm, bias, conv, else matrix or vector by its rank.
 
     Args:
       path: key path of the parameter in its tree.

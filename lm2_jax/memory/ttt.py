@@ -1,0 +1,48 @@
+"""TTT-Linear and TTT-MLP (arXiv:2407.04620) as configurations of the Titans memory."""
+
+import dataclasses
+import math
+from typing import Any
+
+from lm2_jax.memory.inner import MlpNetwork, SquaredError
+from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
+
+
+def ttt_linear(head_width: int, **fields: Any) -> TitansConfig:
+    """f(x) = x + LN(x W + b), steps of at most 1 / head_width; see `ttt_mlp`."""
+    return _ttt(MlpNetwork(depth=1, bias=True), 1.0, head_width, fields)
+
+
+def ttt_mlp(head_width: int, **fields: Any) -> TitansConfig:
+    """f(x) = x + LN(gelu(x W1 + b1) W2 + b2), steps of at most 0.1 / head_width.
+
+        W_t = W_0 - sum_{i<=t} eta[t, i] dl/dW_i,  l = |f(k) - v|^2 / 2,
+        eta[t, i] = max(0, 1/t + learned_t) * base * sigmoid(x_i w) / head_width
+
+    with all gradients at the weights before a mini-batch of 16; no momentum, no forgetting. (The published target
+    v - k of the part behind the residual is the target v of the whole.) Differs from the released code: that rotates
+    q and k by their place in the mini-batch, shares one projection for both where it has convolutions, and normalises
+    the output over all heads.
+
+    Args:
+      head_width: width of a head.
+      fields: of `TitansConfig`, in place of TTT's own.
+    """
+    return _ttt(MlpNetwork(depth=2, bias=True), 0.1, head_width, fields)
+
+
+def _ttt(network: MlpNetwork, base: float, head_width: int, fields: dict[str, Any]) -> TitansConfig:
+    off = GateConfig("off")
+    config = TitansConfig(
+        network=network,
+        loss=SquaredError(factor=0.5),
+        step=StepConfig(maximum=base / head_width, by_place=True),
+        momentum=off,
+        forget=off,
+        conv_tokens=0,
+        silu=False,
+        unit_keys=False,
+        output_gate="gelu",
+        start_scale=0.02 * math.sqrt(head_width),
+    )
+    return dataclasses.replace(config, **fields)

@@ -1,0 +1,119 @@
+"""Networks and losses that a neural memory trains at test time."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm2_jax.memory.chunk_form import linearise, plain
+from lm2_jax.memory.inner import (
+    HuberLoss,
+    InnerLoss,
+    InnerNetwork,
+    LinearNetwork,
+    MlpNetwork,
+    NormWeights,
+    PowerLoss,
+    SquaredError,
+    SwigluNetwork,
+)
+
+C, K = 3, 4
+
+NETWORKS = [
+    LinearNetwork(),
+    MlpNetwork(depth=1, bias=True),
+    MlpNetwork(depth=3, expansion=2, norm=False),
+    MlpNetwork(depth=2, expansion=1, residual=False),
+    SwigluNetwork(),
+]
+LOSSES = [SquaredError(), HuberLoss(0.5), PowerLoss(3.0)]
+
+
+def draw(network: InnerNetwork):
+    rng = np.random.default_rng(0)
+    shapes = [(i + network.has_bias, o) for i, o in network.shapes(K)]
+    weights = tuple(jnp.asarray(rng.standard_normal(shape) / 2) for shape in shapes)
+    k, v, scale, shift = (jnp.asarray(rng.standard_normal(shape)) for shape in ((C, K), (C, K), (K,), (K,)))
+    return weights, k, v, NormWeights(scale, shift) if network.has_norm else None
+
+
+@pytest.mark.parametrize(
+    ("network", "loss"), [*[(n, LOSSES[0]) for n in NETWORKS], *[(NETWORKS[0], loss) for loss in LOSSES[1:]]]
+)
+def test_rows_of_inputs_and_outputs_are_the_gradient(network, loss):
+    """X^T G is what autodiff says by the weights, token by token."""
+    with jax.enable_x64(True):
+        weights, k, v, norm = draw(network)
+
+        def token(weights, k, v):
+            return loss(plain(network, weights, k[None], norm), v[None])[0]
+
+        losses, want = jax.vmap(jax.value_and_grad(token), in_axes=(None, 0, 0))(weights, k, v)
+        rows, got = linearise(network, loss, weights, k, v, norm)
+        np.testing.assert_allclose(got, losses, rtol=1e-12)
+        for x_CI, g_CO, want_CIO in zip(rows.inputs, rows.outputs, want, strict=True):
+            np.testing.assert_allclose(x_CI[:, :, None] * g_CO[:, None], want_CIO, rtol=1e-10, atol=1e-12)
+
+
+def test_losses_by_hand():
+    """Errors of 0.5 and -3 against a parabola, Huber's with delta 1, and a cube."""
+    found, wanted = jnp.asarray([[0.5, -3.0]]), jnp.zeros((1, 2))
+    np.testing.assert_allclose(SquaredError()(found, wanted), [9.25])
+    np.testing.assert_allclose(SquaredError(factor=0.5)(found, wanted), [4.625])
+    np.testing.assert_allclose(HuberLoss(1.0)(found, wanted), [0.125 + 2.5])
+    np.testing.assert_allclose(PowerLoss(3.0, 1e-12)(found, wanted), [27.125], rtol=1e-6)
+
+
+def test_the_pull_of_an_outlier_is_bounded_by_hubers_delta():
+    grad = jax.grad(lambda e: HuberLoss(0.7)(e[None], jnp.zeros((1, 3)))[0])(jnp.asarray([0.3, 50.0, -9.0]))
+    np.testing.assert_allclose(grad, [0.3, 0.7, -0.7], rtol=1e-6)
+
+
+def test_an_absolute_error_has_a_derivative_at_zero():
+    grad = jax.grad(lambda e: PowerLoss(1.0)(e[None], jnp.zeros((1, 1)))[0])(jnp.zeros(1))
+    assert np.isfinite(grad).all()
+
+
+def test_shapes_by_depth():
+    assert MlpNetwork(depth=1).shapes(4) == ((4, 4),)
+    assert MlpNetwork(depth=2).shapes(4) == ((4, 16), (16, 4))
+    assert MlpNetwork(depth=4, expansion=2).shapes(4) == ((4, 8), (8, 8), (8, 8), (8, 4))
+
+
+def test_a_network_must_call_each_layer_once():
+    @dataclasses.dataclass(frozen=True)
+    class Twice(LinearNetwork):
+        kind = "twice"
+
+        def __call__(self, linear, x, norm):
+            return linear(0, linear(0, x))
+
+    try:
+        with pytest.raises(ValueError, match="Twice calls layer 0 twice"):
+            linearise(Twice(), SquaredError(), (jnp.eye(K),), jnp.ones((C, K)), jnp.ones((C, K)), None)
+    finally:
+        del InnerNetwork.registry["twice"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (functools.partial(MlpNetwork, depth=0), "memory.network.depth"),
+        (functools.partial(SwigluNetwork, expansion=0), "memory.network.expansion"),
+        (functools.partial(HuberLoss, 0.0), "memory.loss.delta"),
+        (functools.partial(PowerLoss, 0.5), "memory.loss.p"),
+        (functools.partial(PowerLoss, 2.0, 0.0), "memory.loss.smoothing"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_families():
+    assert set(InnerNetwork.registry) == {"linear", "mlp", "swiglu"}
+    assert set(InnerLoss.registry) == {"squared", "huber", "power"}

@@ -1,0 +1,62 @@
+"""Long texts: weights stay bounded, and the backward pass keeps about the root of all chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lm2_jax.memory.chunk_form import Fast, Rates
+from lm2_jax.memory.inner import LinearNetwork, SquaredError
+from lm2_jax.memory.titans import TitansConfig
+from lm2_jax.memory.titans_chunks import Rules, Tokens, run
+from lm2_jax.precision import Precision
+
+
+def backward_bytes(chunks: int, remat: bool) -> int:
+    """Temporary memory of the gradient of a linear memory whose weights far outweigh its one token per chunk."""
+    K = 32
+
+    def total(fast, tokens):
+        rules = Rules(LinearNetwork(), SquaredError(), 1, (False, False, False))
+        after, y, _ = run(rules, None, None, fast, tokens, remat)
+        return jnp.sum(y * y) + jnp.sum(after.weights[0])
+
+    def shape(*dims):
+        return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+    rates = Rates(*(shape(1, chunks, 1) for _ in range(3)))
+    tokens = Tokens(*(shape(1, chunks, 1, K) for _ in range(3)), rates, jax.ShapeDtypeStruct((1, chunks), bool))
+    fast = Fast((shape(1, 1, K, K),), (shape(1, 1, K, K),))
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1), allow_int=True)).lower(fast, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_the_backward_pass_grows_with_the_root():
+    """16 times as many chunks: four times the memory; without groups all weights of all chunks are kept."""
+    few, many = backward_bytes(16, remat=True), backward_bytes(256, remat=True)
+    assert many < 6 * few
+    assert backward_bytes(256, remat=False) > 3 * many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_weights_stay_bounded_over_64k_tokens_of_noise(compute):
+    """At the parameters that training starts from, state and gates in float32."""
+    T, D = 65_536, 32
+    memory = TitansConfig(num_heads=2).build(D, Precision(compute=compute))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, T, D), np.float32), compute)
+    valid, state = jnp.ones((1, T), bool), memory.init_state(1)
+    params = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x[:, :16], state, valid[:, :16]))
+
+    @jax.jit
+    def call(params, x, state):
+        notes: dict = {}
+        return *memory.apply(params, x, state, valid, notes), notes
+
+    y, after, notes = call(params, x, state)
+    assert y.dtype == jnp.dtype(compute)
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((y, after, notes)))
+    assert {leaf.dtype for leaf in (*after.weights, *after.momentum)} == {jnp.dtype(jnp.float32)}
+    assert max(np.abs(w).max() for w in after.weights) < 20
+    assert notes["inner_loss_after"] < notes["inner_loss_before"]

@@ -1,7 +1,8 @@
 """Presets: one experiment per file, collected here by name."""
 
-from configs import babilong_small, probe, quickstart, tiny, titans
+from configs import babilong_small, probe, published, quickstart, tiny, titans
 from lm2_jax.config import RunConfig
+from sharding.mesh import MeshConfig
 
 PRESETS: dict[str, RunConfig] = {
     **tiny.PRESETS,
@@ -9,4 +10,10 @@ PRESETS: dict[str, RunConfig] = {
     **probe.PRESETS,
     **babilong_small.PRESETS,
     **titans.PRESETS,
+    **published.PRESETS,
 }
+
+
+def mesh_for(name: str, devices: int) -> MeshConfig:
+    """The mesh that a preset is known to fit on with so many devices; where none is noted, copies of the model."""
+    return published.MESHES.get(name, {}).get(devices, MeshConfig())

@@ -109,7 +109,9 @@ class Shards:
         return jnp.exp(score - jax.nn.logsumexp(self.gather(part, -1 % score.ndim), axis=-1, keepdims=True))
 
 
-def logical_shard_map(fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduce: str = "slots") -> Callable[..., Any]:
+def logical_shard_map(
+    fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduce: str = "slots", check: bool = True
+) -> Callable[..., Any]:
     """`fn(shards, *arguments)` on each device's part of the arguments, where the active layout splits `reduce`.
 
     Elsewhere `fn` is called on whole arrays with a single shard, and the partitioner does what there is to do.
@@ -119,6 +121,7 @@ def logical_shard_map(fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduc
       in_axes: for each argument, a tree with the tuple of logical names in the place of each array.
       out_axes: the same for the result.
       reduce: the logical axis over which `fn` combines, or along which its parts are independent.
+      check: whether jax checks which values differ between devices; kernels do not say so and need False.
     Raises:
       ValueError: when called with a dimension that does not divide, or two dimensions of an array on one mesh axis.
     """
@@ -132,7 +135,10 @@ def logical_shard_map(fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduc
             map_axes(_check_shape, axes, argument)
         shards = Shards(tuple(sizes), math.prod(sizes.values()))
         manual = jax.shard_map(
-            functools.partial(fn, shards), in_specs=map_axes(_spec, in_axes), out_specs=map_axes(_spec, out_axes)
+            functools.partial(fn, shards),
+            in_specs=map_axes(_spec, in_axes),
+            out_specs=map_axes(_spec, out_axes),
+            check_vma=check,
         )
         return manual(*arguments)
 

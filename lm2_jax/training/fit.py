@@ -7,12 +7,11 @@ import signal
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 
 from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.config import RunConfig
-from lm2_jax.data.base import Example, Source
+from lm2_jax.data.base import Source
 from lm2_jax.data.tokenizers import FileTokenizer, build_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.layout import Layout
@@ -20,11 +19,12 @@ from lm2_jax.model import LanguageModel
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.evaluate import host_batches, make_evaluate
 from lm2_jax.training.metrics import MetricsLog
-from lm2_jax.training.objective import evaluate_batch
+from lm2_jax.training.objective import batch_shapes, evaluate_batch
+from lm2_jax.training.profile import ProfileConfig, Profiler
 from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
 from lm2_jax.training.signals import StopSignals
 from lm2_jax.training.state import Plan, TrainState, make_plan
-from lm2_jax.training.step import make_train_step
+from lm2_jax.training.step import jit_train_step
 from lm2_jax.training.watch import Watch
 
 
@@ -41,13 +41,16 @@ class Outcome(NamedTuple):
         return 130 if self.stopped_by == signal.SIGINT else 0
 
 
-def fit(config: RunConfig, workdir: epath.PathLike, layout: Layout) -> Outcome:
+def fit(
+    config: RunConfig, workdir: epath.PathLike, layout: Layout, profile: ProfileConfig = ProfileConfig()
+) -> Outcome:
     """Trains a run to its last step, or goes on with the one that the workdir holds.
 
     Args:
       config: of the run.
       workdir: folder or bucket.
       layout: where arrays lie.
+      profile: steps of which a trace is written, if any.
     Raises:
       UserError: before anything is trained or changed, a workdir of another config, one that cannot be written to or
         has no room, or no usable checkpoint among those there; later, a loss that is not finite or diverges, or a
@@ -56,7 +59,7 @@ def fit(config: RunConfig, workdir: epath.PathLike, layout: Layout) -> Outcome:
     prepare_jax(config)
     workdir, steps = epath.Path(workdir), config.optim.steps
     plan, tokenizer, source = prepare(config, workdir)
-    train_step = jax.jit(make_train_step(plan), donate_argnums=0)
+    train_step = jit_train_step(plan, layout)
     evaluate = make_evaluate(plan, source, layout)
     with layout.context(), Checkpoints(workdir, config) as checkpoints, ProgressLine(steps) as progress:
         state, start, first_loss = begin(plan, layout, checkpoints)
@@ -67,12 +70,14 @@ def fit(config: RunConfig, workdir: epath.PathLike, layout: Layout) -> Outcome:
         )
         data = host_batches(plan, source, layout, start)
         step, pending, last = start, None, start == steps
-        with MetricsLog(workdir, start) as log, StopSignals() as stop:
+        with MetricsLog(workdir, start) as log, StopSignals() as stop, Profiler(profile, start) as profiler:
             watch = Watch(config, checkpoints, log, progress, throughput, first_loss)
             while not last:
+                profiler.before(step)
                 with jax.transfer_guard("disallow"):
                     batch = layout.batch(next(data))
                     state, report = train_step(state, batch)
+                profiler.after(step, report)
                 if pending is not None:
                     watch.read(*pending)  # of the step before, while the device is busy with this one
                 step, pending = step + 1, (step + 1, report)
@@ -129,10 +134,7 @@ def prepare(config: RunConfig, workdir: epath.Path) -> tuple[Plan, FileTokenizer
 def _check_trainable(plan: Plan) -> None:
     """Runs the model on shapes: what the model and the data refuse of each other is said before training begins."""
     rows, segments = plan.config.data.rows, plan.config.data.segments[0]
-    positions = (rows, segments * plan.config.model.segment_tokens)
-    whole, bits = jax.ShapeDtypeStruct(positions, np.int32), jax.ShapeDtypeStruct(positions, np.bool_)
-    reset = jax.ShapeDtypeStruct((rows, segments), np.bool_)
-    batch = Example(whole, whole, bits, bits, bits, reset, whole, whole)  # pyright: ignore[reportArgumentType]
+    batch = batch_shapes(rows, segments, plan.config.model.segment_tokens)
     memory = jax.eval_shape(lambda: plan.model.init_state(rows))
     try:
         jax.eval_shape(

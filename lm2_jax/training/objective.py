@@ -19,6 +19,13 @@ DISTANCES = (0, 1, 2, 4, 8)
 Tally = dict[str, Float[Array, "2"]]  # by name: a sum, and the weight to divide it by
 
 
+def batch_shapes(rows: int, segments: int, segment_tokens: int) -> Example:
+    """Shapes and types of a batch."""
+    whole, bits = (jax.ShapeDtypeStruct((rows, segments * segment_tokens), kind) for kind in (np.int32, np.bool_))
+    reset = jax.ShapeDtypeStruct((rows, segments), np.bool_)
+    return Example(whole, whole, bits, bits, bits, reset, whole, whole)  # pyright: ignore[reportArgumentType]
+
+
 def loss_weights(batch: Example, config: RunConfig) -> Float[Array, "B S"]:
     """Weight of each position: answers and text, each by its own, padding 0."""
     answer_BS, text_BS, valid_BS = map(jnp.asarray, (batch.answer, batch.text, batch.valid))

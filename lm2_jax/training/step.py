@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lm2_jax.data.base import Example
+from lm2_jax.layout import Layout
 from lm2_jax.state import map_axes
 from lm2_jax.training.objective import Tally, evaluate_batch, loss_weights
 from lm2_jax.training.optim import learning_rate, widen
@@ -64,6 +65,11 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
         return TrainState(state.step + 1, params, opt_state, memory, state.key), report
 
     return train_step
+
+
+def jit_train_step(plan: Plan, layout: Layout) -> Any:
+    """`make_train_step`, jitted: the state is donated, and lies behind the step where it lay before."""
+    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=(plan.shardings(layout), None))
 
 
 def cut(x: Array, axis: int, parts: int) -> Array:

@@ -1,0 +1,95 @@
+"""Models at the published sizes, for TPU slices; docs/tpu.md has what they cost.
+
+    python train.py lm2_1p7b --compile-only --topology v5e:16x16
+
+LM2 (arXiv:2502.06049, section 3): 16 blocks of width 2048 with 2,048 slots each, in the paper's write form and with
+read projections of its own; 1.7 billion parameters. `llama_1p7b` is its twin without memory, widened to as many
+parameters. `lm2_8b` is the same at the width of Llama-3-8B. All compute in bfloat16 and keep parameters, both moments
+and the memory in float32, recompute each block in the backward pass, and make logits for 512 tokens at a time.
+
+Data is what `python -m lm2_jax.data.convert` writes; the paper's corpus is SmolLM's without the Python part. The
+paper does not print its optimizer; figures are those of the released configuration.
+
+`MESHES` has a mesh per number of devices at which a step of 64 rows x 4 segments fits (256 rows on 4,096 chips:
+`--data.rows 256`); train.py takes it where no --mesh option is given.
+"""
+
+import dataclasses
+
+from configs.tiny import replace_model
+from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lm2_jax.data.shards import TokenShards
+from lm2_jax.data.tokenizers import TokenizerConfig
+from lm2_jax.decoder import DecoderConfig, RopeScaling
+from lm2_jax.memory.bank_writes import PaperWrite
+from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.none import NoMemory
+from lm2_jax.precision import Precision
+from sharding.mesh import MeshConfig
+
+LLAMA_1B = DecoderConfig(
+    width=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    mlp_width=8192,
+    rope_theta=500_000.0,
+    rope_scaling=RopeScaling(factor=32.0),
+)
+LM2_1P7B = RunConfig(
+    name="lm2_1p7b",
+    model=ModelConfig(
+        vocab_size=128_256,
+        segment_tokens=2048,
+        decoder=LLAMA_1B,
+        # The released code has 8 heads in the memory; a learned start belongs to the paper's half billion.
+        memory=GatedBankConfig(num_slots=2048, num_heads=8, start="learned", norm_slots=False, write=PaperWrite()),
+        join=ResidualJoin(read="own", source="attention"),
+        precision=Precision(compute="bfloat16"),
+        remat="full",
+    ),
+    data=DataConfig(
+        source=TokenShards(path="data/smollm-corpus", packing="ordered"),
+        tokenizer=TokenizerConfig(kind="json", path="data/llama-3/tokenizer.json"),
+        rows=64,
+        segments=(4,),
+        carry_state=True,
+    ),
+    loss=LossConfig(answer_weight=1.0, text_weight=1.0, time_chunk=512),
+    optim=OptimConfig(steps=100_000, learning_rate=6e-4, final_fraction=0.0, warmup_steps=700),
+    train=TrainConfig(log_every=10, eval_every=1000, eval_batches=8),
+    checkpoint=CheckpointConfig(every_steps=1000),
+)
+LLAMA_1P7B = dataclasses.replace(
+    replace_model(
+        LM2_1P7B, decoder=dataclasses.replace(LLAMA_1B, mlp_width=12_800), memory=NoMemory(), join=PlainJoin()
+    ),
+    name="llama_1p7b",
+)
+LM2_8B = dataclasses.replace(
+    replace_model(
+        LM2_1P7B,
+        decoder=dataclasses.replace(
+            LLAMA_1B, width=4096, num_layers=24, mlp_width=12_288, rope_scaling=RopeScaling(factor=8.0)
+        ),
+    ),
+    name="lm2_8b",
+    optim=dataclasses.replace(LM2_1P7B.optim, learning_rate=3e-4),
+)
+
+PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B)}
+
+_MESHES_1P7B = {
+    16: MeshConfig(data=1, fsdp=16),
+    64: MeshConfig(data=1, fsdp=64),
+    256: MeshConfig(data=1, fsdp=64, slots=4),
+    1024: MeshConfig(data=4, fsdp=64, slots=4),
+    4096: MeshConfig(data=4, fsdp=64, slots=16),
+}
+MESHES: dict[str, dict[int, MeshConfig]] = {
+    "lm2_1p7b": _MESHES_1P7B,
+    "llama_1p7b": _MESHES_1P7B,
+    "lm2_8b": _MESHES_1P7B,
+}

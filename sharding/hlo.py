@@ -1,0 +1,279 @@
+"""Reads the text of a compiled XLA program: what one device computes and sends, loop bodies times their trip counts.
+
+XLA's own cost analysis, and the text as it stands, count the body of a loop once, so a model of 16 scanned layers
+would seem to have one.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|c\d+|[suf]\d+(?:e\w+)?)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]  # names; of a constant or parameter: what stands in the brackets
+    attributes: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The word behind `name=`, without the sign of a name, or what stands in its braces."""
+        match = re.search(rf"\b{name}=(?:%?([\w.\-]+)|\{{([^}}]*)\}})", self.attributes)
+        return None if match is None else match[1] or match[2]
+
+
+class Computation(NamedTuple):
+    """A named list of instructions."""
+
+    name: str
+    instructions: dict[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        """What it returns."""
+        return next(i for i in self.instructions.values() if i.root)
+
+
+class Program(NamedTuple):
+    """A module: computations by name, and the one that is called first."""
+
+    computations: dict[str, Computation]
+    entry: str
+    partitions: int
+
+    def called(self, instruction: Instruction, attribute: str) -> Computation:
+        """The computation that an attribute names."""
+        return self.computations[instruction.attribute(attribute) or ""]
+
+
+def parse(text: str) -> Program:
+    """The program that `compiled.as_text()` prints."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name = line.removeprefix("ENTRY ").split("(")[0].split()[0].lstrip("%")
+            current = computations[name] = Computation(name, {})
+            entry = name if line.startswith("ENTRY") else entry
+        elif current is not None and " = " in line and line.startswith(" "):
+            instruction = _instruction(line)
+            current.instructions[instruction.name] = instruction
+    if not entry:
+        raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
+    partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
+    return Program(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def _instruction(line: str) -> Instruction:
+    left, right = line.strip().split(" = ", 1)
+    shape_end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+    rest = right[shape_end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    inside = rest[opening + 1 : closing]
+    opcode = rest[:opening]
+    literal = opcode in ("constant", "parameter", "iota")
+    names = (inside,) if literal else tuple(re.findall(r"%([\w.\-]+)", inside)) or _bare_names(inside)
+    name = left.removeprefix("ROOT ").lstrip("%")
+    return Instruction(name, right[:shape_end], opcode, names, rest[closing + 1 :], left.startswith("ROOT "))
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket closes that opens at `opening`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"brackets do not close in: {text[:200]}")
+
+
+def _bare_names(inside: str) -> tuple[str, ...]:
+    return tuple(part.split()[-1] for part in re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", inside).split(",") if part.strip())
+
+
+def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(type, dimensions, layout) of each array of a shape."""
+    for match in _ARRAY.finditer(shape):
+        yield match[1], tuple(map(int, match[2].split(","))) if match[2] else (), match[3] or ""
+
+
+def dimensions(shape: str) -> tuple[int, ...]:
+    """Of an array."""
+    return next(arrays(shape))[1]
+
+
+def size_bytes(shape: str, in_hbm: bool = False) -> int:
+    """Bytes of an array or of all arrays of a tuple.
+
+    Args:
+      shape: as it stands in the text.
+      in_hbm: only what lies in the device's main memory; S(1) and so on in a layout is memory on the chip.
+    """
+    total = 0
+    for kind, sizes, layout in arrays(shape):
+        if not (in_hbm and re.search(r"S\([1-9]", layout)):
+            bits = _BITS.get(kind) if kind in _BITS else int(re.search(r"\d+", kind)[0])  # pyright: ignore
+            total += int(np.prod(sizes, dtype=np.int64)) * int(bits or 0) // 8
+    return total
+
+
+def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
+    """How often a while loop runs; None where neither the compiler nor the condition says so.
+
+    The condition of a loop that jax makes compares a counter with a constant; the counter steps by one.
+    """
+    known = re.search(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = program.called(loop, "condition")
+    compare, lookup = condition.root, condition.instructions
+    if compare.opcode == "fusion":
+        arguments = compare.operands
+        inner = program.called(compare, "calls")
+        compare = inner.root
+        lookup = {
+            name: condition.instructions[arguments[int(i.operands[0])]] if i.opcode == "parameter" else i
+            for name, i in inner.instructions.items()
+        }
+    if compare.opcode != "compare" or compare.attribute("direction") not in ("LT", "GT"):
+        return None
+    counter, limit = (lookup[name] for name in compare.operands)
+    if compare.attribute("direction") == "GT":
+        counter, limit = limit, counter
+    if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+        return None
+    start = _start(caller, loop, int(counter.attribute("index") or 0))
+    return None if start is None else max(int(limit.operands[0]) - start, 0)
+
+
+def _start(caller: Computation, loop: Instruction, index: int) -> int | None:
+    """The counter's first value."""
+    carried = caller.instructions[loop.operands[0]]
+    if carried.opcode != "tuple":
+        return None
+    first = caller.instructions[carried.operands[index]]
+    while first.opcode in ("copy", "bitcast"):
+        first = caller.instructions[first.operands[0]]
+    return int(first.operands[0]) if first.opcode == "constant" else None
+
+
+def dot_flops(computation: Computation, dot: Instruction) -> int:
+    """Two for each multiplication that is added up."""
+    left = dimensions(computation.instructions[dot.operands[0]].shape)
+    summed = [left[int(d)] for d in (dot.attribute("lhs_contracting_dims") or "").split(",") if d]
+    return 2 * int(np.prod(dimensions(dot.shape), dtype=np.int64)) * int(np.prod(summed, dtype=np.int64))
+
+
+def convolution_flops(computation: Computation, convolution: Instruction) -> int:
+    """Two for each multiplication of an input value with a kernel value, padding left out.
+
+    On TPUs every matrix product is a convolution; batch dimensions of a product are windows that mostly lie in the
+    padding, so multiplying sizes would count them many times over.
+    """
+    left, right = (dimensions(computation.instructions[name].shape) for name in convolution.operands[:2])
+    out = dimensions(convolution.shape)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    assert labels is not None
+    inputs, kernel, output = labels.groups()
+    groups = [int(convolution.attribute(name) or 1) for name in ("feature_group_count", "batch_group_count")]
+    window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    products = left[inputs.index("f")] // groups[0] * out[output.index("f")] * (left[inputs.index("b")] // groups[1])
+    for d in sorted(character for character in inputs if character.isdigit()):
+
+        def field(name: str, default: str, d: int = int(d)) -> str:
+            return fields[name].split("x")[d] if name in fields else default
+
+        products *= _pairs(
+            left[inputs.index(d)],
+            right[kernel.index(d)],
+            out[output.index(d)],
+            int(field("stride", "1")),
+            int(field("pad", "0_0").split("_")[0]),
+            int(field("lhs_dilate", "1")),
+            int(field("rhs_dilate", "1")),
+        )
+    return 2 * products
+
+
+@functools.cache
+def _pairs(size: int, kernel: int, out: int, stride: int, pad: int, dilation: int, kernel_dilation: int) -> int:
+    """(output, kernel) positions of one dimension that meet an input value."""
+    place = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None] * kernel_dilation
+    return int(np.sum((place >= 0) & (place % dilation == 0) & (place < size * dilation)))
+
+
+def kernel_flops(call: Instruction) -> int:
+    """Of a Pallas kernel: what its author has declared, else 0."""
+    match = re.search(r'"cost_estimate":\s*(\{[^}]*\})', call.attributes)
+    return int(json.loads(match[1]).get("flops", 0)) if match else 0
+
+
+def groups(instruction: Instruction, partitions: int) -> list[list[int]]:
+    """Which devices talk to each other in a collective.
+
+    Three notations are in use: {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), and axes of a mesh. Of a permutation: its pairs.
+    """
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", text):
+        return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", text):
+        return _mesh_groups(mesh[1], mesh[2], mesh[3])
+    if iota := re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        count, size = map(int, iota[1].split(","))
+        return _iota(iota[2]).reshape(count, size).tolist()
+    listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text)
+    if listed is None:
+        return [list(range(partitions))]
+    return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+
+
+def _iota(text: str) -> np.ndarray:
+    """`<=[4,2]T(1,0)`: 0, 1, ... in that shape, transposed."""
+    shape, order = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore
+    ids = np.arange(np.prod([int(n) for n in shape.split(",")])).reshape([int(n) for n in shape.split(",")])
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _mesh_groups(axes: str, ids: str | None, chosen: str) -> list[list[int]]:
+    """`'a'=2,'b'=4` with `{'a','b':(1)2}`: axes, or parts (behind how many)size of them, along which is talked."""
+    sizes: dict[str, int] = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen)
+    shape: list[int] = []
+    talk: list[int] = []
+    for name, size in sizes.items():
+        cut = [(int(behind), int(part)) for n, behind, part in parts if n == name and part]
+        if not cut:
+            talk += [len(shape)] if any(n == name for n, _, _ in parts) else []
+            shape.append(size)
+            continue
+        done = 1
+        for behind, part in sorted(cut):
+            shape += [behind // done, part]
+            talk.append(len(shape) - 1)
+            done = behind * part
+        shape.append(size // done)
+    order = np.arange(np.prod(list(sizes.values()), dtype=np.int64)) if ids is None else _iota(ids).reshape(-1)
+    rest = [d for d in range(len(shape)) if d not in talk]
+    width = int(np.prod([shape[d] for d in talk], dtype=np.int64))
+    return order.reshape(shape).transpose(rest + talk).reshape(-1, width).tolist()

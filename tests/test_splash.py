@@ -1,0 +1,94 @@
+"""The TPU kernel, run as plain operations, against plain attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm2_jax import splash
+from lm2_jax.dot_product import attend
+from sharding import Layout, MeshConfig, make_mesh
+
+R, T, H, G, K = 2, 256, 4, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def four_blocks(monkeypatch):
+    """Two blocks of queries by two of keys, one of which is skipped."""
+    monkeypatch.setattr(splash, "LONGEST_BLOCK", 128)
+
+
+def inputs(past: int):
+    """A row with padding, and one with two documents."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((R, T, H, K), (R, past + T, G, K), (R, past + T, G, K), (R, T, H, K))
+    )
+    valid = np.ones((R, past + T), bool)
+    valid[0, past + 200 :] = valid[0, past + 30 : past + 90] = valid[0, : past // 2] = False
+    document = np.zeros((R, past + T), np.int32)
+    document[1, past + 100 :] = 1
+    return (q, k, v), dy, valid, document
+
+
+def visible(past, window, valid, document):
+    place = np.arange(past + T)[None] - past - np.arange(T)[:, None]  # of keys, relative to the query
+    return ((place <= 0) & (place >= -(window or T))) & valid[:, None] & (document[:, past:, None] == document[:, None])
+
+
+def fused(past, window, valid, document, q, k, v):
+    keys = jnp.asarray(np.where(valid, document, splash.PADDING))
+    return splash.splash_attend(q, k, v, jnp.asarray(document[:, past:]), keys, window, interpret=True)
+
+
+@pytest.mark.parametrize(("past", "window"), [(0, None), (40, 40)])
+def test_it_equals_plain_attention_forward_and_backward(past, window):
+    arrays, dy, valid, document = inputs(past)
+    mask = visible(past, window, valid, document)
+    seeing = mask.any(axis=2)[:, :, None, None]  # what a query without a key gives is of no use in either form
+    assert 0.5 < seeing.mean() <= 1
+
+    def run(form, *arrays):
+        y, backward = jax.vjp(form, *arrays)
+        return jnp.where(seeing, y, 0), backward(jnp.where(seeing, dy, 0))
+
+    expected = run(lambda q, k, v: attend(q, k, v, jnp.asarray(mask[:, None])), *arrays)
+    result = jax.jit(lambda *a: run(lambda *b: fused(past, window, valid, document, *b), *a))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), result, expected)
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_on_a_mesh_it_equals_one_device():
+    arrays, dy, valid, document = inputs(0)
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=1, model=2, slots=2)))
+
+    def run(*arrays):
+        y, backward = jax.vjp(lambda *a: fused(0, None, valid, document, *a), *arrays)
+        return y, backward(dy)
+
+    expected = jax.jit(run)(*arrays)
+    axes = [("batch", "time", heads, "head") for heads in ("heads", "kv_heads", "kv_heads")]
+    arrays = jax.device_put(arrays, tuple(layout.shardings(axes, list(arrays))))
+    with layout.context():
+        y, gradients = jax.jit(run)(*arrays)
+    assert y.sharding.shard_shape(y.shape) == (R // 2, T // 2, H // 2, K)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (y, gradients), expected)
+
+
+def test_short_segments_stay_with_plain_attention():
+    assert splash.fits(256)
+    assert not splash.fits(200)
+    with Layout(make_mesh(MeshConfig(slots=4))).context():
+        assert not splash.fits(256)
+
+
+def test_operations_of_the_kernels():
+    q, k = (3, H, T, K), (3, G, T, K)
+    assert (
+        splash.kernel_flops("splash_10_of_16/splash_mha_fwd_segmented_no_residuals", [q, k, k])
+        == 4 * 3 * H * T * T * K * 10 // 16
+    )
+    assert splash.kernel_flops("splash_16_of_16/splash_mha_dkv_segmented", [q, k]) == 8 * 3 * H * T * T * K
+    assert splash.kernel_flops("another kernel", [q, k]) == 0

@@ -1,7 +1,6 @@
 """Causal attention within a segment, with an optional window into the one before."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,8 +9,11 @@ import numpy as np
 from flax import linen as nn
 
 from lm2_jax.decoder import DecoderConfig
+from lm2_jax.dot_product import Keys, attend, attend_behind
 from lm2_jax.layers import Einsum, constrain, rope_frequencies, rotate
+from lm2_jax.partition import platform
 from lm2_jax.precision import Precision
+from lm2_jax.splash import LANES, PADDING, fits, splash_attend
 from lm2_jax.state import reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -35,9 +37,9 @@ class Window(NamedTuple):
 
 
 WINDOW_AXES = Window(
-    k=("batch", "time", "kv_heads", "head"),  # pyright: ignore[reportArgumentType]
-    v=("batch", "time", "kv_heads", "head"),  # pyright: ignore[reportArgumentType]
-    valid=("batch", "time"),  # pyright: ignore[reportArgumentType]
+    k=("batch", "window", "kv_heads", "head"),  # pyright: ignore[reportArgumentType]
+    v=("batch", "window", "kv_heads", "head"),  # pyright: ignore[reportArgumentType]
+    valid=("batch", "window"),  # pyright: ignore[reportArgumentType]
     fresh=("batch",),  # pyright: ignore[reportArgumentType]
 )
 
@@ -77,29 +79,6 @@ class OpenAttention(NamedTuple):
     window: Window | None
     always: Beside | None = None  # rows that every token sees
     own: Beside | None = None  # a row per token, seen from that token on
-
-
-def attend(
-    q: Float[Array, "R T H K"],
-    k: Float[Array, "R S G K"],
-    v: Float[Array, "R S G K"],
-    mask: Bool[Array, "R 1 #T S"],
-    causal: bool = False,
-) -> Float[Array, "R T H K"]:
-    """Grouped-query softmax attention.
-
-    `jax.nn.dot_product_attention`, except in float64: there it would compute the softmax in float32.
-    """
-    if q.dtype != jnp.float64:
-        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
-    R, T, H, K = q.shape
-    S, G = k.shape[1:3]
-    if causal:
-        mask = mask & jnp.tril(jnp.ones((T, S), bool))[None, None]
-    score = jnp.einsum("rtgnk,rsgk->rgnts", q.reshape(R, T, G, H // G, K), k) / math.sqrt(K)
-    weights = jax.nn.softmax(jnp.where(mask[:, :, None], score, jnp.finfo(q.dtype).min), axis=-1)
-    return jnp.einsum("rgnts,rsgk->rtgnk", weights, v).reshape(q.shape)
 
 
 class Attention(nn.Module):
@@ -197,10 +176,15 @@ class Attention(nn.Module):
         """
         lead = asked.valid.shape[:-1]
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), asked)
+        # Each device attends for its own tokens, to the keys of all.
+        whole = (constrain(a, ("batch", None, "kv_heads", "head")) for a in (flat.k, flat.v))
+        flat = flat._replace(**dict(zip("kv", whole, strict=True)))
         R, T = flat.valid.shape
         q = constrain(rotate(flat.q, jnp.arange(T), self.frequencies), ("batch", "time", "heads", "head"))
         rows = None if always is None else Beside(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in always))
-        if flat.past is None and flat.document is None and own is None:
+        if own is None and self._fused(flat, rows):
+            y = self._splash(q, flat, rows)
+        elif flat.past is None and flat.document is None and own is None:
             y = _causal(q, flat.k, flat.v, flat.valid, rows)
         else:
             k, v, mask_RTS = self._past_and_segment(flat)
@@ -211,7 +195,36 @@ class Attention(nn.Module):
                 k, v = jnp.concatenate([rows.k, k], axis=1), jnp.concatenate([rows.v, v], axis=1)
                 mask_RTS = jnp.pad(mask_RTS, ((0, 0), (0, 0), (rows.k.shape[1], 0)), constant_values=True)
             y = attend(q, k, v, mask_RTS[:, None])
+        y = constrain(y, ("batch", "time", "heads", "head"))
         return Attended(self.o(y.reshape(asked.q.shape)), asked.q, asked.k, asked.v)
+
+    def _fused(self, flat: Asked, rows: Beside | None) -> bool:
+        """Whether the TPU kernel takes this; rows that all tokens see are keys without a document or a window."""
+        if self.decoder.attention_kernel == "plain" or flat.q.dtype == jnp.float64:
+            return False
+        can = fits(flat.valid.shape[1]) and (rows is None or (flat.past is None and flat.document is None))
+        if self.decoder.attention_kernel == "splash" and not can:
+            raise ValueError(
+                f"decoder.attention_kernel='splash' takes segments of multiples of {LANES} tokens on each device, "
+                f"got {flat.valid.shape[1]}, and no persistent tokens beside a window; set it to 'auto' or 'plain'"
+            )
+        return can and (platform() == "tpu" or self.decoder.attention_kernel == "splash")
+
+    def _splash(self, q: Array, flat: Asked, rows: Beside | None) -> Float[Array, "R T H K"]:
+        """Attention through the TPU kernel: what `meet` says, in blocks that stay on the chip."""
+        document = jnp.zeros(flat.valid.shape, jnp.int32) if flat.document is None else flat.document
+        k, v, ids = flat.k, flat.v, jnp.where(flat.valid, document, PADDING)
+        if flat.past is not None:
+            # What came before the segment belongs to its first document.
+            seen = flat.past.valid & ~flat.past.fresh[:, None]
+            past = rotate(flat.past.k, jnp.arange(-self.window_keys, 0), self.frequencies)
+            k, v = jnp.concatenate([past, k], axis=1), jnp.concatenate([flat.past.v, v], axis=1)
+            ids = jnp.concatenate([jnp.where(seen, 0, PADDING), ids], axis=1)
+        if rows is not None:
+            k, v = jnp.concatenate([rows.k, k], axis=1), jnp.concatenate([rows.v, v], axis=1)
+            ids = jnp.pad(ids, ((0, 0), (rows.k.shape[1], 0)))
+        window = None if flat.past is None else self.window_keys
+        return splash_attend(q, k, v, document, ids, window, interpret=platform() != "tpu")
 
     def _past_and_segment(self, flat: Asked) -> tuple[Array, Array, Bool[Array, "R T S"]]:
         """Keys and values of the window and the segment, and who sees whom."""
@@ -244,14 +257,11 @@ class Attention(nn.Module):
           v_BTGK: its values.
           valid_BT: its padding.
         """
-        T, N = valid_BT.shape[1], x_BND.shape[1]
-        behind = jnp.full(N, T)
+        behind = jnp.full(x_BND.shape[1], valid_BT.shape[1])
         k_BNGK, v_BNGK = self.kv(x_BND)
-        k = jnp.concatenate([k_BTGK, rotate(k_BNGK, behind, self.frequencies)], axis=1)
-        v = jnp.concatenate([v_BTGK, v_BNGK], axis=1)
-        mask = jnp.concatenate([valid_BT, jnp.ones((valid_BT.shape[0], N), bool)], axis=1)[:, None, None, :]
+        rows = Keys(rotate(k_BNGK, behind, self.frequencies), v_BNGK)
         q_BNHK = rotate(self.q(x_BND), behind, self.frequencies)
-        return self.o(attend(q_BNHK, k, v, mask))
+        return self.o(attend_behind(q_BNHK, Keys(k_BTGK, v_BTGK), valid_BT, rows))
 
     def _mask(self, position_BT: Int[Array, "B T"], seen_BS: Bool[Array, "B S"]) -> Bool[Array, "B T S"]:
         """Keys stand at -W .. T-1; a query sees itself and those before it, the last W of them if there is a window."""

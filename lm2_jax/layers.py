@@ -14,7 +14,7 @@ from lm2_jax.partition import is_split, pin
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Axes, Float, Int
 
-GATHERED = frozenset({"embed", "vocab_width"})  # dimensions of a kernel that are gathered where it is used
+GATHERED = frozenset({"embed", "row_width"})  # dimensions of a kernel that are gathered where it is used
 WHOLE = GATHERED | {"gate_width"}  # dimensions that activations never split
 
 
@@ -139,7 +139,7 @@ class Embed(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        init = named(nn.initializers.normal(self.width**-0.5), ("vocab", "vocab_width"))
+        init = named(nn.initializers.normal(self.width**-0.5), ("vocab", "row_width"))
         self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -33,6 +33,16 @@ class Layout(Protocol):
         """
         ...
 
+    def check_used(self, axes: Any) -> None:
+        """Refuses devices that would all do the same.
+
+        Args:
+          axes: tree of the logical axes of all arrays of a run.
+        Raises:
+          UserError: it says which.
+        """
+        ...
+
     def batch(self, arrays: Any) -> Any:
         """Global arrays from this process's rows of a batch.
 

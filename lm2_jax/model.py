@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
         self.carrier = c.join.carrier(self.config.block_spec)
         self.final_norm = RMSNorm(c.precision, d.norm_epsilon)
         if not d.tie_head:
-            self.head = Einsum((d.width, c.vocab_size), ("embed", "vocab"), c.precision)
+            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision)
 
     def _unbound(self, run: Run) -> Block:
         """A block of the run, to ask it for what needs no parameters."""
@@ -180,7 +180,7 @@ class LanguageModel(nn.Module):
             logits_BSV = self.embed.attend(hidden_BSD)
         else:
             logits_BSV = self.head("bsd,dv->bsv", hidden_BSD)
-        return constrain(logits_BSV.astype(dtype), ("batch", "time", "vocab"))
+        return constrain(logits_BSV.astype(dtype), ("batch", None, "vocab"))
 
     def _schedule(self) -> Literal["layer_major", "segment_major"]:
         """Segments outside where the top of one feeds the bottom of the next, else layers."""

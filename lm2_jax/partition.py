@@ -36,6 +36,12 @@ def is_split() -> bool:
     return bool(nn.get_logical_axis_rules()) and not mesh.manual_axes and math.prod(mesh.shape.values()) > 1
 
 
+def platform() -> str:
+    """What the functions traced here will run on ("cpu", "gpu", "tpu"): the layout's devices, else those of jax."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def parts(name: str | None) -> int:
     """How many parts the active layout cuts this axis into; 1 without a layout."""
     return math.prod(_sizes(name).values())

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm2_jax import layout
 from lm2_jax.errors import UserError
 from lm2_jax.registry import near_misses
+from lm2_jax.state import is_axes
 from lm2_jax.types import Axes
-from sharding.rules import RULES, Rule, activation_rules, check_rules, mesh_axes
+from sharding.rules import FIELDS, RULES, Rule, activation_rules, check_rules, mesh_axes
 
 
 class Layout(layout.Layout):
@@ -22,13 +23,19 @@ class Layout(layout.Layout):
 
     Nothing is replicated in silence: a name without a row, a dimension that does not divide, or two dimensions of
     one array on one mesh axis is an error. A mesh axis of size 1 splits nothing and so divides everything.
+
+    Args:
+      mesh: with devices, or without for a plan.
+      rules: the table.
+      config: a run, whose fields messages then name.
     """
 
-    def __init__(self, mesh: Mesh, rules: Iterable[Rule] = RULES):
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh | AbstractMesh, rules: Iterable[Rule] = RULES, config: Any = None):
+        self.mesh: Any = mesh
+        self._config = config
         self.rules = check_rules(rules)
         self._table = dict(self.rules)
-        self._rows = NamedSharding(mesh, self.spec(("batch",)))
+        self._rows = NamedSharding(self.mesh, self.spec(("batch",)))
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -81,6 +88,23 @@ class Layout(layout.Layout):
             for (path, leaf), name in zip(leaves, names, strict=True)
         ]
         return structure.unflatten(placed)
+
+    def check_used(self, axes: Any) -> None:
+        """Refuses a mesh whose devices would do the same work twice.
+
+        Args:
+          axes: tree of the logical axes of all arrays of a run.
+        Raises:
+          UserError: a mesh axis of size above 1 on which no array lies.
+        """
+        names = {name for leaf in jax.tree.leaves(axes, is_leaf=is_axes) for name in leaf}
+        used = {axis for name in names for axis in self._split(name)}
+        for axis, size in self.mesh.shape.items():
+            if size > 1 and axis not in used:
+                raise UserError(
+                    f"mesh.{axis}={size}, but no array of this run lies on that axis: its devices would all do the "
+                    f"same. Set mesh.{axis} to 1; axes in use: {sorted(used)}."
+                )
 
     def batch(self, arrays: Any) -> Any:
         """Global arrays from this process's rows of a batch, split over the devices that `batch` names.
@@ -140,13 +164,27 @@ class Layout(layout.Layout):
         spec = self.spec(axes, path)
         for position, (name, size) in enumerate(zip(axes, shape, strict=True)):
             if size % math.prod(self.mesh.shape[axis] for axis in self._split(name)):
-                sizes = ", ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in self._split(name))
+                sizes = {f"mesh.{axis}": self.mesh.shape[axis] for axis in self._split(name)}
+                fields = self._fields(name, size)
+                what = f"{fields[0]}={size}" if len(fields) == 1 else f"size {size}"
                 raise UserError(
-                    f"{path}: dimension {position} ({name!r}) of shape {shape} has size {size}, which the mesh does "
-                    f"not divide ({sizes}). Change the size in the model's config, or the mesh."
+                    f"{what} is not divisible by {' * '.join(f'{k}={v}' for k, v in sizes.items())} (dimension "
+                    f"{position}, {name!r}, of {path} {shape}); change {', '.join([*fields, *sizes])}."
                 )
         return NamedSharding(self.mesh, spec)
+
+    def _fields(self, name: str | None, size: int) -> list[str]:
+        """Fields of the run that may have set a dimension's size: those of that value, if the run is known."""
+        fields = list(FIELDS.get(name or "", ()))
+        return [field for field in fields if _value(self._config, field) == size] or fields
 
     def _split(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of one logical name."""
         return () if name is None else mesh_axes(self._table[name])
+
+
+def _value(config: Any, field: str) -> Any:
+    """The value of a field by its path, None where the config has no such field."""
+    for name in field.split("."):
+        config = getattr(config, name, None)
+    return config

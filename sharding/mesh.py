@@ -1,4 +1,7 @@
-"""The device mesh: four axes, any of which may have size 1."""
+"""The device mesh: four axes, any of which may have size 1.
+
+A pipeline over stacked layers would be a fifth axis, `stage`; nothing else here counts them.
+"""
 
 import dataclasses
 import math
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lm2_jax.errors import UserError
 
@@ -23,7 +27,9 @@ class MeshConfig:
     model: int = 1
     """Shards of heads, MLP and vocabulary (tensor parallelism)."""
     slots: int = 1
-    """Shards of the memory's slots."""
+    """Shards of the memory's slots, and of the tokens of a segment."""
+    slices: int | None = None
+    """Slices that only a data-centre network joins; they divide mesh.data. None: as many as the devices say."""
 
     def sizes(self, devices: int) -> tuple[int, int, int, int]:
         """Sizes of data, fsdp, model and slots on `devices` devices, -1 resolved.
@@ -62,5 +68,43 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
       UserError: sizes that do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes, slices = config.sizes(len(devices)), _by_slice(devices, config.slices)
+    data, *rest = sizes
+    if data % len(slices):
+        raise UserError(
+            f"mesh.data={data} is not divisible by the {len(slices)} slices of the devices, and only copies of the "
+            "model may lie in different slices; change mesh.data or mesh.slices."
+        )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(config.sizes(len(devices)), AXES, axis_types=kinds, devices=devices)
+    inner = [jax.make_mesh((data // len(slices), *rest), AXES, devices=part, axis_types=kinds) for part in slices]
+    return jax.sharding.Mesh(np.concatenate([mesh.devices for mesh in inner]), AXES, axis_types=kinds)
+
+
+def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
+    """The mesh of `config` without devices; a size of -1 counts as 1, because nothing says how many there are.
+
+    Raises:
+      UserError: sizes that no number of devices has.
+    """
+    config = dataclasses.replace(config, **{name: 1 for name in AXES if getattr(config, name) == -1})
+    return jax.sharding.AbstractMesh(config.sizes(math.prod(getattr(config, name) for name in AXES)), AXES)
+
+
+def _by_slice(devices: Sequence[Any], slices: int | None) -> list[list[Any]]:
+    """The devices of each slice; where devices do not say theirs (CPUs), as many pieces as are asked for.
+
+    Raises:
+      UserError: another number of slices than the devices lie in, or slices of different size.
+    """
+    groups: dict[int, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    parts = [groups[index] for index in sorted(groups)]
+    if slices is None or slices == len(parts):
+        return parts
+    if len(parts) > 1 or slices < 1 or len(devices) % slices:
+        raise UserError(f"mesh.slices={slices}, but {len(devices)} devices lie in {len(parts)} slices; leave it out.")
+    if hasattr(devices[0], "slice_index"):
+        raise UserError(f"mesh.slices={slices}, but all {len(devices)} devices lie in one slice; leave it out.")
+    size = len(devices) // slices
+    return [list(devices[first : first + size]) for first in range(0, len(devices), size)]

@@ -24,7 +24,7 @@ RULES: tuple[Rule, ...] = (
     ("slots", "slots"),  # memory rows, on an axis of their own: they meet heads in one score array
     ("time", "slots"),  # tokens of a segment: norms, projections and MLP of each on one device only
     ("embed", ("fsdp", "slots")),  # model width of a kernel: gathered for a layer at a time; whole in activations
-    ("vocab_width", "fsdp"),  # model width of embedding and head, whose vocabulary lies on `slots` already
+    ("row_width", "fsdp"),  # model width of what has a row per token or slot: those lie on `slots` already
     ("segments", None),  # segments of a row: read one after the other
     ("window", None),  # tokens of an attention window: a few that every token of the next segment needs
     ("layers", None),  # stacked layers: the loop takes them one by one
@@ -34,6 +34,20 @@ RULES: tuple[Rule, ...] = (
     ("norm", None),  # scales of a norm: a few kilobytes
     ("state_embed", None),  # width of a memory row: its rows are split instead
 )
+
+# Fields of a run that set the size of a dimension, for messages.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "batch": ("data.rows",),
+    "heads": ("model.decoder.num_heads", "model.memory.num_heads"),
+    "kv_heads": ("model.decoder.num_kv_heads", "model.memory.num_heads"),
+    "mlp": ("model.decoder.mlp_width", "model.memory.write.mlp_width"),
+    "gate_width": ("model.decoder.width",),
+    "vocab": ("model.vocab_size",),
+    "slots": ("model.memory.num_slots", "model.memory.num_tokens"),
+    "time": ("model.segment_tokens",),
+    "embed": ("model.decoder.width",),
+    "row_width": ("model.decoder.width",),
+}
 
 
 def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:

@@ -77,7 +77,7 @@ class MixModule(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        shape, axes = (self.width, self.width), ("embed", "state_embed")
+        shape, axes = (self.width, self.width), ("gate_width", "embed")
         self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision)
         self.gate_attention, self.gate_memory = (Einsum(shape, axes, self.precision, scale=0.5) for _ in range(2))
         self.gate_bias = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)

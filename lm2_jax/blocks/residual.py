@@ -103,7 +103,7 @@ class ResidualBlock(Block):
         if join.gate:
             self.gate_output = Gate(d.width, precision)
         if join.silent_start:
-            self.loudness = Vector((d.width,), ("embed",), precision)
+            self.loudness = Vector((d.width,), ("state_embed",), precision)
 
     @property
     def join(self) -> ResidualJoin:

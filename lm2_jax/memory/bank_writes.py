@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.dot_product import Keys, attend_behind
-from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, named, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, constrain, named, rope_frequencies, rotate
 from lm2_jax.memory.bank_reads import BankKeys, tokens_to_slots
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.precision import Precision, safe
@@ -220,9 +220,9 @@ class SlotCode(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute type."""
-        init = named(nn.initializers.normal(1.0), ("slots", "state_embed"))
+        init = named(nn.initializers.normal(1.0), ("slots", "row_width"))
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
-        return code_ND[None].astype(jnp.dtype(self.precision.compute))
+        return constrain(code_ND.astype(jnp.dtype(self.precision.compute)), ("slots", None))[None]
 
 
 class BlockWriter(nn.Module):

@@ -89,7 +89,7 @@ class GatedBank(Memory):
         c, D, H = self.config, self.width, self.config.num_heads
         if c.start == "learned":
             rows_ND = identity_rows(c.num_slots, D)
-            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "state_embed"))
+            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "row_width"))
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")

@@ -33,7 +33,7 @@ class CausalConv(nn.Module):
           valid_BT: an input that is padding counts as zero.
         """
         shape = (self.taps, self.num_heads, self.head_width)
-        init = named(nn.initializers.normal(1 / math.sqrt(self.taps)), ("time", "heads", "head"))
+        init = named(nn.initializers.normal(1 / math.sqrt(self.taps)), ("window", "heads", "head"))
         kernel_WHK = self.param("w", init, shape, jnp.dtype(self.precision.params)).astype(x_BTHK.dtype)
         x_BTHK = jnp.where(valid_BT[:, :, None, None], x_BTHK, jnp.zeros_like(x_BTHK))
         all_BSHK = jnp.concatenate([tail_BWHK.astype(x_BTHK.dtype), x_BTHK], axis=1)

@@ -193,7 +193,7 @@ class Titans(Memory):
 
     def state_axes(self) -> TitansState:
         """Heads are an axis of their own, so that a head's memory never leaves its device."""
-        c, tail = self.config, ("batch", "time", "heads", "head")
+        c, tail = self.config, ("batch", "window", "heads", "head")
         weights = (WEIGHT_AXES,) * len(c.network.shapes(self.head_width))
         momentum = None if c.momentum.per == "off" else weights
         tails = (tail, tail, tail) if c.conv_tokens else None

@@ -45,7 +45,7 @@ class Tokens(Memory):
 
     def setup(self) -> None:
         # As in the released code: the start has the embedding's scale.
-        init = named(nn.initializers.normal(self.width**-0.5), ("slots", "state_embed"))
+        init = named(nn.initializers.normal(self.width**-0.5), ("slots", "row_width"))
         self.start_ND = self.param(
             "start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params)
         )

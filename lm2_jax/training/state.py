@@ -37,7 +37,8 @@ class Plan:
     memory_axes: PyTree
 
     def shardings(self, layout: Layout) -> TrainState:
-        """Where each array of the train state lies."""
+        """Where each array of the train state lies; raises UserError where some devices would have nothing to do."""
+        layout.check_used((self.axes, self.memory_axes, ("batch",)))
         return layout.shardings(self.axes, self.shapes)
 
     def init(self, layout: Layout) -> TrainState:

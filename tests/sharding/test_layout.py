@@ -8,6 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import lm2_jax
 from lm2_jax.errors import UserError
 from lm2_jax.layout import axes_of
 from lm2_jax.partition import constrain
@@ -33,7 +34,7 @@ def float32(*shape: int) -> jax.ShapeDtypeStruct:
 def test_parameters_and_states_lie_as_the_table_says():
     axes = {
         "w": ("embed", "heads", "head"),
-        "head": ("vocab_width", "vocab"),
+        "head": ("row_width", "vocab"),
         "bank": Bank(("layers", "batch", "slots", "state_embed"), ("batch",)),
         "step": (),
     }
@@ -58,7 +59,7 @@ def test_parameters_and_states_lie_as_the_table_says():
     [
         (("embed", "heads", "head"), (20, 3, 5), ["layer/w", "'heads'", "size 3", "mesh.model=2"]),
         (("batch", "slots", None), (8, 7, 20), ["layer/w", "'slots'", "size 7", "mesh.slots=2"]),
-        (("batch", None), (7, 3), ["layer/w", "'batch'", "mesh.data=1, mesh.fsdp=2"]),
+        (("batch", None), (7, 3), ["layer/w", "'batch'", "data.rows=7", "mesh.data=1 * mesh.fsdp=2"]),
         (("embed", "slotz"), (20, 8), ["layer/w", "unknown", "Did you mean 'slots'"]),
         (("mlp", "heads"), (8, 8), ["layer/w", "'mlp' and 'heads'", "'model'"]),
         (("embed", "embed"), (8, 8), ["layer/w", "'embed' and 'embed'", "'fsdp'"]),
@@ -68,6 +69,23 @@ def test_what_cannot_be_split_is_refused(axes, shape, words):
     with pytest.raises(UserError) as caught:
         layout_of(SPLIT).shardings({"layer": {"w": axes}}, {"layer": {"w": float32(*shape)}})
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_the_message_names_the_field_of_the_run():
+    run = lm2_jax.preset("lm2_tiny")
+    layout = Layout(make_mesh(MeshConfig(slots=4)), config=run)
+    with pytest.raises(UserError) as caught:
+        layout.shardings({"slots": ("batch", "slots", None)}, {"slots": float32(8, 6, 32)})
+    assert str(caught.value).startswith("model.memory.num_slots=6 is not divisible by mesh.slots=4 ")
+    assert "change model.memory.num_slots, mesh.slots." in str(caught.value)
+
+
+def test_a_mesh_axis_that_nothing_lies_on_is_refused():
+    rules = tuple((name, None if name == "slots" else axes) for name, axes in RULES)
+    layout = Layout(make_mesh(MeshConfig(slots=2)), rules)
+    layout.check_used({"state": Bank(("batch", "slots", None), ("time",))})
+    with pytest.raises(UserError, match=r"mesh.slots=2, but no array .*Set mesh.slots to 1.*\['data', 'fsdp'\]"):
+        layout.check_used({"state": Bank(("batch", "slots", None), ("batch",)), "step": ()})
 
 
 def test_any_size_lies_on_mesh_axes_of_size_one():

@@ -3,6 +3,7 @@ import pytest
 
 from lm2_jax.errors import UserError
 from sharding import MeshConfig, make_mesh
+from sharding.mesh import planned_mesh
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,49 @@ def test_impossible_sizes_are_explained(config, words):
     with pytest.raises(UserError) as caught:
         make_mesh(config)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+class Chip:
+    """A device of a job that spans several slices."""
+
+    platform, device_kind, process_index = "cpu", "chip", 0
+
+    def __init__(self, index, slices):
+        self.id, self.slice_index = index, index * slices // 8
+
+    def __repr__(self):
+        return f"chip {self.id} of slice {self.slice_index}"
+
+
+def test_only_copies_of_the_model_lie_in_different_slices():
+    chips = [Chip(index, 2) for index in (5, 0, 3, 6, 1, 4, 7, 2)]
+    for slices in (None, 2):
+        mesh = make_mesh(MeshConfig(data=4, model=2, slices=slices), chips)  # pyright: ignore[reportArgumentType]
+        assert mesh.devices.shape == (4, 1, 2, 1)
+        assert [{chip.slice_index for chip in copy.flat} for copy in mesh.devices] == [{0}, {0}, {1}, {1}]
+
+
+def test_devices_that_do_not_say_their_slice_are_cut_into_pieces():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, slices=2))
+    assert [sorted(device.id for device in piece.flat) for piece in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("config", "slices", "words"),
+    [
+        (MeshConfig(data=3, fsdp=-1), 2, ["8 devices", "mesh.data=3"]),
+        (MeshConfig(data=1, fsdp=8), 2, ["mesh.data=1", "2 slices"]),
+        (MeshConfig(slices=4), 2, ["mesh.slices=4", "2 slices"]),
+        (MeshConfig(slices=2), 1, ["mesh.slices=2", "one slice"]),
+    ],
+)
+def test_impossible_slices_are_explained(config, slices, words):
+    with pytest.raises(UserError) as caught:
+        make_mesh(config, [Chip(index, slices) for index in range(8)])  # pyright: ignore[reportArgumentType]
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_planned_mesh_needs_no_devices():
+    assert planned_mesh(MeshConfig(fsdp=512, slots=16)).shape == {"data": 1, "fsdp": 512, "model": 1, "slots": 16}
+    with pytest.raises(UserError, match="at least 1"):
+        planned_mesh(MeshConfig(fsdp=0))

@@ -1,0 +1,63 @@
+"""What a mesh leaves whole, and the plan of a run on devices that are not there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lm2_jax
+from lm2_jax.errors import UserError
+from lm2_jax.training.state import make_plan
+from sharding import Layout, MeshConfig, assert_sharded
+from sharding.mesh import planned_mesh
+from sharding.plan import describe_plan
+
+
+def shardings(mesh: MeshConfig, axes, shapes):
+    return Layout(planned_mesh(mesh)).shardings(axes, shapes)
+
+
+SHAPES = {"w": jax.ShapeDtypeStruct((20, 8), jnp.float32), "lost": jax.ShapeDtypeStruct((30, 10), jnp.bfloat16)}
+AXES = {"w": ("embed", "heads"), "lost": (None, "state_embed")}
+
+
+def test_replicated_arrays_are_listed_with_their_bytes():
+    split = MeshConfig(fsdp=2, model=2)
+    with pytest.raises(UserError, match=r"1 arrays would lie whole.*\n  lost \(30, 10\): 600 bytes on each") as caught:
+        assert_sharded(SHAPES, shardings(split, AXES, SHAPES), least_bytes=500)
+    assert " w " not in str(caught.value)
+    assert_sharded(SHAPES, shardings(split, AXES, SHAPES), least_bytes=601)
+    # Copies of the model are what the axis `data` is for.
+    assert_sharded(SHAPES, shardings(MeshConfig(data=8), AXES, SHAPES), least_bytes=1)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, model=2, slots=2), MeshConfig(fsdp=8)])
+def test_no_matrix_of_lm2_is_replicated(mesh):
+    run = lm2_jax.preset("lm2_tiny")
+    model, layout = lm2_jax.build_model(run.model), Layout(planned_mesh(mesh), config=run)
+    plan = make_plan(run, model)
+    assert_sharded(plan.shapes, plan.shardings(layout), least_bytes=run.model.decoder.width**2)
+    state = jax.eval_shape(lambda: model.init_state(run.data.rows))
+    assert_sharded(state, layout.shardings(model.state_axes(), state), least_bytes=1)
+
+
+def test_the_plan_says_where_each_array_would_lie():
+    run = lm2_jax.preset("lm2_tiny")
+    text = describe_plan(run, MeshConfig(fsdp=4, model=2, slots=2))
+    lines = {line.split("  ")[1]: line for line in text.splitlines() if line.startswith("  ")}
+    assert "lm2_tiny on 16 devices: data 1 x fsdp 4 x model 2 x slots 2" in text
+    # 2 layers, 32 x 64 numbers of 4 bytes: 8 pieces of the width, 2 of the hidden width.
+    assert lines["blocks_0/mlp/up/w"].split()[1:] == "[2, 32, 64] float32 -, fsdp+slots, model 1,024".split()
+    assert lines["runs/0/memory/slots"].split()[-5:] == ["-,", "fsdp,", "slots,", "-", "1,536"]
+    assert "1/mu/embed/table" in lines
+    assert "whole on every device: nothing" in text
+
+
+def test_a_plan_that_cannot_be_is_refused():
+    run = lm2_jax.preset("lm2_tiny")
+    with pytest.raises(UserError, match=r"num_slots=6 is not divisible by mesh.slots=4"):
+        describe_plan(run, MeshConfig(slots=4))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, rows=6))
+    with pytest.raises(UserError, match=r"data.rows=6 is not divisible by mesh.data=1 \* mesh.fsdp=4"):
+        describe_plan(run, MeshConfig(fsdp=4))

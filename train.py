@@ -1,18 +1,24 @@
 """Trains a preset: `python train.py PRESET [--workdir W] [--mesh.data N ...] [--section.field VALUE ...]`.
 
-A second call with the same workdir goes on where the first one stopped.
+A second call with the same workdir goes on where the first one stopped. With --compile-only the train step is compiled
+for a TPU slice, on any machine, and what it costs is printed.
 """
 
 import dataclasses
 import sys
 from typing import Annotated
 
+import jax
 import tyro
 
+from configs import mesh_for
 from lm2_jax import PRESETS, RunConfig, UserError, cli
 from lm2_jax.registry import near_misses
 from lm2_jax.training.fit import fit
+from lm2_jax.training.profile import ProfileConfig
 from sharding import Layout, MeshConfig, make_mesh
+from sharding.compile_only import CompileConfig, compile_and_tell
+from sharding.plan import describe_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +27,16 @@ class Command:
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     """The run: model, data, loss, optim, train, checkpoint."""
+    compilation: Annotated[CompileConfig, tyro.conf.arg(name="")] = CompileConfig()
+    """Costs instead of training."""
+    profiling: Annotated[ProfileConfig, tyro.conf.arg(name="")] = ProfileConfig()
+    """A trace of some steps."""
+    plan: bool = False
+    """Prints where each array would lie on --mesh, of which -1 counts as 1, and trains nothing; needs no devices."""
     workdir: str | None = None
     """Folder or bucket (gs://...) of the run; None: runs/PRESET. A run that is there already goes on."""
     mesh: MeshConfig = MeshConfig()
-    """How devices are shared out."""
+    """How devices are shared out; where nothing is said, as configs/ notes for this preset and number of devices."""
 
 
 def main() -> None:
@@ -35,8 +47,18 @@ def main() -> None:
         raise UserError(f"unknown preset {names[0]!r}; known: {', '.join(known)}.{near_misses(names[0], known)}")
     presets = {name: (f"Trains {name}.", Command(run)) for name, run in PRESETS.items()}
     command = tyro.extras.overridable_config_cli(presets, description=__doc__)
+
+    def mesh(devices: int) -> MeshConfig:
+        return mesh_for(command.run.name, devices) if command.mesh == MeshConfig() else command.mesh
+
+    if command.compilation.asked():
+        sys.exit(compile_and_tell(command.run, mesh, command.compilation))
+    if command.plan:
+        print(describe_plan(command.run, command.mesh))
+        return
     workdir = command.workdir or f"runs/{command.run.name}"
-    outcome = fit(command.run, workdir, Layout(make_mesh(command.mesh)))
+    layout = Layout(make_mesh(mesh(jax.device_count())), config=command.run)
+    outcome = fit(command.run, workdir, layout, command.profiling)
     sys.exit(outcome.status)
 
 

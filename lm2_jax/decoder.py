@@ -1,6 +1,7 @@
 """Sizes of the decoder that a memory joins."""
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,9 @@ class DecoderConfig:
     """Sliding attention window in tokens, this one included, reaching into the segment before; None: the segment."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in every RMSNorm."""
+    attention_kernel: Literal["auto", "plain", "splash"] = "auto"
+    """How a segment attends: in plain operations, through the TPU kernel (splash attention), or the kernel on TPUs
+    where segments are long enough for it; on other machines the kernel is emulated, which is slow."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width"):

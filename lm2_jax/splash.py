@@ -94,7 +94,7 @@ def _kernel(mask: Any, num_heads: int, interpret: bool) -> kernels.SplashAttenti
         block_kv_dq=block_kv,
     )
     heads = masks.MultiHeadMask([mask] * num_heads)
-    with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         return kernels.make_splash_mha(
             heads, block_sizes=sizes, head_shards=parts("heads"), q_seq_shards=parts("time"), interpret=interpret
         )

@@ -133,7 +133,7 @@ class _Walk:
         elif opcode == "convolution":
             costs.matmul_flops += convolution_flops(computation, instruction)
         elif opcode == "custom-call":
-            costs.kernel_flops += kernel_flops(instruction)
+            costs.kernel_flops += kernel_flops(computation, instruction)
         elif opcode.removesuffix("-start") in COLLECTIVES and not _goes_on(computation, instruction):
             costs.send(*self._collective(computation, instruction))
         elif opcode == "fusion":

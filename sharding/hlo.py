@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm2_jax import splash
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -22,6 +24,7 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
+_BEGINNING = re.compile(r"\s+(ROOT )?%?[\w.\-]+ = ")
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|c\d+|[suf]\d+(?:e\w+)?)\[([\d,]*)\](\{[^}]*\})?")
 
 
@@ -68,15 +71,27 @@ class Program(NamedTuple):
 def parse(text: str) -> Program:
     """The program that `compiled.as_text()` prints."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            name = line.removeprefix("ENTRY ").split("(")[0].split()[0].lstrip("%")
-            current = computations[name] = Computation(name, {})
-            entry = name if line.startswith("ENTRY") else entry
-        elif current is not None and " = " in line and line.startswith(" "):
-            instruction = _instruction(line)
+    entry, current, pending = "", None, ""
+
+    def finish() -> None:
+        if current is not None and pending:
+            instruction = _instruction(pending)
             current.instructions[instruction.name] = instruction
+
+    for line in text.splitlines():
+        if current is None:
+            if line.endswith("{") and not line.startswith("HloModule"):
+                name = line.removeprefix("ENTRY ").split("(")[0].split()[0].lstrip("%")
+                current = computations[name] = Computation(name, {})
+                entry = name if line.startswith("ENTRY") else entry
+        elif line == "}":
+            finish()
+            current, pending = None, ""
+        elif _BEGINNING.match(line):
+            finish()
+            pending = line
+        else:  # kernels have attributes of several lines
+            pending += line
     if not entry:
         raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
@@ -223,10 +238,15 @@ def _pairs(size: int, kernel: int, out: int, stride: int, pad: int, dilation: in
     return int(np.sum((place >= 0) & (place % dilation == 0) & (place < size * dilation)))
 
 
-def kernel_flops(call: Instruction) -> int:
-    """Of a Pallas kernel: what its author has declared, else 0."""
-    match = re.search(r'"cost_estimate":\s*(\{[^}]*\})', call.attributes)
-    return int(json.loads(match[1]).get("flops", 0)) if match else 0
+def kernel_flops(computation: Computation, call: Instruction) -> int:
+    """Of a Pallas kernel: what its author has declared, or what is known of attention; else 0."""
+    declared = re.search(r'"cost_estimate":\s*(\{[^}]*\})', call.attributes)
+    if declared:
+        return int(json.loads(declared[1]).get("flops", 0))
+    operands = [next(arrays(computation.instructions[name].shape), None) for name in call.operands]
+    shapes = [array[1] for array in operands if array is not None and array[0].startswith(("bf", "f"))]
+    scope = re.search(r'op_name="([^"]*)"', call.attributes)
+    return splash.kernel_flops(f"{scope[1] if scope else ''}/{call.name}", shapes)
 
 
 def groups(instruction: Instruction, partitions: int) -> list[list[int]]:

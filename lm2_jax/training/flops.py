@@ -24,12 +24,13 @@ def traced_flops(fn: Callable[..., Any], *arguments: Any) -> float:
     return jaxpr_flops(jax.make_jaxpr(fn)(*arguments).jaxpr)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr) -> float:
-    """The same of a function that is traced already."""
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def jaxpr_flops(jaxpr: core.Jaxpr, scope: str = "") -> float:
+    """The same of a function that is traced already; `scope` are the names of what it is called in."""
+    return sum(_equation_flops(equation, scope) for equation in jaxpr.eqns)
 
 
-def _equation_flops(equation: core.JaxprEqn) -> float:
+def _equation_flops(equation: core.JaxprEqn, scope: str) -> float:
+    scope = f"{scope}/{equation.source_info.name_stack}"
     name, params = equation.primitive.name, equation.params
     inputs: list[Any] = [variable.aval for variable in equation.invars]
     outputs: list[Any] = [variable.aval for variable in equation.outvars]
@@ -41,8 +42,8 @@ def _equation_flops(equation: core.JaxprEqn) -> float:
         return 2.0 * math.prod(outputs[0].shape) * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
     if name == "pallas_call":
         shapes = [a.shape for a in inputs if jnp.issubdtype(a.dtype, jnp.inexact)]
-        return float(kernel_flops(f"{equation.source_info.name_stack}/{params['name']}", shapes))
-    inner = [jaxpr_flops(jaxpr) for jaxpr in _inner(params)]
+        return float(kernel_flops(f"{scope}/{params['name']}", shapes))
+    inner = [jaxpr_flops(jaxpr, scope) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner)
     if name == "scan":

@@ -109,7 +109,7 @@ def test_chunks_equal_the_token_loop(name, chunk, momentum, forget):
     jax.tree.map(compare, grads, want)
 
 
-def one_head(k, v, q, chunk, log_momentum=None):
+def one_head(k, v, q, chunk, log_momentum):
     """A linear memory of one head that starts at 0, steps of 1, gradient (k W - v) k, no forgetting."""
     k, v, q = (jnp.asarray(a, jnp.float64)[None, :, None] for a in (k, v, q))
     rates = Rates(jnp.ones((1, k.shape[1], 1)), log_momentum, None)
@@ -123,7 +123,8 @@ def one_head(k, v, q, chunk, log_momentum=None):
 def test_two_values_under_one_key_by_hand(chunk, momentum, answer):
     """One by one the second replaces the first; from one start they add up; momentum repeats half the first."""
     log_momentum = None if momentum is None else jnp.full((1, 2, 1), np.log(momentum))
-    _, y, _ = one_head([[1, 0], [1, 0]], [[2, 0], [4, 0]], [[0, 1], [1, 0]], chunk, log_momentum)
+    keys, values, queries = ([[1, 0], [1, 0]], [[2, 0], [4, 0]], [[0, 1], [1, 0]])
+    _, y, _ = jax.jit(lambda log: one_head(keys, values, queries, chunk, log))(log_momentum)
     np.testing.assert_allclose(y[0, 1, 0], [answer, 0])
 
 
@@ -138,10 +139,11 @@ def test_products_are_exact_behind_gates_near_zero():
     rng = np.random.default_rng(0)
     log = -rng.random(64) * 0.01
     log[3::16] = [-1e4, -800.0, -3e6, -90.0]
-    got = np.asarray(chunk_form.products(jnp.asarray(log, jnp.float32)))
+    products = jax.jit(chunk_form.products, compiler_options=UNOPTIMIZED)
+    got = np.asarray(products(jnp.asarray(log, jnp.float32)))
     want = np.exp(np.array([[log[s + 1 : t + 1].sum() if s <= t else -np.inf for s in range(64)] for t in range(64)]))
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-37)
-    grad = jax.grad(lambda log: chunk_form.products(log).sum())(jnp.asarray(log, jnp.float32))
+    grad = jax.jit(jax.grad(lambda log: chunk_form.products(log).sum()))(jnp.asarray(log, jnp.float32))
     assert np.isfinite(grad).all()
 
 
@@ -153,9 +155,14 @@ def test_padding_moves_nothing():
     rates = Rates(jnp.full(4, 0.1, jnp.float32), log, log)
     rows = chunk_form.Gradients(*((jnp.asarray(rng.standard_normal((4, n)), jnp.float32),) for n in (3, 5)))
     none, last = jnp.zeros(4, bool), jnp.arange(4) == 3
-    after = chunk_form.advance(fast, rows, *chunk_form.presence(rates, none))
+
+    @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
+    def advance(valid_C):
+        return chunk_form.advance(fast, rows, *chunk_form.presence(rates, valid_C))
+
+    after = advance(none)
     jax.tree.map(np.testing.assert_array_equal, after, fast)
-    moved = chunk_form.advance(fast, rows, *chunk_form.presence(rates, last))
+    moved = advance(last)
     (w,), (s,) = jax.tree.map(np.asarray, fast)
     step = -0.1 * np.outer(rows.inputs[0][3], rows.outputs[0][3]) + np.exp(-0.5) * s
     np.testing.assert_allclose(moved.momentum[0], step, rtol=1e-5, atol=1e-6)

@@ -20,6 +20,7 @@ from lm2_jax.memory.inner import (
     SquaredError,
     SwigluNetwork,
 )
+from tests.contract.subjects import UNOPTIMIZED
 
 C, K = 3, 4
 
@@ -52,8 +53,12 @@ def test_rows_of_inputs_and_outputs_are_the_gradient(network, loss):
         def token(weights, k, v):
             return loss(plain(network, weights, k[None], norm), v[None])[0]
 
-        losses, want = jax.vmap(jax.value_and_grad(token), in_axes=(None, 0, 0))(weights, k, v)
-        rows, got = linearise(network, loss, weights, k, v, norm)
+        @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
+        def both(weights, k, v):
+            one_by_one = jax.vmap(jax.value_and_grad(token), in_axes=(None, 0, 0))(weights, k, v)
+            return one_by_one, linearise(network, loss, weights, k, v, norm)
+
+        (losses, want), (rows, got) = both(weights, k, v)
         np.testing.assert_allclose(got, losses, rtol=1e-12)
         for x_CI, g_CO, want_CIO in zip(rows.inputs, rows.outputs, want, strict=True):
             np.testing.assert_allclose(x_CI[:, :, None] * g_CO[:, None], want_CIO, rtol=1e-10, atol=1e-12)

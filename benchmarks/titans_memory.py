@@ -1,0 +1,270 @@
+"""Our Titans memory beside titans-pytorch's, in one run: time, memory, and growth with length and chunk.
+
+    pip install torch titans-pytorch
+    python -m benchmarks.titans_memory                      # width 256, 4 heads, depth 2, chunks of 64
+    python -m benchmarks.titans_memory --lengths 1024 --no-peer
+
+Both have the same width, heads, inner network (an MLP of the same depth, expansion 4, behind a residual and a norm)
+and chunk, float32, one row; no convolutions, as they have none; steps per token, momentum and forgetting per chunk, as
+theirs are. By default they take all gradients of a call at its first weights (`peer`); with their batch_size at the
+chunk they take them at each chunk's start, as ours does (`anchored`). Not matched: their reads see the chunk before,
+ours the token itself. Runs of all sides alternate, and their medians are compared. Memory is what one pass adds to the
+peak of a process of its own.
+
+Writes benchmarks/results/titans_memory.json and .md. Times depend on the machine; what counts is their ratio.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import tyro
+
+from lm2_jax import cli
+from lm2_jax.errors import UserError
+
+Call = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What is measured."""
+
+    width: int = 256
+    """Model width D."""
+    num_heads: int = 4
+    """Heads, each with a memory of its own."""
+    depth: int = 2
+    """Layers of the inner MLP."""
+    chunk_tokens: int = 64
+    """Tokens of a chunk."""
+    lengths: tuple[int, ...] = (1_024, 4_096, 16_384)
+    """Tokens of a call."""
+    chunks: tuple[int, ...] = (16, 64, 256)
+    """Chunks whose time is compared at the shortest length."""
+    runs: int = 5
+    """Alternating runs of each time."""
+    peer: bool = True
+    """Whether titans-pytorch is measured too."""
+    threads: int = 1
+    """Threads of both."""
+    out: pathlib.Path = pathlib.Path("benchmarks/results/titans_memory.json")
+    """Where the figures go; the table beside it."""
+    only: tuple[Literal["ours", "peer", "anchored"], Literal["forward", "backward"], int, int] | None = None
+    """Side, pass, length and chunk of which alone a process prints its peak of memory; used by the benchmark itself."""
+
+
+def ours(command: Command, tokens: int, chunk: int) -> dict[str, Call]:
+    """Forward pass, and forward with backward, of our memory; compiled."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lm2_jax.memory.inner import MlpNetwork
+    from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
+    from lm2_jax.precision import Precision
+
+    config = TitansConfig(
+        num_heads=command.num_heads,
+        chunk_tokens=chunk,
+        network=MlpNetwork(depth=command.depth),
+        step=StepConfig(per="token"),
+        momentum=GateConfig("chunk", 2.0),
+        forget=GateConfig("chunk", -4.0),
+        conv_tokens=0,
+    )
+    memory = config.build(command.width, Precision())
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, command.width), np.float32))
+    state, valid = memory.init_state(1), jnp.ones((1, tokens), bool)
+    params = jax.jit(memory.init)(jax.random.key(0), x[:, :chunk], state, valid[:, :chunk])
+
+    def forward(params: Any, x: Any) -> Any:
+        return memory.apply(params, x, state, valid)[0]
+
+    run = jax.jit(forward)
+    learn = jax.jit(jax.grad(lambda params, x: jnp.sum(forward(params, x) ** 2), argnums=(0, 1)))
+    return {
+        "forward": lambda: jax.block_until_ready(run(params, x)),
+        "backward": lambda: jax.block_until_ready(learn(params, x)),
+    }
+
+
+def anchored(command: Command, tokens: int, chunk: int) -> dict[str, Call]:
+    """The same of titans-pytorch, with gradients at each chunk's start."""
+    return peer(command, tokens, chunk, chunk)
+
+
+def peer(command: Command, tokens: int, chunk: int, batch: int | None = None) -> dict[str, Call]:
+    """The same of titans-pytorch, with all gradients at the first weights."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from titans_pytorch import MemoryMLP, NeuralMemory  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(command.threads)
+    torch.manual_seed(0)
+    head = command.width // command.num_heads
+    network = MemoryMLP(head, depth=command.depth, expansion_factor=4.0)
+    memory = NeuralMemory(
+        dim=command.width,
+        chunk_size=chunk,
+        batch_size=batch,
+        heads=command.num_heads,
+        dim_head=head,
+        model=network,
+        momentum=True,
+    )
+    x = torch.randn(1, tokens, command.width)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return memory(x)[0]
+
+    def backward() -> None:
+        memory.zero_grad()
+        leaf = x.detach().requires_grad_()
+        memory(leaf)[0].square().sum().backward()
+
+    return {"forward": forward, "backward": backward}
+
+
+SIDES: dict[str, Callable[[Command, int, int], dict[str, Call]]] = {"ours": ours, "peer": peer, "anchored": anchored}
+
+
+def sides_of(command: Command) -> list[str]:
+    """Those that are measured."""
+    return list(SIDES) if command.peer else ["ours"]
+
+
+def seconds(call: Call) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, float]]:
+    """Medians of alternating runs, after one that compiles, by pass and side."""
+    sides = sides_of(command)
+    calls = {side: SIDES[side](command, tokens, chunk) for side in sides}
+    result: dict[str, dict[str, float]] = {}
+    for name in ("forward", "backward"):
+        for side in sides:
+            calls[side][name]()
+        taken = [[seconds(calls[side][name]) for side in sides] for _ in range(command.runs)]
+        result[name] = dict(zip(sides, map(statistics.median, zip(*taken, strict=True)), strict=True))
+    return result
+
+
+def peak_bytes(command: Command, side: str, name: str, tokens: int, chunk: int) -> int:
+    """Peak of resident memory of a process that runs one pass once; what the process has before it is subtracted."""
+    fields = ("width", "num_heads", "depth", "threads")
+    options = [text for field in fields for text in (f"--{field.replace('_', '-')}", str(getattr(command, field)))]
+    only = ["--only", side, name, str(tokens), str(chunk)]
+    line = [sys.executable, "-m", "benchmarks.titans_memory", *options, *only]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(line)} failed: {done.stderr[-2000:]}", status=1)
+    return int(done.stdout.split()[-1])
+
+
+def measure_one(command: Command) -> None:
+    """In a process of its own: prints the bytes that one call adds to its peak of memory."""
+    assert command.only is not None
+    side, name, tokens, chunk = command.only
+    SIDES[side](command, chunk, chunk)[name]()  # libraries, compilers and their pools
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    SIDES[side](command, tokens, chunk)[name]()
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def growth(rows: list[dict[str, Any]], side: str, name: str, key: str) -> float | None:
+    """Exponent of the growth from the first to the last row: 1 is linear in the length."""
+    first, last = rows[0], rows[-1]
+    ends = first[key][name].get(side), last[key][name].get(side)
+    if not all(ends) or first["tokens"] == last["tokens"]:
+        return None
+    return math.log(ends[1] / ends[0]) / math.log(last["tokens"] / first["tokens"])
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    sides = list(figures["by_length"][0]["seconds"]["forward"])
+    head = ["tokens", "chunk", "pass", *(f"{side}, s" for side in sides), *(f"{side} / ours" for side in sides[1:])]
+    head += [f"{side}, MiB" for side in sides]
+    lines = [f"# Titans memory\n\n`{figures['command']}` on {figures['machine']}; {figures['versions']}.\n"]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in figures["by_length"] + figures["by_chunk"]:
+        for name, taken in row["seconds"].items():
+            peaks = row.get("peak_bytes", {}).get(name, {})
+            cells = [str(row["tokens"]), str(row["chunk"]), name, *(f"{taken[side]:.3f}" for side in sides)]
+            cells += [f"{taken[side] / taken['ours']:.2f}" for side in sides[1:]]
+            cells += [f"{peaks[side] / 2**20:.0f}" if side in peaks else "" for side in sides]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Growth with the length, as an exponent (1 is linear):", ""]
+    lines += [f"- {name}: {value:.2f}" for name, value in figures["growth"].items() if value is not None]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measures and writes the figures."""
+    command = tyro.cli(Command, description=__doc__)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if command.threads == 1:
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    needs_peer = command.peer and (command.only is None or command.only[0] != "ours")
+    if needs_peer and importlib.util.find_spec("titans_pytorch") is None:
+        raise UserError("titans-pytorch is not installed: `pip install torch titans-pytorch`, or pass --no-peer")
+    if command.only is not None:
+        return measure_one(command)
+    sides = sides_of(command)
+    by_length = []
+    for tokens in command.lengths:
+        row = {"tokens": tokens, "chunk": command.chunk_tokens, "seconds": times(command, tokens, command.chunk_tokens)}
+        row["peak_bytes"] = {
+            name: {side: peak_bytes(command, side, name, tokens, command.chunk_tokens) for side in sides}
+            for name in ("forward", "backward")
+        }
+        by_length.append(row)
+        print(json.dumps(row), flush=True)
+    shortest = min(command.lengths)
+    by_chunk = [{"tokens": shortest, "chunk": c, "seconds": times(command, shortest, c)} for c in command.chunks]
+    figures = {
+        "command": f"python -m benchmarks.titans_memory {' '.join(sys.argv[1:])}".strip(),
+        "machine": f"{platform.machine()}, {command.threads} of {os.cpu_count()} cores",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "titans-pytorch")),
+        "by_length": by_length,
+        "by_chunk": by_chunk,
+        "growth": {
+            f"{key.replace('_', ' ')} of {name}, {side}": growth(by_length, side, name, key)
+            for key in ("seconds", "peak_bytes")
+            for name in ("forward", "backward")
+            for side in sides
+        },
+    }
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    command.out.write_text(json.dumps(figures, indent=1) + "\n")
+    command.out.with_suffix(".md").write_text(table(figures))
+    print(table(figures))
+
+
+def version(name: str) -> str:
+    """Of an installed package, or `none`."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+if __name__ == "__main__":
+    cli.run(main)

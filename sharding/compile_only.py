@@ -97,7 +97,9 @@ def compile_and_tell(config: RunConfig, mesh_for: Callable[[int], MeshConfig], c
       Exit status: 0, or 1 where the step does not fit into the slice's memory.
     """
     topology = parse_topology(compilation.topology or "")
-    report = compile_only(config, mesh_for(topology.devices), topology)
+    mesh = mesh_for(topology.devices)
+    mesh.sizes(topology.devices)  # says what does not fit before anything is loaded
+    report = compile_only(config, mesh, topology)
     if compilation.json != "-":
         print(describe(report))
     if compilation.json is not None:
@@ -117,7 +119,7 @@ def compile_only(config: RunConfig, mesh: MeshConfig, topology: Topology) -> Rep
       UserError: libtpu is absent, or mesh, model and slice do not go together.
     """
     devices = compile_only_devices(topology)
-    layout = Layout(make_mesh(mesh, devices))
+    layout = Layout(make_mesh(mesh, devices), config=config)
     plan = make_plan(config, LanguageModel(config.model))
     state, batch = _arguments(plan, layout)
     started = time.monotonic()

@@ -339,12 +339,16 @@ def test_every_parameter_has_a_gradient(case):
 
 
 def test_notes_by_hand():
-    """A linear memory that starts at 0 and is told one pair again and again learns it."""
+    """A linear memory that starts at 0 is told a pair twice, then one half as well, then nothing."""
     config = TitansConfig(
         1, 2, LinearNetwork(), step=StepConfig("fixed", 0.25), conv_tokens=0, silu=False, unit_keys=False
     )
     memory = config.build(2, FLOAT64)
-    x, valid, state = jnp.asarray([[[1.0, 0.0]] * 4]), jnp.asarray([[True, True, True, False]]), memory.init_state(1)
+    x, valid, state = (
+        jnp.eye(2)[None, jnp.asarray([0, 0, 1, 0])],
+        jnp.asarray([[True] * 3 + [False]]),
+        memory.init_state(1),
+    )
     shapes = nn.unbox(jax.eval_shape(memory.init, jax.random.key(0), x, state, valid))["params"]
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     params |= {n: {"w": {"w": jnp.eye(2)[:, None]}} for n in "qkv"}
@@ -357,16 +361,16 @@ def test_notes_by_hand():
         return memory.apply({"params": params}, x, state, valid, notes, method="write"), notes
 
     after, notes = write(params)
-    # The first chunk: two steps of 0.25 * 2 from 0 to 1, an error of 1 before each; nothing is left for the second.
-    np.testing.assert_allclose(after.weights[0][0, 0], [[1, 0], [0, 0]], atol=1e-12)
+    # Each step goes 0.25 * 2 of the way from its chunk's start: two together all of it, one alone half.
+    np.testing.assert_allclose(after.weights[0][0, 0], [[1, 0], [0, 0.5]], atol=1e-12)
     assert notes == {
-        "surprise": pytest.approx(4 / 3),
+        "surprise": pytest.approx(2),
         "step_size": pytest.approx(0.25),
         "momentum": pytest.approx(0),
         "forgetting": pytest.approx(0),
-        "inner_loss_before": pytest.approx(0),
-        "inner_loss_after": pytest.approx(0),
-        "state_norm": pytest.approx(1),
+        "inner_loss_before": pytest.approx(1),
+        "inner_loss_after": pytest.approx(0.25),
+        "state_norm": pytest.approx(np.sqrt(1.25)),
     }
 
 

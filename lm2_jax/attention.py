@@ -11,9 +11,8 @@ from flax import linen as nn
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.dot_product import Keys, attend, attend_behind
 from lm2_jax.layers import Einsum, constrain, rope_frequencies, rotate
-from lm2_jax.partition import platform
 from lm2_jax.precision import Precision
-from lm2_jax.splash import LANES, PADDING, fits, splash_attend
+from lm2_jax.splash import LANES, PADDING, fits, platform, splash_attend
 from lm2_jax.state import reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int
 

@@ -19,6 +19,12 @@ LONGEST_BLOCK = 512  # tokens whose scores are on the chip at once, in both dire
 PADDING = -1  # a key that nobody sees
 
 
+def platform() -> str:
+    """What functions traced here will run on ("cpu", "gpu", "tpu"): the devices of the active layout, else jax's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def fits(tokens: int) -> bool:
     """Whether segments are long enough: the kernel takes whole blocks of tokens, on each device that has a part."""
     return tokens % (LANES * parts("time")) == 0

@@ -10,11 +10,12 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lm2_jax import layout
+from lm2_jax import layout, partition
 from lm2_jax.errors import UserError
 from lm2_jax.registry import near_misses
 from lm2_jax.state import is_axes
 from lm2_jax.types import Axes
+from sharding.partition import MeshPartition
 from sharding.rules import FIELDS, RULES, Rule, activation_rules, check_rules, mesh_axes
 
 
@@ -35,12 +36,14 @@ class Layout(layout.Layout):
         self._config = config
         self.rules = check_rules(rules)
         self._table = dict(self.rules)
+        self._partition = MeshPartition(dict(self.mesh.shape), self.rules)
         self._rows = NamedSharding(self.mesh, self.spec(("batch",)))
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Inside it, `constrain` and other logical names mean this mesh; variables are unboxed before entering."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(activation_rules(self.rules)):
+        names, here = nn.logical_axis_rules(activation_rules(self.rules)), partition.use(self._partition)
+        with jax.set_mesh(self.mesh), names, here:
             yield
 
     def spec(self, axes: Axes, path: str = "array") -> PartitionSpec:

@@ -7,9 +7,10 @@ from flax import linen as nn
 from lm2_jax.decoder import RopeScaling
 from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rope_frequencies, rotate
 from lm2_jax.precision import Precision, safe
+from sharding import Layout, MeshConfig, make_mesh
 
 PRECISION = Precision()
-RULES = (("batch", None), ("embed", None))
+RULES = (("batch", "data"), ("embed", None))
 
 
 def test_constrain_refuses_a_wrong_rank_without_any_rules():
@@ -18,8 +19,7 @@ def test_constrain_refuses_a_wrong_rank_without_any_rules():
 
 
 def test_constrain_refuses_an_unknown_name_under_rules():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with Layout(make_mesh(MeshConfig(), jax.devices()[:1]), RULES).context():
         assert constrain(jnp.zeros((3, 4)), ("batch", "embed")).shape == (3, 4)
         with pytest.raises(ValueError, match="slotz"):
             constrain(jnp.zeros((3, 4)), ("batch", "slotz"))

@@ -58,7 +58,7 @@ def fit(
     """
     prepare_jax(config)
     workdir, steps = epath.Path(workdir), config.optim.steps
-    plan, tokenizer, source = prepare(config, workdir)
+    plan, tokenizer, source = prepare(config, workdir, layout)
     train_step = jit_train_step(plan, layout)
     evaluate = make_evaluate(plan, source, layout)
     with layout.context(), Checkpoints(workdir, config) as checkpoints, ProgressLine(steps) as progress:
@@ -114,8 +114,8 @@ def prepare_jax(config: RunConfig) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def prepare(config: RunConfig, workdir: epath.Path) -> tuple[Plan, FileTokenizer, Source]:
-    """All that needs no device: the workdir's checks, the tokenizer, the source, and the plan of the run."""
+def prepare(config: RunConfig, workdir: epath.Path, layout: Layout) -> tuple[Plan, FileTokenizer, Source]:
+    """All that computes nothing: the workdir's checks, the tokenizer, the source, and the plan of the run."""
     exists = workdirs.check_owner(workdir, config)
     workdirs.check_writable(workdir)
     tokenizer = build_tokenizer(
@@ -126,14 +126,16 @@ def prepare(config: RunConfig, workdir: epath.Path) -> tuple[Plan, FileTokenizer
     )
     source = config.data.source.build(tokenizer, config.model.segment_tokens, config.data.seed)
     plan = make_plan(config, LanguageModel(config.model))
-    _check_trainable(plan)
+    plan.shardings(layout)  # what does not divide is said before anything is made
+    with layout.context():
+        _check_trainable(plan)
     workdirs.check_space(workdir, config, plan.shapes)
     return plan, tokenizer, source
 
 
 def _check_trainable(plan: Plan) -> None:
-    """Runs the model on shapes: what the model and the data refuse of each other is said before training begins."""
-    rows, segments = plan.config.data.rows, plan.config.data.segments[0]
+    """Runs the model on shapes: what model, data and mesh refuse of each other is said before training begins."""
+    rows, segments = plan.config.data.rows // plan.config.optim.accumulate, plan.config.data.segments[0]
     batch = batch_shapes(rows, segments, plan.config.model.segment_tokens)
     memory = jax.eval_shape(lambda: plan.model.init_state(rows))
     try:
@@ -144,7 +146,7 @@ def _check_trainable(plan: Plan) -> None:
             batch,
         )
     except ValueError as error:
-        raise UserError(f"This model cannot be trained on this data: {error}") from error
+        raise UserError(f"This run cannot be trained: {error}") from error
 
 
 def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainState, int, float | None]:

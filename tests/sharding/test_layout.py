@@ -112,7 +112,7 @@ def test_constraints_work_inside_the_context_and_only_there():
     x = jnp.ones((8, 16, 4))
     with layout.context():
         assert double(x).sharding.shard_shape(x.shape) == (4, 8, 2)
-        with pytest.raises(ValueError, match="did not match a rule"):
+        with pytest.raises(ValueError, match=r"unknown logical axis 'slotz'.*Did you mean 'slots'"):
             constrain(x, ("batch", "slotz", "heads"))
     assert len(jax.jit(lambda x: 2 * x)(x).sharding.device_set) == 1
 
@@ -224,5 +224,5 @@ def test_rows_that_do_not_divide_are_refused(rows):
 
 def test_a_table_without_a_name_is_refused_where_it_is_used():
     rules = tuple(row for row in RULES if row[0] != "slots")
-    with pytest.raises(UserError, match="unknown logical axis 'slots'"):
+    with pytest.raises(UserError, match=r"unknown logical axis 'slots'"):
         Layout(make_mesh(MeshConfig()), rules).shardings({"w": ("slots",)}, {"w": float32(4)})

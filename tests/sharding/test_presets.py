@@ -54,9 +54,10 @@ def test_a_sharded_forward_pass_equals_the_one_on_one_device(name, mesh):
     sharded_params, sharded_state = jax.device_put((params, state), places)
     with layout.context():
         result = forward(sharded_params, layout.batch(tokens), sharded_state)
-    vocab_axis, pieces = expected[0].shape[-1], layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
+    sizes, vocab_axis = layout.mesh.shape, expected[0].shape[-1]
+    pieces = sizes["data"] * sizes["fsdp"]
     shard = result[0].sharding.shard_shape(expected[0].shape)
-    assert (shard[0], shard[-1]) == (ROWS // pieces, vocab_axis // 2)
+    assert (shard[0], shard[-1]) == (ROWS // pieces, vocab_axis // (sizes["model"] * sizes["slots"]))
     memories = [leaf for leaf in jax.tree.leaves(result[1]) if leaf.ndim >= 3]
     assert memories
     for leaf in memories:

@@ -1,0 +1,134 @@
+"""Constraints and manual programs on a mesh: what `lm2_jax.partition` asks for by logical names."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lm2_jax.partition import Shards
+from lm2_jax.registry import near_misses
+from lm2_jax.state import map_axes
+from lm2_jax.types import Array, Axes
+from sharding.rules import FIELDS, Rule, mesh_axes
+
+
+class MeshShards(Shards):
+    """The devices along some mesh axes."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self._axes, self.size = tuple(sizes), math.prod(sizes.values())
+
+    def gather(self, x: Array, axis: int) -> Array:
+        """See the base class."""
+        return jax.lax.all_gather(x, self._axes, axis=axis, tiled=True)
+
+    def sum(self, x: Array) -> Array:
+        """See the base class."""
+        return jax.lax.psum(x, self._axes)
+
+    def scatter(self, x: Array, axis: int) -> Array:
+        """See the base class."""
+        return jax.lax.psum_scatter(x, self._axes, scatter_dimension=axis, tiled=True)
+
+    def turn(self, x: Any) -> Any:
+        """See the base class."""
+        ring = [((shard + 1) % self.size, shard) for shard in range(self.size)]
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, self._axes, ring), x)
+
+    def softmax(self, score: Array) -> Array:
+        """exp(score - L), L the log-sum-exp of all shards, made of that of each."""
+        part = jax.nn.logsumexp(score, axis=-1, keepdims=True)
+        return jnp.exp(score - jax.nn.logsumexp(self.gather(part, score.ndim - 1), axis=-1, keepdims=True))
+
+
+class MeshPartition:
+    """The `lm2_jax.partition.Partition` of a mesh and a table.
+
+    Args:
+      shape: sizes of the mesh axes.
+      rules: the table; where two dimensions of an activation want one mesh axis, its upper row has it.
+    """
+
+    def __init__(self, shape: dict[str, int], rules: Iterable[Rule]):
+        self._shape, self._table = shape, dict(rules)
+        self._rank = {name: rank for rank, name in enumerate(self._table)}
+
+    def is_split(self) -> bool:
+        """Whether there are several devices, and this is not the inside of a manual program."""
+        return math.prod(self._shape.values()) > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+
+    def parts(self, name: str | None) -> int:
+        """Devices along the mesh axes of a name."""
+        return math.prod(self._sizes(name).values())
+
+    def constrain(self, x: Array, axes: Axes) -> Array:
+        """See `lm2_jax.partition.constrain`."""
+        wanted = [self._sizes(name) for name in axes]
+        if not self.is_split():
+            return x
+        spec: list[Any] = [None] * x.ndim
+        taken: set[str] = set()
+        for position in sorted(range(x.ndim), key=lambda position: self._rank.get(axes[position] or "", -1)):
+            sizes = wanted[position]
+            if sizes and taken.isdisjoint(sizes):
+                _check_divides(x.shape[position], axes[position], sizes)
+                taken.update(sizes)
+                spec[position] = tuple(sizes)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    def pin(self, x: Array, last: Sequence[str | None]) -> Array:
+        """See `lm2_jax.partition.pin`."""
+        if not self.is_split():
+            return x
+        others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(last))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*others, *self._spec(last)))
+
+    def map_shards(
+        self, fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduce: str, check: bool
+    ) -> Callable[..., Any] | None:
+        """See `lm2_jax.partition.logical_shard_map`."""
+        sizes = self._sizes(reduce)
+        if not sizes or not self.is_split():
+            return None
+
+        def mapped(*arguments: Any) -> Any:
+            for argument, axes in zip(arguments, in_axes, strict=True):
+                map_axes(self._check_shape, axes, argument)
+            manual = jax.shard_map(
+                functools.partial(fn, MeshShards(sizes)),
+                in_specs=map_axes(self._spec, in_axes),
+                out_specs=map_axes(self._spec, out_axes),
+                check_vma=check,
+            )
+            return manual(*arguments)
+
+        return mapped
+
+    def _sizes(self, name: str | None) -> dict[str, int]:
+        """The mesh axes, of size above 1, that a logical axis lies on."""
+        if name is None:
+            return {}
+        if name not in self._table:
+            known = sorted(self._table)
+            raise ValueError(f"unknown logical axis {name!r}; known: {known}.{near_misses(name, known)}")
+        return {axis: self._shape[axis] for axis in mesh_axes(self._table[name]) if self._shape[axis] > 1}
+
+    def _spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+        return PartitionSpec(*(tuple(self._sizes(name)) or None for name in axes))
+
+    def _check_shape(self, axes: Axes, x: Array) -> None:
+        for name, size in zip(axes, x.shape, strict=True):
+            _check_divides(size, name, self._sizes(name))
+
+
+def _check_divides(size: int, name: str | None, sizes: dict[str, int]) -> None:
+    if size % math.prod(sizes.values()):
+        given = {f"mesh.{axis}": n for axis, n in sizes.items()}
+        fields = ", ".join([*FIELDS.get(name or "", ()), *given])
+        raise ValueError(
+            f"{name}={size} is not divisible by {' * '.join(f'{k}={v}' for k, v in given.items())}; change {fields}"
+        )

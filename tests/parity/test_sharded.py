@@ -1,0 +1,94 @@
+"""A run on a mesh equals the run on one device: logits, state, loss and every gradient, the sharding asserted first.
+
+Eight virtual CPU devices; `slots` and `model` are split at the same time in half of the meshes.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+import lm2_jax
+from sharding import MeshConfig
+from tests.sharding.programs import ROWS, SLOTS, Case, Outcome, case
+
+MESHES = {
+    "data8": MeshConfig(data=8),
+    "fsdp8": MeshConfig(data=1, fsdp=8),
+    "data2_fsdp2_model2": MeshConfig(data=2, fsdp=2, model=2),
+    "fsdp2_slots4": MeshConfig(data=1, fsdp=2, slots=4),
+    "fsdp2_model2_slots2": MeshConfig(data=1, fsdp=2, model=2, slots=2),
+    "model2_slots4": MeshConfig(data=1, model=2, slots=4),
+}
+CORE = ("lm2_tiny", "titans_mac_tiny")
+OTHERS = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny") and name not in CORE)
+
+pytestmark = pytest.mark.parity
+
+
+def assert_sharded_as_planned(here: Case) -> None:
+    """Parameters, gradients and state lie in the parts that the table says, the state inside the loops too."""
+    assert here.layout is not None
+    shape, (params_axes, state_axes) = here.shape, here.axes
+    planned = here.layout.shardings((params_axes, state_axes), (here.arguments.params, here.arguments.state))
+    for tree, where in ((here.arguments.params, planned[0]), (here.arguments.state, planned[1])):
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    rows = ROWS // (shape["data"] * shape["fsdp"])
+    states = zip(jax.tree.leaves(here.outcome.state), jax.tree.leaves(planned[1]), strict=True)
+    for leaf, sharding in states:
+        assert leaf.sharding.shard_shape(leaf.shape) == sharding.shard_shape(leaf.shape)
+    if hasattr(here.config.memory, "num_slots"):
+        slots, width = SLOTS // shape["slots"], here.config.decoder.width
+        assert (
+            jax.tree.leaves(here.outcome.state)[0].sharding.shard_shape((2, ROWS, SLOTS, width))[1:]
+            == (*(rows, slots, width),)
+            or here.config.join.kind != "residual"
+        )
+        text = here.compiled.as_text()
+        assert f"[{rows},{slots},{width}]" in text
+        if shape["slots"] > 1:
+            assert f"[{rows},{SLOTS},{width}]" not in text, "a whole bank"
+
+
+def assert_equal_runs(here: Outcome, there: Outcome, value: float, gradient: float) -> None:
+    """To a tolerance relative to each array's largest entry."""
+    for name, tolerance in (("loss", value), ("logits", value), ("state", value), ("grads", gradient)):
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(getattr(here, name)), jax.tree.leaves(getattr(there, name)), strict=True
+        )
+        for (path, a), b in pairs:
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            scale = np.abs(b).max(initial=0.0)
+            what = f"{name}{jax.tree_util.keystr(path)}"
+            assert name != "grads" or scale > 0, f"{what}: no gradient to compare"
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("float64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", CORE)
+def test_a_sharded_run_equals_the_run_on_one_device(name, mesh, float64):
+    here, alone = case(name, MESHES[mesh], float64), case(name, None, float64)
+    assert_sharded_as_planned(here)
+    value, gradient = (1e-10, 1e-10) if float64 else (1e-5, 2e-4)
+    assert_equal_runs(here.outcome, alone.outcome, value, gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data2_fsdp2_model2", "fsdp2_model2_slots2"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_preset_too(name, mesh):
+    here = case(name, MESHES[mesh], False)
+    assert_sharded_as_planned(here)
+    assert_equal_runs(here.outcome, case(name, None, False).outcome, 1e-5, 2e-4)
+
+
+@pytest.mark.slow
+def test_what_shards_combine_by_hand_equals_what_the_partitioner_does():
+    mesh = MESHES["fsdp2_model2_slots2"]
+    by_hand, automatic = case("lm2_tiny", mesh, True), case("lm2_tiny", mesh, True, by_hand=False)
+    assert "sdy.manual_computation" in by_hand.lowered.as_text()
+    assert "sdy.manual_computation" not in automatic.lowered.as_text()
+    assert "sdy.manual_computation" not in case("lm2_tiny", MESHES["data2_fsdp2_model2"], True).lowered.as_text()
+    assert_equal_runs(by_hand.outcome, automatic.outcome, 1e-10, 1e-10)

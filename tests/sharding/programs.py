@@ -1,0 +1,168 @@
+"""One small program per model and mesh, compiled once for all tests: value, gradient, costs and collectives."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lm2_jax
+from lm2_jax import partition
+from lm2_jax.config import ModelConfig
+from lm2_jax.layout import axes_of
+from lm2_jax.precision import Precision
+from sharding import Layout, MeshConfig, make_mesh
+from sharding.hlo import Program, parse
+from sharding.mesh import AXES
+from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, generic_params, precise
+
+ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64
+SLOTS = 40  # a number that no other dimension has, whole or in parts
+
+
+class Outcome(NamedTuple):
+    """What a program returns."""
+
+    loss: Any
+    logits: Any
+    state: Any
+    grads: Any
+
+
+class Arguments(NamedTuple):
+    """What it takes."""
+
+    params: Any
+    tokens: Any
+    state: Any
+    weights: Any
+
+
+def small(name: str, float64: bool) -> ModelConfig:
+    """The model of a tiny preset with sizes that every mesh of the tests divides."""
+    config = lm2_jax.preset(name).model
+    memory = config.memory
+    for field, size in (("num_slots", SLOTS), ("num_tokens", 4), ("chunk_tokens", 8)):
+        if hasattr(memory, field):
+            memory = dataclasses.replace(memory, **{field: size})
+    decoder = dataclasses.replace(config.decoder, mlp_width=48)
+    return dataclasses.replace(
+        config,
+        vocab_size=VOCABULARY,
+        segment_tokens=TOKENS,
+        decoder=decoder,
+        memory=memory,
+        precision=FLOAT64 if float64 else Precision(),
+    )
+
+
+class Case:
+    """A model on a mesh, or on one device where there is none."""
+
+    def __init__(self, name: str, mesh: MeshConfig | None, float64: bool, by_hand: bool = True):
+        self.config, self.by_hand = small(name, float64), by_hand
+        self.model = lm2_jax.build_model(self.config)
+        self.layout = None
+        if mesh is not None:
+            devices = math.prod(mesh.sizes(math.prod(getattr(mesh, axis) for axis in AXES)))
+            self.layout = Layout(make_mesh(mesh, jax.devices()[:devices]))
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes of the mesh axes."""
+        return dict(self.layout.mesh.shape) if self.layout else dict.fromkeys(AXES, 1)
+
+    @functools.cached_property
+    def axes(self) -> Any:
+        """Logical axes of parameters and state."""
+        with precise(self.config):
+            return axes_of(abstract_params(self.model)), self.model.state_axes()
+
+    @functools.cached_property
+    def arguments(self) -> Arguments:
+        """Generic parameters, random tokens, a fresh state and weights of the loss, where they belong."""
+        with precise(self.config):
+            params, state = generic_params(self.model), self.model.init_state(ROWS)
+            rng = np.random.default_rng(0)
+            tokens = rng.integers(0, VOCABULARY, (ROWS, SEGMENTS * TOKENS), np.int32)
+            weights = rng.standard_normal((*tokens.shape, VOCABULARY)).astype(self.config.precision.params)
+            if self.layout is None:
+                return Arguments(params, tokens, state, weights)
+            params, state = jax.device_put((params, state), self.layout.shardings(self.axes, (params, state)))
+            return Arguments(params, self.layout.batch(tokens), state, self.layout.batch(weights))
+
+    def _program(self, params: Any, tokens: Any, state: Any, weights: Any) -> Outcome:
+        def loss(params: Any) -> Any:
+            out: Any = self.model.apply({"params": params}, tokens, state, method="forward", with_logits=True)
+            floats = [leaf for leaf in jax.tree.leaves(out.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            of_state = sum((jnp.mean(leaf * leaf) for leaf in floats), jnp.zeros((), out.logits.dtype))
+            return jnp.mean(weights * out.logits) + of_state, (out.logits, out.state)
+
+        (value, (logits, state)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return Outcome(value, logits, state, grads)
+
+    @functools.cached_property
+    def lowered(self) -> Any:
+        """The program before compilation."""
+        arguments = self.arguments
+        context = contextlib.nullcontext() if self.layout is None else self.layout.context()
+        manual = contextlib.nullcontext() if self.by_hand else partition.automatic()
+        with precise(self.config), context, manual:
+            return jax.jit(self._program, compiler_options=UNOPTIMIZED).lower(*arguments)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The program."""
+        with precise(self.config):
+            return self.lowered.compile()
+
+    @functools.cached_property
+    def outcome(self) -> Outcome:
+        """What it returns."""
+        with precise(self.config):
+            return self.compiled(*self.arguments)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all devices, loop bodies counted once."""
+        return self.compiled.cost_analysis()["flops"] * math.prod(self.shape.values())
+
+    @functools.cached_property
+    def loops(self) -> "Loops":
+        """Its collectives by the depth of the loop they stand in."""
+        return collectives_in(parse(self.compiled.as_text()))
+
+
+case = functools.cache(Case)
+
+
+# By depth of the loop, 0 outside of all: the kind of a collective, and the shape of one array it returns.
+Loops = dict[int, collections.Counter[tuple[str, tuple[int, ...]]]]
+_COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?")
+_CALLS = ("to_apply", "calls", "true_computation", "false_computation")
+
+
+def collectives_in(program: Program) -> Loops:
+    """Every array that a collective returns, each loop body once; what is combined into one counts singly."""
+    found: Loops = collections.defaultdict(collections.Counter)
+
+    def walk(name: str, depth: int) -> None:
+        for instruction in program.computations[name].instructions.values():
+            if instruction.opcode == "while":
+                walk(program.called(instruction, "body").name, depth + 1)
+            elif match := _COLLECTIVE.fullmatch(instruction.opcode):
+                for dimensions in re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", instruction.shape)):
+                    found[depth][match[1], tuple(map(int, dimensions.split(","))) if dimensions else ()] += 1
+            else:
+                for attribute in _CALLS:
+                    if (called := instruction.attribute(attribute)) in program.computations:
+                        walk(called, depth)
+
+    walk(program.entry, 0)
+    return found

@@ -73,8 +73,8 @@ _BY_HAND = contextvars.ContextVar("by_hand", default=True)
 
 
 @contextlib.contextmanager
-def use(partition: Partition) -> Iterator[None]:
-    """Inside it, logical names mean the parts of this partition."""
+def use(partition: Partition | None) -> Iterator[None]:
+    """Inside it, logical names mean the parts of this partition; None: all arrays are whole."""
     token = _ACTIVE.set(partition)
     try:
         yield

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 
+from lm2_jax import partition
 from lm2_jax.config import RunConfig
 from lm2_jax.layout import Layout, axes_of
 from lm2_jax.model import LanguageModel
@@ -68,7 +69,8 @@ def make_plan(config: RunConfig, model: LanguageModel) -> Plan:
 def _first_params(config: RunConfig, model: LanguageModel) -> PyTree:
     """Parameters in the boxes that name their axes."""
     tokens_BT = jnp.zeros((1, config.model.segment_tokens), jnp.int32)
-    return model.init(jax.random.key(config.train.seed), tokens_BT, model.init_state(1))["params"]
+    with partition.use(None):  # nothing but parameters remains of this one row, which no mesh divides
+        return model.init(jax.random.key(config.train.seed), tokens_BT, model.init_state(1))["params"]
 
 
 def _first_state(

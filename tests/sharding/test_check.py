@@ -8,8 +8,9 @@ import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
+from lm2_jax.training.fit import _check_trainable
 from lm2_jax.training.state import make_plan
-from sharding import Layout, MeshConfig, assert_sharded
+from sharding import Layout, MeshConfig, assert_sharded, make_mesh
 from sharding.mesh import planned_mesh
 from sharding.plan import describe_plan
 
@@ -52,6 +53,15 @@ def test_the_plan_says_where_each_array_would_lie():
     assert lines["runs/0/memory/slots"].split()[-5:] == ["-,", "fsdp,", "slots,", "-", "1,536"]
     assert "1/mu/embed/table" in lines
     assert "whole on every device: nothing" in text
+
+
+def test_tokens_that_do_not_divide_are_refused_before_training():
+    run = lm2_jax.preset("none_tiny")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, segment_tokens=30))
+    layout = Layout(make_mesh(MeshConfig(slots=4)), config=run)
+    with layout.context(), pytest.raises(UserError) as caught:
+        _check_trainable(make_plan(run, lm2_jax.build_model(run.model)))
+    assert "time=30 is not divisible by mesh.slots=4; change model.segment_tokens, mesh.slots" in str(caught.value)
 
 
 def test_a_plan_that_cannot_be_is_refused():

@@ -1,0 +1,121 @@
+"""A run goes on on another mesh: what is restored is bitwise the same, and so, to rounding, is what is learned."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import lm2_jax
+from lm2_jax.checkpoint import Checkpoints
+from lm2_jax.config import DataConfig, LossConfig, OptimConfig, TrainConfig
+from lm2_jax.data.text_source import TextFiles
+from lm2_jax.data.tokenizers import TokenizerConfig
+from lm2_jax.model import LanguageModel
+from lm2_jax.training.fit import begin, fit
+from lm2_jax.training.state import make_plan
+from sharding import Layout, MeshConfig, make_mesh
+from tests.contract.subjects import FLOAT64, precise
+from tests.e2e.tiny_run import arrays, write_documents
+
+STEPS, ROWS = 10, 4
+MESHES = {
+    8: MeshConfig(data=1, fsdp=2, model=2, slots=2),
+    1: MeshConfig(),
+    4: MeshConfig(data=1, fsdp=1, model=1, slots=-1),
+}
+
+
+def config_of(documents):
+    """Rows go on from step to step, so what step n learns from depends on the memory that step n - 1 left."""
+    run = lm2_jax.preset("lm2_tiny")
+    memory = dataclasses.replace(run.model.memory, num_slots=8)
+    decoder = dataclasses.replace(run.model.decoder, width=16)
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, segment_tokens=16, memory=memory, decoder=decoder, precision=FLOAT64),
+        data=DataConfig(
+            source=TextFiles(path=str(documents), packing="ordered"),
+            tokenizer=TokenizerConfig(kind="bytes"),
+            rows=ROWS,
+            segments=(2,),
+            carry_state=True,
+            prefetch=2,
+        ),
+        loss=LossConfig(text_weight=1.0),
+        optim=OptimConfig(steps=STEPS, warmup_steps=2),
+        train=TrainConfig(log_every=1, eval_every=0, eval_batches=0),
+        checkpoint=dataclasses.replace(run.checkpoint, every_steps=4),
+    )
+
+
+def layout_of(devices):
+    return Layout(make_mesh(MESHES[devices], jax.devices()[:devices]))
+
+
+def train(config, workdir, devices):
+    """The real loop on so many devices; the loss of every step it made, and all arrays behind the last one."""
+    with precise(config.model):
+        outcome = fit(config, workdir, layout_of(devices))
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines}, arrays(outcome)
+
+
+def restored(config, workdir, devices):
+    """What a run on so many devices would go on from."""
+    with precise(config.model):
+        plan, layout = make_plan(config, LanguageModel(config.model)), layout_of(devices)
+        with layout.context(), Checkpoints(workdir, config) as checkpoints:
+            state, step, _ = begin(plan, layout, checkpoints)
+        bank = state.memory.runs[0].memory.slots
+        assert bank.sharding.shard_shape(bank.shape)[2] == 8 // layout.mesh.shape["slots"]
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def copy_of(workdir, step):
+    """The workdir as it was after a step."""
+    copy = workdir.parent / f"behind_{step}"
+    shutil.copytree(workdir, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.fixture
+def wide_numbers():
+    """`fit` switches float64 on for the whole process, as a program should."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.usefixtures("wide_numbers")
+def test_a_run_goes_on_on_other_devices(tmp_path):
+    config = config_of(write_documents(tmp_path / "documents"))
+    losses, end = train(config, tmp_path / "eight", 8)
+    assert sorted(losses) == list(range(1, STEPS + 1))
+
+    # Ten steps on eight devices are ten steps on one.
+    alone, end_alone = train(config, tmp_path / "one", 1)
+    np.testing.assert_allclose([losses[n] for n in losses], [alone[n] for n in losses], rtol=1e-6)
+    for path, array in end.items():
+        np.testing.assert_allclose(array, end_alone[path], rtol=1e-6, atol=1e-8, err_msg=path)
+
+    # The last checkpoint holds, on any mesh, bit for bit what the run ended with.
+    for devices in MESHES:
+        step, state = restored(config, tmp_path / "eight", devices)
+        assert step == STEPS
+        assert state.keys() == end.keys()
+        for path, array in state.items():
+            np.testing.assert_array_equal(array, end[path], err_msg=f"{path} on {devices} devices")
+
+    # 8 -> 1 behind step 4, 8 -> 4 behind step 8: the losses that were to come.
+    for step, devices in ((4, 1), (8, 4)):
+        resumed, _ = train(config, copy_of(tmp_path / "eight", step), devices)
+        for later in range(step + 1, STEPS + 1):
+            assert resumed[later] == pytest.approx(losses[later], rel=1e-6), (devices, later)

@@ -13,6 +13,7 @@ from tests.contract.subjects import (
     ROWS,
     SEGMENTS,
     TINY,
+    TINY_NAMES,
     Subject,
     assert_close,
     assert_equal,
@@ -104,7 +105,7 @@ def test_gradient_reaches_its_block_of_segments_and_no_further(name, bptt_segmen
     assert_close(changed(name, bptt_segments).run().logits, subject(name).run().logits, subject(name).tolerance)
 
 
-@pytest.mark.parametrize("name", [*TINY, "window_scaled_rope_untied", "threaded_outer_layers_window"])
+@pytest.mark.parametrize("name", [*TINY_NAMES, "window_scaled_rope_untied", "threaded_outer_layers_window"])
 def test_gradient_reaches_all_segments_by_default(name):
     case = subject(name)
     s, r = np.indices((SEGMENTS, SEGMENTS))
@@ -120,7 +121,7 @@ def test_without_jit_the_same(name):
     assert_close((plain, after), (logits, state), 1e-9)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TINY_NAMES)
 def test_a_hundred_segments_stay_finite(name):
     """The state keeps its types; a gated slot grows by 1 a segment at most, and what is normalised does not grow."""
     case = subject(name)
@@ -147,9 +148,11 @@ def test_bfloat16_is_close(name):
     assert error < 0.05, error
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if subject(name).remembers])
+@pytest.mark.parametrize("name", TINY_NAMES)
 def test_a_state_is_restored_onto_other_devices(name, tmp_path):
     """Saved with rows split over four devices, restored over two; the tree keeps its types, bfloat16 too."""
+    if not subject(name).remembers:
+        pytest.skip("nothing crosses a segment border")
     case, rng = changed(name, precision=Precision(state="bfloat16")), np.random.default_rng(9)
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype), case.start(4))
     four, two = (

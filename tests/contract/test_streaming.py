@@ -10,6 +10,7 @@ from lm2_jax.streaming import _advance
 from tests.contract.subjects import (
     ROWS,
     TINY,
+    TINY_NAMES,
     VARIANT_NAMES,
     VARIANTS,
     Subject,
@@ -55,7 +56,7 @@ def check_splits(case: Subject, splits: list[list[int]]) -> None:
         assert_close(carry.state, state, case.tolerance)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TINY_NAMES)
 def test_pieces_equal_one_call(name):
     """In float32, at the preset's own segment: pieces longer than half of it, whole ones, over borders, singles."""
     T = subject(name).T
@@ -63,7 +64,7 @@ def test_pieces_equal_one_call(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TINY_NAMES)
 def test_short_pieces_equal_one_call(name):
     case = subject(name)
     check_splits(case, [[5] * (case.S // 5), [2, 3, 9, 16], [1] * (case.S - 1)])
@@ -78,7 +79,7 @@ def test_pieces_are_close_to_one_call_in_bfloat16(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(carry.state)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
-@pytest.fixture(params=[*TINY, *VARIANT_NAMES], scope="module")
+@pytest.fixture(params=[*TINY_NAMES, *VARIANT_NAMES], scope="module")
 def exact(request) -> Subject:
     """Models in float64 with segments of 12: pieces of 1, and of 5 to 12, are the two programs in use."""
     return small(request.param) if request.param in TINY else subject(request.param)

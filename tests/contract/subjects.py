@@ -13,6 +13,12 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
+from lm2_jax.blocks.combine import Mix
+from lm2_jax.blocks.context import ContextJoin
+from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.blocks.layer import LayerJoin
+from lm2_jax.blocks.mixed import MixedJoin, Part
+from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
@@ -21,6 +27,7 @@ from lm2_jax.decoder import DecoderConfig, RopeScaling
 from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
+from lm2_jax.memory.titans import GateConfig, TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.precision import Precision
 from lm2_jax.state import map_axes
@@ -288,6 +295,9 @@ def _bank(**changes: Any) -> GatedBankConfig:
     return dataclasses.replace(_BASE.memory, **changes)
 
 
+# Nothing is forgotten: see configs/tiny.py on the norm of a network whose weights get small.
+_TITANS = TitansConfig(num_heads=2, chunk_tokens=4, forget=GateConfig(per="off"))
+
 # Options that no preset has, several to a model; in float64, so that each comparison is exact to 1e-9.
 VARIANTS: dict[str, ModelConfig] = {
     "window_scaled_rope_untied": _variant(NoMemory(), PlainJoin(), _SCALED),
@@ -317,11 +327,48 @@ VARIANTS: dict[str, ModelConfig] = {
         _bank(top_k=4), ResidualJoin(topology="threaded", layers=(0, 2)), _decoder(num_layers=3, window_tokens=4)
     ),
     "silent_learned": _variant(_bank(start="learned"), ResidualJoin(silent_start=True, source="attention")),
+    "persistent_window": _variant(NoMemory(), PlainJoin(num_persistent=3), _decoder(window_tokens=7)),
+    "context_window": _variant(
+        _bank(write=SlotsWrite()), ContextJoin(num_persistent=2), _decoder(window_tokens=5, num_kv_heads=1)
+    ),
+    "context_rows_mix": _variant(
+        _bank(write=PaperWrite()), ContextJoin(retrieve="rows", num_persistent=2, combine=Mix(bias=0.5))
+    ),
+    "gate_mix_middle_layer": _variant(
+        _bank(write=PaperWrite(), top_k=2),
+        GateJoin(layers=(1,), num_persistent=3, combine=Mix()),
+        _decoder(num_layers=3, window_tokens=7),
+    ),
+    "layer_learned": _variant(
+        _bank(write=PaperWrite(), start="learned"), LayerJoin(num_persistent=3), _decoder(window_tokens=7)
+    ),
+    "mixer_outer_layers": _variant(_TITANS, MixerJoin(layers=(0, 2)), _decoder(num_layers=3, window_tokens=4)),
+    "mixed_with_plain": _variant(
+        NoMemory(),
+        MixedJoin(
+            parts=(
+                Part(layers=(0, 3), memory=_TITANS, join=ResidualJoin(read="own")),
+                Part(layers=(2,), memory=_bank(write=SlotsWrite()), join=LayerJoin(num_persistent=1)),
+            )
+        ),
+        _decoder(num_layers=4),
+    ),
     "rmt_untied": _variant(TokensConfig(num_tokens=2), TokensJoin(), _decoder(tie_head=False, num_kv_heads=1)),
 }
 
 # Each of these shares all but one option with a faster one.
-_SLOW = ("window_of_a_segment", "no_gates", "block_write_own_no_gates", "silent_learned", "rmt_untied")
+_SLOW = (
+    "window_of_a_segment",
+    "no_gates",
+    "block_write_own_no_gates",
+    "silent_learned",
+    "rmt_untied",
+    "persistent_window",
+    "context_rows_mix",
+    "layer_learned",
+    "mixer_outer_layers",
+    "mixed_with_plain",
+)
 assert set(_SLOW) <= set(VARIANTS)
 
 VARIANT_NAMES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in VARIANTS]

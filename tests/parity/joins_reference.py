@@ -1,0 +1,119 @@
+"""The joins `context`, `gate` and `layer` with a bank, and persistent tokens, in numpy float64; see `reference`."""
+
+from typing import Any
+
+import numpy as np
+
+from lm2_jax.config import ModelConfig
+from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
+from tests.parity.reference import Past, Reference, attended, heads, merged, rms_norm, rotated, sigmoid, swiglu
+
+Rows = list[np.ndarray]  # [D] each
+
+
+def knows(config: ModelConfig) -> bool:
+    """Whether this reference or its base has the model."""
+    return config.memory.kind in ("none", "tokens", "gated_bank") and config.join.kind != "mixed"
+
+
+class JoinsReference(Reference):
+    """Blocks that keep a bank each; all other models are left to the base."""
+
+    def first_memory(self, p: dict[str, Any]) -> np.ndarray:
+        """With `gate` and `layer`, as persistent tokens leave it."""
+        bank_ND, kind = super().first_memory(p), self.config.join.kind
+        if "persistent" not in p or kind not in ("gate", "layer"):
+            return bank_ND
+        return self.written(
+            p, self.normed(p, "attention" if kind == "gate" else "memory", p["persistent"]["start"]), bank_ND
+        )
+
+    def normed(self, p: dict[str, Any], name: str, x: np.ndarray) -> np.ndarray:
+        return rms_norm(x, p[f"{name}_norm"]["scale"], self.config.decoder.norm_epsilon)
+
+    def block(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any, written: Any) -> Any:
+        """See the base class."""
+        kind = "plain" if bank is None else self.config.join.kind
+        joins = {"plain": self.plain, "context": self.context, "gate": self.gate, "layer": self.layer}
+        if kind not in joins:
+            return super().block(p, x_TD, begin, past, bank, written)
+        h_TD, bank = joins[kind](p, x_TD, begin, past, bank)
+        return h_TD + swiglu(self.normed(p, "mlp", h_TD), p["mlp"]), bank
+
+    def plain(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
+        return x_TD + self.attention(p, self.normed(p, "attention", x_TD), begin, past, self.persistent(p)), None
+
+    def gate(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
+        """Equations 26-28."""
+        n_TD = self.normed(p, "attention", x_TD)
+        y_TD = self.attention(p, n_TD, begin, past, self.persistent(p))
+        return x_TD + self.combined(p, y_TD, self.asked(p, n_TD, bank)), self.written(p, n_TD, bank)
+
+    def layer(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
+        """Equations 29-31, with residual connections."""
+        n_TD, always = self.normed(p, "memory", x_TD), []
+        if "persistent" in p:
+            rows_ND = p["persistent"]["start"]
+            first_ND = super().first_memory(p)
+            rows_ND = rows_ND + self.asked(p, self.normed(p, "memory", rows_ND), first_ND)
+            always = list(self.normed(p, "attention", rows_ND))
+        h_TD = x_TD + self.asked(p, n_TD, bank)
+        y_TD = self.attention(p, self.normed(p, "attention", h_TD), begin, past, always)
+        return h_TD + y_TD, self.written(p, n_TD, bank)
+
+    def context(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
+        """Equations 21-25; row j of what was retrieved is seen by tokens from j on."""
+        n_TD, always, own = self.normed(p, "attention", x_TD), self.persistent(p), None
+        if self.config.join.retrieve == "rows":
+            always = always + list(self.normed(p, "retrieved", self.rows(p, bank)))
+        else:
+            own = self.normed(p, "retrieved", self.asked(p, n_TD, bank))
+        y_TD = self.attention(p, n_TD, begin, past, always, own)
+        return x_TD + self.combined(p, y_TD, self.asked(p, y_TD, bank)), self.written(p, y_TD, bank)
+
+    def persistent(self, p: dict[str, Any]) -> Rows:
+        return list(self.normed(p, "attention", p["persistent"]["start"])) if "persistent" in p else []
+
+    def attention(
+        self, p: dict[str, Any], n_TD: np.ndarray, begin: int, past: Past, always: Rows, own: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Each token sees `always`, which stands at the segment's start, the window, and `own` up to itself."""
+        a, window, out = p["attention"], self.config.decoder.window_tokens, []
+
+        def keys_values(row_D: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
+            return rotated(heads(row_D, a["k_proj"]["w"]), place, self.frequencies), heads(row_D, a["v_proj"]["w"])
+
+        beside = [keys_values(row, begin) for row in always]
+        retrieved = [] if own is None else [keys_values(row, begin + j) for j, row in enumerate(own)]
+        for t, x_D in enumerate(n_TD):
+            for kept, new in zip(past, keys_values(x_D, begin + t), strict=True):
+                kept.append(new)
+            first = begin if window is None else max(0, begin + t - window + 1)
+            seen = beside + retrieved[max(first - begin, 0) : t + 1] + list(zip(*past, strict=True))[first:]
+            q_HK = rotated(heads(x_D, a["q_proj"]["w"]), begin + t, self.frequencies)
+            keys, values = ([pair[i] for pair in seen] for i in (0, 1))
+            out.append(merged(attended(q_HK, keys, values), a["o_proj"]["w"]))
+        return np.array(out)
+
+    def combined(self, p: dict[str, Any], y_TD: np.ndarray, m_TD: np.ndarray) -> np.ndarray:
+        c = p["combine"]
+        y_normed, m_normed = (
+            rms_norm(x, c[f"norm_{name}"]["scale"]) for x, name in ((y_TD, "attention"), (m_TD, "memory"))
+        )
+        if self.config.join.combine.kind == "product":
+            return y_normed * sigmoid(m_normed)
+        logit = y_normed @ c["gate_attention"]["w"] + m_normed @ c["gate_memory"]["w"] + c["gate_bias"]["b"]
+        return sigmoid(logit) * y_TD + (1 - sigmoid(logit)) * m_TD
+
+    def rows(self, p: dict[str, Any], bank_ND: np.ndarray) -> np.ndarray:
+        return rms_norm(bank_ND, p["memory"]["norm"]["scale"]) if self.config.memory.norm_slots else bank_ND
+
+    def asked(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
+        """The bank's own read of each row."""
+        keys, values = ([heads(row, p["memory"][name]["w"]) for row in self.rows(p, bank_ND)] for name in ("k", "v"))
+        top_k = self.config.memory.top_k
+        return np.array([attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in x_TD])
+
+    def written(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
+        write = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper}[type(self.config.memory.write)]
+        return write(p, x_TD, bank_ND, 0, Past([], []))

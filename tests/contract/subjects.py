@@ -67,6 +67,8 @@ def generic_params(model: Any, seed: int = 0) -> Any:
     def draw(path: Any, leaf: Any) -> jax.Array:
         noise = rng.standard_normal(leaf.shape)
         value = {"scale": 1 + 0.1 * noise, "b": 0.5 + 0.3 * noise}.get(path[-1].key, noise * width**-0.5)
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("memory/gate_forget/b/b"):
+            value = value - 4  # Titans forgets this at every token: 60% would leave nothing of one after a segment
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

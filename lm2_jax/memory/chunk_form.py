@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from lm2_jax.memory.inner import InnerLoss, InnerNetwork, NormWeights, Weights
 from lm2_jax.types import Array, Bool, Float
 
+Step = Callable[[Any, Any], tuple[Any, Any]]  # (carry, inputs) -> (carry, outputs), of a scan
 EXACT = jax.lax.Precision.HIGHEST  # gates are products of many factors: accelerators must not round them to bfloat16
 
 
@@ -219,10 +220,20 @@ def surprise(gradients: Gradients) -> Float[Array, "*lead C"]:
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
-def grouped_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
-    """`jax.lax.scan`, whose backward pass keeps the carries of every `group` steps and makes the others again.
+def plain_scan(step: Step, carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
+    """`jax.lax.scan`: the backward pass keeps all that each step made."""
+    return jax.lax.scan(step, carry, inputs)
 
-    With n steps in groups of sqrt(n), memory for the backward pass grows with sqrt(n).
+
+def chunk_scan(step: Step, carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
+    """A scan whose backward pass keeps each step's carry and makes the rest again."""
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), carry, inputs)
+
+
+def grouped_scan(step: Step, carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
+    """A scan whose backward pass keeps the carry of every `group`-th step and makes the others and the rest again.
+
+    With n steps in groups of sqrt(n), memory for the backward pass grows with sqrt(n), for two more forward passes.
 
     Args:
       step: of the scan.
@@ -232,13 +243,13 @@ def grouped_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs
     """
     steps = jax.tree.leaves(inputs)[0].shape[0]
     inputs = jax.tree.map(lambda a: a.reshape(steps // group, group, *a.shape[1:]), inputs)
-    inner = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
+    inner = jax.checkpoint(lambda carry, xs: chunk_scan(step, carry, xs, group), prevent_cse=False)
     carry, outputs = jax.lax.scan(inner, carry, inputs)
     return carry, jax.tree.map(lambda a: a.reshape(steps, *a.shape[2:]), outputs)
 
 
 def group_of(steps: int) -> int:
-    """Steps of a group: about the root of all, a divisor where there is one near it."""
+    """Steps of a group in `grouped_scan`: about the root of all, a divisor where there is one near it."""
     root = max(1, int(steps**0.5))
     near = [d for d in range(root, 2 * root + 1) if steps % d == 0]
     return near[0] if near else root

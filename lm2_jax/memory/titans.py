@@ -79,8 +79,8 @@ class TitansConfig(MemoryConfig):
     """Initial standard deviation of the learned start weights, times the root of a layer's inputs."""
     narrow_state: bool = False
     """Whether weights between segments may have a type narrower than float32, if precision.state is one."""
-    remat: bool = True
-    """Whether the backward pass keeps about the root of all chunks' weights and makes the others again."""
+    remat: Literal["none", "chunks", "groups"] = "groups"
+    """What the backward pass keeps: everything, each chunk's weights, or those of about the root of all chunks."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "chunk_tokens"):

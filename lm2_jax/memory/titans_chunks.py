@@ -2,29 +2,32 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.layers import constrain
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.memory.chunk_form import (
     Fast,
     Rates,
     advance,
+    chunk_scan,
     group_of,
     grouped_scan,
     linearise,
     plain,
+    plain_scan,
     presence,
     recall,
     surprise,
 )
 from lm2_jax.memory.inner import InnerLoss, InnerNetwork
+from lm2_jax.partition import Shards, logical_shard_map, parts
 from lm2_jax.types import Array, Bool, Float
 
-FAST_AXES = ("batch", "heads", "inner", "head")
+Remat = Literal["none", "chunks", "groups"]
+SCANS = {"none": plain_scan, "chunks": chunk_scan, "groups": grouped_scan}
 
 
 class Rules(NamedTuple):
@@ -102,7 +105,7 @@ def chunk(
 
 
 def run(
-    rules: Rules, norm: Any, scale_C: Float[Array, " C"] | None, fast: Fast, tokens: Tokens, remat: bool
+    rules: Rules, norm: Any, scale_C: Float[Array, " C"] | None, fast: Fast, tokens: Tokens, remat: Remat
 ) -> tuple[Fast, Float[Array, "B T H K"] | None, Measured]:
     """T tokens of all rows and heads; a rest that fills no chunk is a chunk with padding.
 
@@ -112,28 +115,48 @@ def run(
       scale_C: see `presence`.
       fast: weights and momentum before the tokens, [B H I O].
       tokens: [B T H ..], `valid` [B T].
-      remat: see `grouped_scan`.
+      remat: what the backward pass keeps, a key of `SCANS`.
     Returns:
       Weights and momentum behind the tokens, answers if there are queries, and what was measured.
+
+    Each device runs its own rows and heads over all tokens, and needs nothing of the others.
     """
+
+    def own(_: Shards, norm: Any, scale_C: Any, fast: Fast, tokens: Tokens) -> tuple[Fast, Any, Measured]:
+        return _run(rules, norm, scale_C, fast, tokens, remat)
+
+    def axes(*first: str | None) -> Any:
+        return lambda a: (*first, *[None] * (a.ndim - len(first)))
+
+    of_tokens = jax.tree.map(axes("batch", None, "heads"), tokens._replace(valid=None))
+    of_tokens = of_tokens._replace(valid=("batch", None))
+    of_fast, scanned = jax.tree.map(axes("batch", "heads"), fast), (None, "batch", "heads", None)
+    of_norm, of_scale = jax.tree.map(axes("heads"), norm), jax.tree.map(axes(), scale_C)
+    of_rates = jax.tree.map(lambda _: scanned, tokens.rates)
+    of_answers = None if tokens.q is None else ("batch", None, "heads", None)
+    out_axes = (of_fast, of_answers, Measured(scanned, scanned, of_rates))  # pyright: ignore[reportArgumentType]
+    split = next((name for name in ("heads", "batch", "time") if parts(name) > 1), "heads")
+    return logical_shard_map(own, (of_norm, of_scale, of_fast, of_tokens), out_axes, reduce=split)(
+        norm, scale_C, fast, tokens
+    )
+
+
+def _run(
+    rules: Rules, norm: Any, scale_C: Float[Array, " C"] | None, fast: Fast, tokens: Tokens, remat: Remat
+) -> tuple[Fast, Float[Array, "B T H K"] | None, Measured]:
+    """`run` on one device's rows and heads."""
     B, T, H, K = tokens.k.shape
     chunks = math.ceil(T / rules.chunk_tokens)
-    group = group_of(chunks) if remat else chunks
+    group = group_of(chunks) if remat == "groups" else 1
     total = math.ceil(chunks / group) * group
 
     def step(fast: Fast, tokens: Tokens) -> tuple[Fast, Any]:
-        fast = jax.tree.map(lambda w: constrain(w, FAST_AXES), fast)
         return over_heads(lambda norm, *args: chunk(rules, scale_C, norm, *args))(norm, fast, tokens)
 
     inputs = jax.tree.map(lambda a: to_chunks(a, total, rules.chunk_tokens), _with_heads(tokens))
-    scan = grouped_scan if remat and total > 1 else _scan
-    fast, (y_JBHCK, *measured) = scan(step, fast, inputs, group)
+    fast, (y_JBHCK, *measured) = SCANS[remat](step, fast, inputs, group)
     y_BTHK = None if y_JBHCK is None else jnp.moveaxis(y_JBHCK, (0, 3), (1, 2)).reshape(B, -1, H, K)[:, :T]
     return fast, y_BTHK, Measured(*measured)
-
-
-def _scan(step: Any, carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:
-    return jax.lax.scan(step, carry, inputs)
 
 
 def _with_heads(tokens: Tokens) -> Tokens:

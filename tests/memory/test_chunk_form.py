@@ -10,7 +10,7 @@ import pytest
 from lm2_jax.memory import chunk_form
 from lm2_jax.memory.chunk_form import Fast, Rates
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SquaredError
-from lm2_jax.memory.titans_chunks import Rules, Tokens, run
+from lm2_jax.memory.titans_chunks import SCANS, Rules, Tokens, run
 from tests.contract.subjects import UNOPTIMIZED
 from tests.memory.token_loop import by_token, deep_map, linear_map
 
@@ -61,7 +61,14 @@ def in_chunks(tree, valid, *, name, chunk, momentum, forget):
     norm = NormWeights(*tree["slow"]) if tree["slow"] else None
     fast = Fast(tuple(tree["fast"]), tuple(tree["speed"]) if momentum else None)
     rules = Rules(network, SquaredError(), chunk, (False, False, False))
-    fast, y, _ = run(rules, norm, None, fast, Tokens(*(tree["text"][n] for n in "qkv"), rates, valid), remat=chunk == 4)
+    fast, y, _ = run(
+        rules,
+        norm,
+        None,
+        fast,
+        Tokens(*(tree["text"][n] for n in "qkv"), rates, valid),
+        remat="groups" if chunk == 4 else "none",
+    )
     return weighted(jnp.where(valid[:, :, None, None], y, 0), fast.weights, fast.momentum or [])
 
 
@@ -116,7 +123,7 @@ def one_head(k, v, q, chunk, log_momentum):
     zeros = (jnp.zeros((1, 1, 2, 2)),)
     fast = Fast(zeros, None if log_momentum is None else zeros)
     rules = Rules(LinearNetwork(), SquaredError(factor=0.5), chunk, (False, False, False))
-    return run(rules, None, None, fast, Tokens(q, k, v, rates, jnp.ones((1, k.shape[1]), bool)), remat=False)
+    return run(rules, None, None, fast, Tokens(q, k, v, rates, jnp.ones((1, k.shape[1]), bool)), remat="none")
 
 
 @pytest.mark.parametrize(("chunk", "momentum", "answer"), [(1, None, 4.0), (2, None, 6.0), (2, 0.5, 7.0)])
@@ -174,11 +181,12 @@ def test_groups_are_about_the_root(steps, group):
     assert chunk_form.group_of(steps) == group
 
 
-def test_a_grouped_scan_is_a_scan():
+def test_every_scan_is_a_scan():
     def step(carry, x):
         return carry * x, carry + x
 
     xs = jnp.linspace(0.5, 1.5, 12)
     assert_same = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-12))
-    plain = jax.value_and_grad(lambda x: jax.lax.scan(step, 1.0, x)[1].sum())(xs)
-    assert_same(jax.value_and_grad(lambda x: chunk_form.grouped_scan(step, 1.0, x, 4)[1].sum())(xs), plain)
+    want = jax.value_and_grad(lambda x: jax.lax.scan(step, 1.0, x)[1].sum())(xs)
+    for scan in SCANS.values():
+        assert_same(jax.value_and_grad(lambda x, scan=scan: scan(step, 1.0, x, 4)[1].sum())(xs), want)

@@ -127,7 +127,7 @@ def assert_equal(got: Any, want: Any) -> None:
 
 def without_remat(case: Case) -> Any:
     """The memory as it is quicker to differentiate; `test_chunk_form` has gradients through groups of chunks."""
-    return dataclasses.replace(case.config, remat=False).build(D, FLOAT64)
+    return dataclasses.replace(case.config, remat="none").build(D, FLOAT64)
 
 
 def used(case: Case) -> TitansState:

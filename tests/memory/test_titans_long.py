@@ -13,7 +13,7 @@ from lm2_jax.memory.titans_chunks import Rules, Tokens, run
 from lm2_jax.precision import Precision
 
 
-def backward_bytes(chunks: int, remat: bool) -> int:
+def backward_bytes(chunks: int, remat: str) -> int:
     """Temporary memory of the gradient of a linear memory whose weights far outweigh its one token per chunk."""
     K = 32
 
@@ -33,10 +33,10 @@ def backward_bytes(chunks: int, remat: bool) -> int:
 
 
 def test_memory_of_the_backward_pass_grows_with_the_root():
-    """16 times as many chunks: four times the memory; without groups all weights of all chunks are kept."""
-    few, many = backward_bytes(16, remat=True), backward_bytes(256, remat=True)
+    """16 times as many chunks: four times the memory; without groups the weights of all chunks are kept."""
+    few, many = backward_bytes(16, remat="groups"), backward_bytes(256, remat="groups")
     assert many < 6 * few
-    assert backward_bytes(256, remat=False) > 3 * many
+    assert backward_bytes(256, remat="chunks") > 3 * many
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@
 
 LM2 (arXiv:2502.06049, section 3): 16 blocks of width 2048 with 2,048 slots each, in the paper's write form and with
 read projections of its own; 1.7 billion parameters. `llama_1p7b` is its twin without memory, widened to as many
-parameters. `lm2_8b` is the same at the width of Llama-3-8B. All compute in bfloat16 and keep parameters, both moments
-and the memory in float32, recompute each block in the backward pass, and make logits for 512 tokens at a time.
+parameters. `lm2_8b` has the width of Llama-3-8B, in 24 blocks. `titans_mac_1p3b` is Titans' largest memory as context
+(arXiv:2501.00663) on rows as long as LM2's. All compute in bfloat16 and keep parameters, both moments and the memory in
+float32, recompute each block in the backward pass, and make logits for 512 tokens at a time.
 
 Data is what `python -m lm2_jax.data.convert` writes; the paper's corpus is SmolLM's without the Python part. The
 paper does not print its optimizer; figures are those of the released configuration.
@@ -16,6 +17,7 @@ paper does not print its optimizer; figures are those of the released configurat
 
 import dataclasses
 
+from configs import titans
 from configs.tiny import replace_model
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
@@ -79,17 +81,33 @@ LM2_8B = dataclasses.replace(
     optim=dataclasses.replace(LM2_1P7B.optim, learning_rate=3e-4),
 )
 
-PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B)}
+# The sixteen segments of 512 tokens are as many tokens a row as the others have.
+TITANS_MAC_1P3B = dataclasses.replace(
+    titans.PRESETS["titans_1p3b_mac"],
+    name="titans_mac_1p3b",
+    data=dataclasses.replace(titans.PRESETS["titans_1p3b_mac"].data, rows=64, segments=(16,)),
+)
 
-_MESHES_1P7B = {
+PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P3B)}
+
+# Rows go over data and fsdp; where there are more chips than rows, slots and tokens go over `slots` (the queries of a
+# device meet all keys, which are few), and in Titans, whose memory walks through the tokens, heads over `model`.
+_LM2 = {
     16: MeshConfig(data=1, fsdp=16),
     64: MeshConfig(data=1, fsdp=64),
     256: MeshConfig(data=1, fsdp=64, slots=4),
-    1024: MeshConfig(data=4, fsdp=64, slots=4),
+    512: MeshConfig(data=1, fsdp=64, slots=8),
     4096: MeshConfig(data=4, fsdp=64, slots=16),
 }
 MESHES: dict[str, dict[int, MeshConfig]] = {
-    "lm2_1p7b": _MESHES_1P7B,
-    "llama_1p7b": _MESHES_1P7B,
-    "lm2_8b": _MESHES_1P7B,
+    "lm2_1p7b": _LM2,
+    "llama_1p7b": _LM2,
+    "lm2_8b": _LM2,
+    "titans_mac_1p3b": {
+        16: MeshConfig(data=1, fsdp=8, model=2),
+        64: MeshConfig(data=1, fsdp=32, model=2),
+        256: MeshConfig(data=1, fsdp=64, model=4),
+        512: MeshConfig(data=1, fsdp=64, model=8),
+        4096: MeshConfig(data=4, fsdp=64, model=8, slots=2),
+    },
 }

@@ -39,13 +39,15 @@ class CompileConfig:
     """TPU slice for --compile-only: v5e:16x16, v5p:8x8x8, v6e:4x4, tpu7x:4x4x4; several slices: 2xv5e:16x16."""
     json: str | None = None
     """File for what --compile-only tells, as JSON; -: the standard output, in place of the table."""
+    hlo: str | None = None
+    """File for the compiled program's text, which tells where each collective comes from."""
 
     def asked(self) -> bool:
         """Whether costs are wanted, not training."""
         if self.compile_only and self.topology is None:
             raise UserError("--compile-only needs --topology: which TPU slice to compile for, such as v5e:16x16")
-        if not self.compile_only and (self.topology or self.json):
-            raise UserError("--topology and --json go with --compile-only")
+        if not self.compile_only and (self.topology or self.json or self.hlo):
+            raise UserError("--topology, --json and --hlo go with --compile-only")
         return self.compile_only
 
 
@@ -99,7 +101,7 @@ def compile_and_tell(config: RunConfig, mesh_for: Callable[[int], MeshConfig], c
     topology = parse_topology(compilation.topology or "")
     mesh = mesh_for(topology.devices)
     mesh.sizes(topology.devices)  # says what does not fit before anything is loaded
-    report = compile_only(config, mesh, topology)
+    report = compile_only(config, mesh, topology, compilation.hlo)
     if compilation.json != "-":
         print(describe(report))
     if compilation.json is not None:
@@ -108,13 +110,14 @@ def compile_and_tell(config: RunConfig, mesh_for: Callable[[int], MeshConfig], c
     return 0 if report.fits else 1
 
 
-def compile_only(config: RunConfig, mesh: MeshConfig, topology: Topology) -> Report:
+def compile_only(config: RunConfig, mesh: MeshConfig, topology: Topology, hlo: str | None = None) -> Report:
     """Compiles the train step that `train.py` would run on this slice, for the longest stage of its data.
 
     Args:
       config: of the run.
       mesh: sizes; must multiply to the number of devices.
       topology: what to compile for.
+      hlo: file for the program's text, if wanted.
     Raises:
       UserError: libtpu is absent, or mesh, model and slice do not go together.
     """
@@ -131,7 +134,10 @@ def compile_only(config: RunConfig, mesh: MeshConfig, topology: Topology) -> Rep
             return _too_large(plan, layout, topology, jaxpr_flops(traced.jaxpr.jaxpr), str(error), started)
     placed: Any = layout.mesh.devices
     slices = [getattr(device, "slice_index", None) or 0 for device in placed.flat]
-    costs = program_costs(parse(compiled.as_text()), slices.__getitem__)
+    text = compiled.as_text()
+    if hlo is not None:
+        epath.Path(hlo).write_text(text)
+    costs = program_costs(parse(text), slices.__getitem__)
     memory: Any = compiled.memory_analysis()
     extra = {
         "temporaries": memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),

@@ -1,0 +1,63 @@
+"""The models at published sizes: parameters, and meshes on which every array has its place."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+
+import lm2_jax
+from configs import mesh_for, published
+from lm2_jax.model import LanguageModel
+from lm2_jax.training.objective import batch_shapes
+from lm2_jax.training.state import make_plan
+from sharding import Layout, MeshConfig
+from sharding.check import assert_sharded
+from sharding.mesh import planned_mesh
+
+
+@functools.cache
+def plan(name, rows=64):
+    run = lm2_jax.preset(name)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, rows=rows))
+    return make_plan(run, LanguageModel(run.model))
+
+
+def parameters(name):
+    return sum(leaf.size for leaf in jax.tree.leaves(plan(name).shapes.params))
+
+
+def test_lm2_has_the_published_size():
+    """1.2 billion of the decoder and half a billion of the memory (section 3)."""
+    assert parameters("lm2_1p7b") == pytest.approx(1.7e9, rel=0.03)
+    memory = 16 * 7 * 2048 * 2048  # q, k, v, three gates, start
+    assert parameters("lm2_1p7b") - memory == pytest.approx(1.2e9, rel=0.04)
+    model = lm2_jax.preset("lm2_1p7b").model
+    assert (model.decoder.width, model.decoder.mlp_width, model.vocab_size) == (2048, 8192, 128_256)
+    assert (model.memory.num_slots, model.memory.write.kind, model.join.read) == (2048, "paper", "own")
+
+
+def test_its_twin_has_as_many_and_the_large_one_is_of_8_billion():
+    assert parameters("llama_1p7b") == pytest.approx(parameters("lm2_1p7b"), rel=0.03)
+    assert 7e9 < parameters("lm2_8b") <= 8e9
+    assert parameters("titans_mac_1p3b") == pytest.approx(1.3e9, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [(name, devices) for name, meshes in published.MESHES.items() for devices in meshes]
+)
+def test_every_array_has_its_place_on_the_noted_mesh(name, devices):
+    mesh = mesh_for(name, devices)
+    assert mesh.sizes(devices)
+    layout = Layout(planned_mesh(mesh))
+    config = plan(name, 256 if devices > 1024 else 64).config
+    run = plan(name, config.data.rows)
+    places = run.shardings(layout)  # an array that does not divide is an error
+    assert_sharded(run.shapes.params, places.params)
+    batch = batch_shapes(config.data.rows, max(config.data.segments), config.model.segment_tokens)
+    layout.shardings(jax.tree.map(lambda leaf: ("batch", *[None] * (leaf.ndim - 1)), batch), batch)
+
+
+def test_a_mesh_that_nobody_noted_is_copies():
+    assert mesh_for("lm2_1p7b", 7) == MeshConfig()
+    assert mesh_for("lm2_tiny", 16) == MeshConfig()

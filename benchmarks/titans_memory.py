@@ -8,8 +8,8 @@ Both have the same width, heads, inner network (an MLP of the same depth, expans
 and chunk, float32, one row; no convolutions, as they have none; steps per token, momentum and forgetting per chunk, as
 theirs are. By default they take all gradients of a call at its first weights (`peer`); with their batch_size at the
 chunk they take them at each chunk's start, as ours does (`anchored`). Not matched: their reads see the chunk before,
-ours the token itself. Runs of all sides alternate, and their medians are compared. Memory is what one pass adds to the
-peak of a process of its own.
+ours the token itself. Runs of all sides alternate, and their medians are compared. Memory is what one pass adds at
+most to a process of its own.
 
 Writes benchmarks/results/titans_memory.json and .md. Times depend on the machine; what counts is their ratio.
 """
@@ -22,10 +22,10 @@ import math
 import os
 import pathlib
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -167,25 +167,50 @@ def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, floa
 
 
 def peak_bytes(command: Command, side: str, name: str, tokens: int, chunk: int) -> int:
-    """Peak of resident memory of a process that runs one pass once; what the process has before it is subtracted."""
+    """What one pass, not its first, adds to the resident memory of a process of its own, at most."""
     fields = ("width", "num_heads", "depth", "threads")
     options = [text for field in fields for text in (f"--{field.replace('_', '-')}", str(getattr(command, field)))]
     only = ["--only", side, name, str(tokens), str(chunk)]
     line = [sys.executable, "-m", "benchmarks.titans_memory", *options, *only]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    # Freed memory goes back to the system at once, so that the pass before hides nothing.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise UserError(f"{' '.join(line)} failed: {done.stderr[-2000:]}", status=1)
     return int(done.stdout.split()[-1])
 
 
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status: VmRSS, resident memory, or VmHWM, its peak."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def resident_peak(call: Call) -> int:
+    """Most resident memory while it runs, less what there was before; sampled, as not every system resets its peak."""
+    before, most, done = status_bytes("VmRSS"), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            most = max(most, status_bytes("VmRSS"))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    call()
+    done.set()
+    thread.join()
+    return most - before
+
+
 def measure_one(command: Command) -> None:
-    """In a process of its own: prints the bytes that one call adds to its peak of memory."""
+    """In a process of its own: prints the bytes that one call adds to its memory."""
     assert command.only is not None
     side, name, tokens, chunk = command.only
-    SIDES[side](command, chunk, chunk)[name]()  # libraries, compilers and their pools
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    SIDES[side](command, tokens, chunk)[name]()
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    call = SIDES[side](command, tokens, chunk)[name]
+    call()
+    print(resident_peak(call))
 
 
 def growth(rows: list[dict[str, Any]], side: str, name: str, key: str) -> float | None:

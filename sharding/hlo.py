@@ -155,7 +155,8 @@ def size_bytes(shape: str, in_hbm: bool = False) -> int:
 def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
     """How often a while loop runs; None where neither the compiler nor the condition says so.
 
-    The condition of a loop that jax makes compares a counter with a constant; the counter steps by one.
+    The condition of a loop that jax makes compares a counter with a constant. Its counter steps by one; that of a
+    product which libtpu has cut into windows, to hide a collective behind it, by two.
     """
     known = re.search(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
     if known:
@@ -177,8 +178,20 @@ def trip_count(program: Program, caller: Computation, loop: Instruction) -> int 
         counter, limit = limit, counter
     if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
         return None
-    start = _start(caller, loop, int(counter.attribute("index") or 0))
-    return None if start is None else max(int(limit.operands[0]) - start, 0)
+    index = int(counter.attribute("index") or 0)
+    start, step = _start(caller, loop, index), _step(program.called(loop, "body"), index)
+    return None if start is None else max(-(-(int(limit.operands[0]) - start) // step), 0)
+
+
+def _step(body: Computation, index: int) -> int:
+    """What the counter grows by; one where that does not stand in the body itself."""
+    if body.root.opcode != "tuple":
+        return 1
+    grown = body.instructions[body.root.operands[index]]
+    if grown.opcode != "add":
+        return 1
+    added = [body.instructions[name] for name in grown.operands]
+    return next((int(i.operands[0]) for i in added if i.opcode == "constant"), 1)
 
 
 def _start(caller: Computation, loop: Instruction, index: int) -> int | None:

@@ -85,6 +85,14 @@ def test_what_the_compiler_knows_of_a_loop_counts_first():
     assert read(known).matmul_flops == 3 * 7 * (2 * 8 * 16 * 16)
 
 
+def test_a_counter_may_step_by_two():
+    """As in products that are cut into windows: 0, 2 and 4 are below 5."""
+    two = NESTED.replace("tuple(%b, /*index=1*/%d)", "tuple(%s, /*index=1*/%d)").replace(
+        "  %d = ", "  %two = s32[] constant(2)\n  %s = s32[] add(%b, %two)\n  %d = "
+    )
+    assert read(two).matmul_flops == 3 * 3 * (2 * 8 * 16 * 16)
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     found = read(NESTED.replace("direction=LT", "direction=NE"))
     assert (found.matmul_flops, found.unknown_loops) == (2 * 8 * 16 * 16, 2)

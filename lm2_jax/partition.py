@@ -136,7 +136,8 @@ def logical_shard_map(
       in_axes: for each argument, a tree with the tuple of logical names in the place of each array.
       out_axes: the same for the result.
       reduce: the logical axis over which `fn` combines, or along which its parts are independent.
-      check: whether jax checks which values differ between devices; kernels do not say so and need False.
+      check: whether jax follows which values differ between devices, for cheaper gradients. Kernels do not say so and
+        need False; so does an `fn` that differentiates, for jax would sum its gradients over the devices.
     Raises:
       ValueError: when called with a dimension that does not divide, or two dimensions of an array on one mesh axis.
     """

@@ -9,6 +9,10 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 PRODUCT := lm2_jax sharding configs $(wildcard *.py)
 
+# Tests of one file stay together, because they share compiled programs; a worker may take 4 GB.
+WORKERS ?= auto
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations=10
+
 FAST := not slow and not tpu_backend and not gpu
 SLOW := slow and not tpu_backend and not gpu
 
@@ -24,13 +28,13 @@ quickstart: $(VENV)/.requirements ## train a small LM2 and its twin without memo
 # Tests and lint both run, whatever the other says, so that one call shows all there is to mend.
 test: $(VENV)/.requirements-dev ## fast tests, ruff and pyright
 	@status=0; \
-	$(RUN) -m pytest -m "$(FAST)" --durations=10 || status=1; \
+	$(PYTEST) -m "$(FAST)" || status=1; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	exit $$status
 
 # pytest leaves with 5 when there is nothing to run.
 test-all: test ## the same, then the slow tests
-	@$(RUN) -m pytest -m "$(SLOW)" --durations=10 || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
+	@$(PYTEST) -m "$(SLOW)" || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
 lint: $(VENV)/.requirements-dev ## ruff and pyright
 	@status=0; \

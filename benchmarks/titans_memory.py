@@ -15,6 +15,7 @@ Writes benchmarks/results/titans_memory.json and .md. Times depend on the machin
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -28,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -36,6 +37,16 @@ from lm2_jax import cli
 from lm2_jax.errors import UserError
 
 Call = Callable[[], Any]
+
+
+class Pass(NamedTuple):
+    """A forward pass, or a forward and a backward one."""
+
+    prepare: Call  # compiles, without running it
+    call: Call
+
+
+Passes = dict[str, Pass]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Command:
     """Side, pass, length and chunk of which alone a process prints its peak of memory; used by the benchmark itself."""
 
 
-def ours(command: Command, tokens: int, chunk: int) -> dict[str, Call]:
+def ours(command: Command, tokens: int, chunk: int) -> Passes:
     """Forward pass, and forward with backward, of our memory; compiled."""
     import jax
     import jax.numpy as jnp
@@ -93,20 +104,20 @@ def ours(command: Command, tokens: int, chunk: int) -> dict[str, Call]:
     def forward(params: Any, x: Any) -> Any:
         return memory.apply(params, x, state, valid)[0]
 
-    run = jax.jit(forward)
-    learn = jax.jit(jax.grad(lambda params, x: jnp.sum(forward(params, x) ** 2), argnums=(0, 1)))
-    return {
-        "forward": lambda: jax.block_until_ready(run(params, x)),
-        "backward": lambda: jax.block_until_ready(learn(params, x)),
-    }
+    def compiled(fn: Callable[..., Any]) -> Pass:
+        program = functools.cache(lambda: jax.jit(fn).lower(params, x).compile())
+        return Pass(program, lambda: jax.block_until_ready(program()(params, x)))
+
+    learn = jax.grad(lambda params, x: jnp.sum(forward(params, x) ** 2), argnums=(0, 1))
+    return {"forward": compiled(forward), "backward": compiled(learn)}
 
 
-def anchored(command: Command, tokens: int, chunk: int) -> dict[str, Call]:
+def anchored(command: Command, tokens: int, chunk: int) -> Passes:
     """The same of titans-pytorch, with gradients at each chunk's start."""
     return peer(command, tokens, chunk, chunk)
 
 
-def peer(command: Command, tokens: int, chunk: int, batch: int | None = None) -> dict[str, Call]:
+def peer(command: Command, tokens: int, chunk: int, batch: int | None = None) -> Passes:
     """The same of titans-pytorch, with all gradients at the first weights."""
     import torch  # pyright: ignore[reportMissingImports]
     from titans_pytorch import MemoryMLP, NeuralMemory  # pyright: ignore[reportMissingImports]
@@ -135,10 +146,11 @@ def peer(command: Command, tokens: int, chunk: int, batch: int | None = None) ->
         leaf = x.detach().requires_grad_()
         memory(leaf)[0].square().sum().backward()
 
-    return {"forward": forward, "backward": backward}
+    nothing = lambda: None  # noqa: E731
+    return {"forward": Pass(nothing, forward), "backward": Pass(nothing, backward)}
 
 
-SIDES: dict[str, Callable[[Command, int, int], dict[str, Call]]] = {"ours": ours, "peer": peer, "anchored": anchored}
+SIDES: dict[str, Callable[[Command, int, int], Passes]] = {"ours": ours, "peer": peer, "anchored": anchored}
 
 
 def sides_of(command: Command) -> list[str]:
@@ -160,21 +172,19 @@ def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, floa
     result: dict[str, dict[str, float]] = {}
     for name in ("forward", "backward"):
         for side in sides:
-            calls[side][name]()
-        taken = [[seconds(calls[side][name]) for side in sides] for _ in range(command.runs)]
+            calls[side][name].call()
+        taken = [[seconds(calls[side][name].call) for side in sides] for _ in range(command.runs)]
         result[name] = dict(zip(sides, map(statistics.median, zip(*taken, strict=True)), strict=True))
     return result
 
 
 def peak_bytes(command: Command, side: str, name: str, tokens: int, chunk: int) -> int:
-    """What one pass, not its first, adds to the resident memory of a process of its own, at most."""
+    """What one pass adds to the resident memory of a process of its own, at most."""
     fields = ("width", "num_heads", "depth", "threads")
     options = [text for field in fields for text in (f"--{field.replace('_', '-')}", str(getattr(command, field)))]
     only = ["--only", side, name, str(tokens), str(chunk)]
     line = [sys.executable, "-m", "benchmarks.titans_memory", *options, *only]
-    # Freed memory goes back to the system at once, so that the pass before hides nothing.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{' '.join(line)} failed: {done.stderr[-2000:]}", status=1)
     return int(done.stdout.split()[-1])
@@ -208,8 +218,9 @@ def measure_one(command: Command) -> None:
     """In a process of its own: prints the bytes that one call adds to its memory."""
     assert command.only is not None
     side, name, tokens, chunk = command.only
-    call = SIDES[side](command, tokens, chunk)[name]
-    call()
+    SIDES[side](command, chunk, chunk)[name].call()  # what libraries set up once
+    prepare, call = SIDES[side](command, tokens, chunk)[name]
+    prepare()
     print(resident_peak(call))
 
 

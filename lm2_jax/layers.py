@@ -50,10 +50,22 @@ class Einsum(nn.Module):
         w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
         dtype = jnp.dtype(self.precision.compute)
         kernel_axes, axes = _without(GATHERED, self.axes), _without(WHOLE, self.axes)
-        w, x = constrain(w.astype(dtype), kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
+        w, x = _gather(w.astype(dtype), self.axes, kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
         if kernel_axes != axes:  # each device takes its part of what is summed; without this, all would sum the whole
             x = pin(x, kernel_axes[: self.in_dims])
         return pin(_flat_einsum(equation, x, w, self.in_dims), axes[self.in_dims :])
+
+
+def _gather(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
+    """The kernel as it is used; its gradient is summed right into the parts that devices keep.
+
+    A constraint alone would hold for the gradient too: an all-reduce, of which each device then takes its part.
+    """
+    if not is_split():
+        return constrain(w, kernel_axes)
+    used = jax.custom_vjp(lambda w: constrain(w, kernel_axes))
+    used.defvjp(lambda w: (constrain(w, kernel_axes), None), lambda _, gradient: (constrain(gradient, axes),))
+    return used(w)
 
 
 def _without(names: frozenset[str], axes: Axes) -> Axes:

@@ -227,7 +227,7 @@ def measure_one(command: Command) -> None:
 def growth(rows: list[dict[str, Any]], side: str, name: str, key: str) -> float | None:
     """Exponent of the growth from the first to the last row: 1 is linear in the length."""
     first, last = rows[0], rows[-1]
-    ends = first[key][name].get(side), last[key][name].get(side)
+    ends = [row[key].get(name, {}).get(side) for row in (first, last)]
     if not all(ends) or first["tokens"] == last["tokens"]:
         return None
     return math.log(ends[1] / ends[0]) / math.log(last["tokens"] / first["tokens"])
@@ -267,10 +267,8 @@ def main() -> None:
     by_length = []
     for tokens in command.lengths:
         row = {"tokens": tokens, "chunk": command.chunk_tokens, "seconds": times(command, tokens, command.chunk_tokens)}
-        row["peak_bytes"] = {
-            name: {side: peak_bytes(command, side, name, tokens, command.chunk_tokens) for side in sides}
-            for name in ("forward", "backward")
-        }
+        peaks = {side: peak_bytes(command, side, "backward", tokens, command.chunk_tokens) for side in sides}
+        row["peak_bytes"] = {"backward": peaks}
         by_length.append(row)
         print(json.dumps(row), flush=True)
     shortest = min(command.lengths)

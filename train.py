@@ -15,6 +15,7 @@ from configs import mesh_for
 from lm2_jax import PRESETS, RunConfig, UserError, cli
 from lm2_jax.registry import near_misses
 from lm2_jax.training.fit import fit
+from lm2_jax.training.hosts import join_hosts
 from lm2_jax.training.profile import ProfileConfig
 from sharding import Layout, MeshConfig, make_mesh
 from sharding.compile_only import CompileConfig, compile_and_tell
@@ -33,6 +34,8 @@ class Command:
     """A trace of some steps."""
     plan: bool = False
     """Prints where each array would lie on --mesh, of which -1 counts as 1, and trains nothing; needs no devices."""
+    distributed: bool = False
+    """Joins the processes that run this command on the other hosts of a slice."""
     workdir: str | None = None
     """Folder or bucket (gs://...) of the run; None: runs/PRESET. A run that is there already goes on."""
     mesh: MeshConfig = MeshConfig()
@@ -56,6 +59,8 @@ def main() -> None:
     if command.plan:
         print(describe_plan(command.run, command.mesh))
         return
+    if command.distributed:
+        join_hosts()
     workdir = command.workdir or f"runs/{command.run.name}"
     layout = Layout(make_mesh(mesh(jax.device_count())), config=command.run)
     outcome = fit(command.run, workdir, layout, command.profiling)

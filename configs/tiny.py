@@ -58,7 +58,7 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
         ),
     ),
 }
-WINDOWS = {"none_window": 12, "titans_mag": 12, "titans_mal": 12}
+WINDOWS = {"none_window": 20, "titans_mag": 20, "titans_mal": 20}
 
 
 def tiny(name: str, memory: MemoryConfig, join: JoinConfig, window_tokens: int | None = None) -> RunConfig:

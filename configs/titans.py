@@ -5,7 +5,8 @@
 The table gives blocks, width, heads, peak learning rate and tokens; appendix E persistent tokens (128), chunk (16),
 window (2,048) and MAC's segment (512). How parameters are shared out is not published, and with one feed-forward width
 for all designs their sizes would differ by more than a third. So the SwiGLU is as wide as the named size leaves room
-for: all presets of a size, the twins included, have equal parameters within 1%.
+for: all presets of a size, the twins included, have equal parameters within 1%. MAC retrieves a row for each token, as
+equations 21 and 22 say; the 256 memory tokens of appendix E have no equation.
 """
 
 import dataclasses

@@ -9,7 +9,12 @@ import lm2_jax
 from configs import titans
 
 
-@pytest.mark.parametrize("name", sorted(titans.PRESETS))
+def sized(size: str) -> list:
+    marks = () if size == "170m" else pytest.mark.slow
+    return [pytest.param(f"titans_{size}_{design}", marks=marks) for design in titans.DESIGNS]
+
+
+@pytest.mark.parametrize("name", [name for size in titans.SIZES for name in sized(size)])
 def test_a_preset_has_the_parameters_of_its_name(name):
     config = lm2_jax.preset(name).model
     model = lm2_jax.build_model(config)

@@ -250,6 +250,7 @@ TINY = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny"))
 
 # Each of these shares its memory, and most of its join, with a faster one.
 _SLOW_TINY = (
+    "hybrid_tiny",
     "lm2_context_tiny",
     "none_window_tiny",
     "titans_lmm_tiny",
@@ -367,6 +368,7 @@ _SLOW = (
     "rmt_untied",
     "persistent_window",
     "context_rows_mix",
+    "gate_mix_middle_layer",
     "layer_learned",
     "mixer_outer_layers",
     "mixed_with_plain",
@@ -375,6 +377,14 @@ assert set(_SLOW) <= set(VARIANTS)
 
 VARIANT_NAMES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in VARIANTS]
 NAMES = [*TINY_NAMES, *VARIANT_NAMES]
+
+# Their pieces take longest to compile.
+_SLOW_IN_PIECES = (*_SLOW_TINY, *_SLOW, "titans_mac_tiny", "context_window")
+
+
+def in_pieces(names: list[str]) -> list[Any]:
+    """Names as parameters of a test of streaming."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in _SLOW_IN_PIECES else ()) for name in names]
 
 
 def config_of(name: str) -> ModelConfig:

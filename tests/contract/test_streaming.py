@@ -11,12 +11,12 @@ from tests.contract.subjects import (
     ROWS,
     TINY,
     TINY_NAMES,
-    VARIANT_NAMES,
     VARIANTS,
     Subject,
     assert_close,
     assert_equal,
     changed,
+    in_pieces,
     precise,
     quick_compilation,
     small,
@@ -56,7 +56,7 @@ def check_splits(case: Subject, splits: list[list[int]]) -> None:
         assert_close(carry.state, state, case.tolerance)
 
 
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", in_pieces(TINY))
 def test_pieces_equal_one_call(name):
     """In float32, at the preset's own segment: pieces longer than half of it, whole ones, over borders, singles."""
     T = subject(name).T
@@ -79,7 +79,7 @@ def test_pieces_are_close_to_one_call_in_bfloat16(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(carry.state)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
-@pytest.fixture(params=[*TINY_NAMES, *VARIANT_NAMES], scope="module")
+@pytest.fixture(params=in_pieces([*TINY, *VARIANTS]), scope="module")
 def exact(request) -> Subject:
     """Models in float64 with segments of 12: pieces of 1, and of 5 to 12, are the two programs in use."""
     return small(request.param) if request.param in TINY else subject(request.param)

@@ -263,16 +263,18 @@ def main() -> None:
         raise UserError("titans-pytorch is not installed: `pip install torch titans-pytorch`, or pass --no-peer")
     if command.only is not None:
         return measure_one(command)
-    sides = sides_of(command)
-    by_length = []
-    for tokens in command.lengths:
-        row = {"tokens": tokens, "chunk": command.chunk_tokens, "seconds": times(command, tokens, command.chunk_tokens)}
-        peaks = {side: peak_bytes(command, side, "backward", tokens, command.chunk_tokens) for side in sides}
-        row["peak_bytes"] = {"backward": peaks}
-        by_length.append(row)
-        print(json.dumps(row), flush=True)
-    shortest = min(command.lengths)
+    shortest, by_length = min(command.lengths), []
     by_chunk = [{"tokens": shortest, "chunk": c, "seconds": times(command, shortest, c)} for c in command.chunks]
+    for tokens in command.lengths:
+        chunk = command.chunk_tokens
+        peaks = {side: peak_bytes(command, side, "backward", tokens, chunk) for side in sides_of(command)}
+        row = {"tokens": tokens, "chunk": chunk, "seconds": times(command, tokens, chunk)}
+        by_length.append(row | {"peak_bytes": {"backward": peaks}})
+        write(command, by_length, by_chunk)  # what is measured is not lost where a long text takes too long
+
+
+def write(command: Command, by_length: list[dict[str, Any]], by_chunk: list[dict[str, Any]]) -> None:
+    """The figures so far, as JSON and as Markdown."""
     figures = {
         "command": f"python -m benchmarks.titans_memory {' '.join(sys.argv[1:])}".strip(),
         "machine": f"{platform.machine()}, {command.threads} of {os.cpu_count()} cores",
@@ -283,13 +285,13 @@ def main() -> None:
             f"{key.replace('_', ' ')} of {name}, {side}": growth(by_length, side, name, key)
             for key in ("seconds", "peak_bytes")
             for name in ("forward", "backward")
-            for side in sides
+            for side in sides_of(command)
         },
     }
     command.out.parent.mkdir(parents=True, exist_ok=True)
     command.out.write_text(json.dumps(figures, indent=1) + "\n")
     command.out.with_suffix(".md").write_text(table(figures))
-    print(table(figures))
+    print(table(figures), flush=True)
 
 
 def version(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from lm2_jax.errors import UserError
 
@@ -76,8 +77,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
             "model may lie in different slices; change mesh.data or mesh.slices."
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    inner = [jax.make_mesh((data // len(slices), *rest), AXES, devices=part, axis_types=kinds) for part in slices]
-    return jax.sharding.Mesh(np.concatenate([mesh.devices for mesh in inner]), AXES, axis_types=kinds)
+    inner = [_arranged((data // len(slices), *rest), part) for part in slices]
+    return jax.sharding.Mesh(np.concatenate(inner), AXES, axis_types=kinds)
+
+
+def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The devices of a slice in the mesh's shape, each mesh axis along whole axes of the slice's torus if possible."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # such as 16 x 16 on a torus of 4 x 8 x 8
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:

@@ -9,7 +9,7 @@ import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
-from sharding import MeshConfig, compile_only
+from sharding import MeshConfig, compile_only, make_mesh
 from sharding.compile_only import CompileConfig, Report, compile_and_tell, describe
 from sharding.topology import parse_topology
 
@@ -134,6 +134,18 @@ def test_a_tiny_preset_compiles(libtpu, preset, topology, mesh):
     assert devices <= set(range(1, topology.devices + 1))
     assert bool(report.collectives) == (topology.devices > 1)
     assert (sum(row["dcn_bytes"] for row in report.collectives) > 0) == (topology.slices > 1)
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [("v5p:4x8x8", MeshConfig(data=16, fsdp=16)), ("v5e:16x16", MeshConfig(data=1, fsdp=64, slots=4))],
+)
+def test_a_mesh_may_split_the_axes_of_a_torus(libtpu, topology, mesh):
+    devices = compile_only.compile_only_devices(parse_topology(topology))
+    placed = make_mesh(mesh, devices).devices
+    assert placed.shape == (mesh.data, mesh.fsdp, mesh.model, mesh.slots)
+    assert len({device.id for device in placed.flat}) == len(devices)
 
 
 @pytest.mark.tpu_backend

@@ -84,7 +84,7 @@ def parse(text: str) -> Program:
                 name = line.removeprefix("ENTRY ").split("(")[0].split()[0].lstrip("%")
                 current = computations[name] = Computation(name, {})
                 entry = name if line.startswith("ENTRY") else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread"):
             finish()
             current, pending = None, ""
         elif _BEGINNING.match(line):

@@ -17,7 +17,7 @@ from lm2_jax.training.step import make_train_step
 from sharding import costs, hlo
 
 # As libtpu prints it, shortened: a loop of 3 with a counter that starts at 1, around a loop of 5 whose condition is a
-# fusion; an attribute of several lines.
+# fusion; an attribute of several lines; something for another kind of core.
 NESTED = """HloModule jit_f, is_scheduled=true, num_partitions=4
 
 %inner_body (a: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
@@ -58,6 +58,10 @@ NESTED = """HloModule jit_f, is_scheduled=true, num_partitions=4
   %l = s32[] get-tuple-element(%k), index=0
   ROOT %m = pred[] compare(%l, %four), direction=LT
 }
+
+%aside (z: f32[]) -> f32[] {
+  ROOT %z = f32[] parameter(0)
+}, execution_thread="sparsecore"
 
 ENTRY %main (n: bf16[8,16]) -> bf16[8,16] {
   %n = bf16[8,16]{1,0} parameter(0)

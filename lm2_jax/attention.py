@@ -176,8 +176,8 @@ class Attention(nn.Module):
         lead = asked.valid.shape[:-1]
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), asked)
         # Each device attends for its own tokens, to the keys of all.
-        whole = (constrain(a, ("batch", None, "kv_heads", "head")) for a in (flat.k, flat.v))
-        flat = flat._replace(**dict(zip("kv", whole, strict=True)))
+        flat = flat._replace(k=_whole(flat.k), v=_whole(flat.v))
+        own = None if own is None else Beside(_whole(own.k), _whole(own.v))
         R, T = flat.valid.shape
         q = constrain(rotate(flat.q, jnp.arange(T), self.frequencies), ("batch", "time", "heads", "head"))
         rows = None if always is None else Beside(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in always))
@@ -370,6 +370,11 @@ class Attention(nn.Module):
         k = rotate(state.k[:, T - W :], -jnp.arange(T - W, T), self.frequencies)
         rows = jnp.ones(k.shape[:2], bool)
         return Window(k, state.v[:, T - W :], rows, jnp.zeros_like(state.window.fresh))
+
+
+def _whole(keys: Float[Array, "R S G K"]) -> Float[Array, "R S G K"]:
+    """Keys or values of all tokens on each device."""
+    return constrain(keys, ("batch", None, "kv_heads", "head"))
 
 
 def _causal(q: Array, k: Array, v: Array, valid_RT: Bool[Array, "R T"], rows: Beside | None) -> Array:

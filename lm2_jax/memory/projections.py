@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.layers import Einsum, Vector, named
+from lm2_jax.layers import Einsum, Vector, constrain, named
 from lm2_jax.memory.inner import NormWeights
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float, Int
@@ -97,6 +97,8 @@ class Stream(nn.Module):
         """
         y_BTHK = self.w("btd,dhk->bthk", x_BTD)
         if tail_BWHK is not None:
+            # Taps reach over the border between two devices' tokens, and the chunks behind need all of them anyway.
+            y_BTHK = constrain(y_BTHK, ("batch", None, "heads", "head"))
             y_BTHK = self.conv(y_BTHK, tail_BWHK, valid_BT)
         y_BTHK = nn.silu(y_BTHK) if self.silu else y_BTHK
         return (unit(y_BTHK) if self.is_unit else y_BTHK).astype(dtype)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.dot_product import Keys, attend, attend_behind
 from lm2_jax.layers import Einsum, constrain, rope_frequencies, rotate
+from lm2_jax.partition import parts
 from lm2_jax.precision import Precision
 from lm2_jax.splash import LANES, PADDING, fits, platform, splash_attend
 from lm2_jax.state import reset_rows, select_rows, stop_where
@@ -183,7 +184,7 @@ class Attention(nn.Module):
         rows = None if always is None else Beside(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in always))
         if own is None and self._fused(flat, rows):
             y = self._splash(q, flat, rows)
-        elif flat.past is None and flat.document is None and own is None:
+        elif flat.past is None and flat.document is None and own is None and (rows is None or parts("time") == 1):
             y = _causal(q, flat.k, flat.v, flat.valid, rows)
         else:
             k, v, mask_RTS = self._past_and_segment(flat)
@@ -381,7 +382,7 @@ def _causal(q: Array, k: Array, v: Array, valid_RT: Bool[Array, "R T"], rows: Be
     """Attention of segments to themselves and to rows before them, without a T x T mask.
 
     As many queries as there are rows stand before the others, so that causality is all that the mask has to say;
-    what they see is thrown away.
+    what they see is thrown away. Not where tokens are split: with more queries, devices would have uneven parts.
     """
     if rows is None:
         return attend(q, k, v, valid_RT[:, None, None, :], causal=True)

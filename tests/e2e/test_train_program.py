@@ -43,6 +43,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str, status: 
         (["lm2_tiny", "--data.rows", "0"], ["data.rows must be at least 1, got 0"]),
         (["lm2_tiny", "--model.decoder.num-heads", "5"], ["decoder.width=32 is not a multiple of decoder.num_heads=5"]),
         (["lm2_tiny", "--mesh.data", "3"], ["3", "1 devices", "mesh.data=3"]),
+        (["lm2_tiny", "--plan", "--mesh.slots", "4"], ["model.memory.num_slots=6 is not divisible by mesh.slots=4"]),
     ],
 )
 def test_a_mistake_is_one_message(tmp_path, arguments, words):

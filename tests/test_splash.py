@@ -1,10 +1,14 @@
 """The TPU kernel, run as plain operations, against plain attention."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+import lm2_jax
 from lm2_jax import splash
 from lm2_jax.dot_product import attend
 from sharding import Layout, MeshConfig, make_mesh
@@ -75,6 +79,29 @@ def test_on_a_mesh_it_equals_one_device():
         y, gradients = jax.jit(run)(*arrays)
     assert y.sharding.shard_shape(y.shape) == (R // 2, T // 2, H // 2, K)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (y, gradients), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "packed"), [(None, False), (40, True)])
+def test_a_model_attends_alike_in_both_forms(window, packed):
+    """Padding, packed documents and a window that reaches into the segment before."""
+    run = lm2_jax.preset("none_tiny").model
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, run.vocab_size, (2, 3 * T)), jnp.int32)
+    valid = jnp.ones(tokens.shape, bool).at[0, 2 * T + 100 :].set(False)
+    document = jnp.zeros(tokens.shape, jnp.int32).at[1, T + 100 : 2 * T].set(1) if packed else None
+
+    def hidden(kernel):
+        decoder = dataclasses.replace(run.decoder, window_tokens=window, attention_kernel=kernel, num_layers=1)
+        model = lm2_jax.build_model(dataclasses.replace(run, decoder=decoder, segment_tokens=T))
+        state = model.init_state(2)
+        params = nn.unbox(model.init(jax.random.key(0), tokens[:, :T], state))
+        forward = jax.jit(lambda *a: model.apply(*a, document=document, method="forward"))
+        return forward(params, tokens, state, None, valid).hidden
+
+    seen = valid[:, :, None]
+    np.testing.assert_allclose(
+        jnp.where(seen, hidden("splash"), 0), jnp.where(seen, hidden("plain"), 0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_short_segments_stay_with_plain_attention():

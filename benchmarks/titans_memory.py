@@ -277,7 +277,7 @@ def write(command: Command, by_length: list[dict[str, Any]], by_chunk: list[dict
     """The figures so far, as JSON and as Markdown."""
     figures = {
         "command": f"python -m benchmarks.titans_memory {' '.join(sys.argv[1:])}".strip(),
-        "machine": f"{platform.machine()}, {command.threads} of {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {command.threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "titans-pytorch")),
         "by_length": by_length,
         "by_chunk": by_chunk,

@@ -54,7 +54,8 @@ def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """`rules` as they are, if every name stands once and every mesh axis exists.
 
     Raises:
-      UserError: a name that stands twice, or a mesh axis that is unknown or named twice in a row.
+      UserError: a name that stands twice, a mesh axis that is unknown or named twice in a row, or tokens and slots
+        on different ones.
     """
     rules = tuple(rules)
     names = [name for name, _ in rules]
@@ -70,6 +71,12 @@ def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
                 )
         if len(set(axes)) != len(axes):
             raise UserError(f"Sharding rules: {name!r} names a mesh axis twice: {axes}.")
+    table = dict(rules)
+    if {"time", "slots"} <= table.keys() and mesh_axes(table["time"]) != mesh_axes(table["slots"]):
+        raise UserError(
+            f"Sharding rules: 'time' lies on {table['time']!r} and 'slots' on {table['slots']!r}; a bank is read and "
+            "written by devices that each hold a part of both, so they need the same mesh axes."
+        )
     return rules
 
 

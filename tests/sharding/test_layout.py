@@ -81,11 +81,12 @@ def test_the_message_names_the_field_of_the_run():
 
 
 def test_a_mesh_axis_that_nothing_lies_on_is_refused():
-    rules = tuple((name, None if name == "slots" else axes) for name, axes in RULES)
-    layout = Layout(make_mesh(MeshConfig(slots=2)), rules)
-    layout.check_used({"state": Bank(("batch", "slots", None), ("time",))})
-    with pytest.raises(UserError, match=r"mesh.slots=2, but no array .*Set mesh.slots to 1.*\['data', 'fsdp'\]"):
-        layout.check_used({"state": Bank(("batch", "slots", None), ("batch",)), "step": ()})
+    layout = layout_of(MeshConfig(slots=2))
+    layout.check_used({"state": Bank(("batch", "slots", None), ("batch",))})
+    with pytest.raises(
+        UserError, match=r"mesh.slots=2, but no array .*Set mesh.slots to 1.*\['data', 'fsdp', 'model'\]"
+    ):
+        layout.check_used({"state": Bank(("batch", "heads", None), ("batch",)), "step": ()})
 
 
 def test_any_size_lies_on_mesh_axes_of_size_one():

@@ -28,6 +28,7 @@ def test_tokens_are_split_where_slots_are_so_that_no_work_is_done_twice():
         ([("embed", "fsdp"), ("embed", None)], ["'embed'", "2 times"]),
         ([("embed", "fdsp")], ["'embed'", "'fdsp'", "Did you mean 'fsdp'"]),
         ([("batch", ("data", "data"))], ["'batch'", "twice"]),
+        ([("time", None), ("slots", "slots")], ["'time'", "'slots'", "same mesh axes"]),
     ],
 )
 def test_a_wrong_table_is_refused(rules, words):

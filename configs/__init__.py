@@ -15,5 +15,5 @@ PRESETS: dict[str, RunConfig] = {
 
 
 def mesh_for(name: str, devices: int) -> MeshConfig:
-    """The mesh that a preset is known to fit on with so many devices; where none is noted, copies of the model."""
+    """The mesh that is noted for a preset on so many devices; where there is none, copies of the model."""
     return published.MESHES.get(name, {}).get(devices, MeshConfig())

@@ -11,8 +11,8 @@ float32, recompute each block in the backward pass, and make logits for 512 toke
 Data is what `python -m lm2_jax.data.convert` writes; the paper's corpus is SmolLM's without the Python part. The
 paper does not print its optimizer; figures are those of the released configuration.
 
-`MESHES` has a mesh per number of devices at which a step of 64 rows x 4 segments fits (256 rows on 4,096 chips:
-`--data.rows 256`); train.py takes it where no --mesh option is given.
+`MESHES` has a mesh per number of devices for a step of 64 rows (256 rows on 4,096 chips: `--data.rows 256`); train.py
+takes it where no --mesh option is given. That all arrays divide is tested; docs/tpu.md says which have been compiled.
 """
 
 import dataclasses

@@ -118,6 +118,9 @@ class DataConfig:
     fill_rows: bool = False
     """Whether rows always have the longest stage's segments, filled with several documents of the stage's length: as
     many tokens at every step, and one program."""
+    alone_steps: int = 0
+    """First steps in which every segment begins with a fresh memory: the decoder learns what it can do alone. A memory
+    that is there from the start offers a first guess at everything, and what a segment itself tells is learned late."""
     carry_state: bool = False
     """Whether a row goes on at the next step where it stopped, its memory carried along."""
     seed: int = 0
@@ -136,6 +139,7 @@ class DataConfig:
             f"data.stage_steps must hold {len(self.segments) - 1} increasing steps for data.segments={self.segments}, "
             f"got {self.stage_steps}",
         )
+        _require(self.alone_steps >= 0, f"data.alone_steps must not be negative, got {self.alone_steps}")
         _require(
             not self.fill_rows or (not self.vary_segments and all(max(self.segments) % s == 0 for s in self.segments)),
             "data.fill_rows needs stages that divide the longest, and no vary_segments; "

@@ -1,10 +1,11 @@
 """BABILong for training: bAbI facts among background text, with the question at the end or questions all along."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
-from lm2_jax.data.babi import TASKS, WORLD_TASKS, Sample, read_samples, read_stories
+from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, read_samples, read_stories
 from lm2_jax.data.background import open_background
 from lm2_jax.data.base import Example, Source, SourceConfig, Tokenizer
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
@@ -43,6 +44,11 @@ class BabilongSource(SourceConfig):
     """Interleaved: share of background in the tokens of statements and background."""
     question_rate: float = 0.5
     """Interleaved: questions per sentence."""
+    asked: tuple[int, ...] = ()
+    """Interleaved: of how many persons questions are about, in each stage; empty: of all, always. To keep apart what
+    several persons do, a memory has to learn where to write and where to read at once; with one person it need not."""
+    asked_steps: tuple[int, ...] = ()
+    """Interleaved: step at which each stage of `asked` after the first begins."""
     closing: bool = True
     """Interleaved: whether the row ends with a question, its answer and the end token in the text."""
     max_facts: int | None = None
@@ -73,6 +79,12 @@ class BabilongSource(SourceConfig):
             raise ValueError(f"{name}.noise_fraction must be at least 0 and below 1, got {self.noise_fraction}")
         if not 0.0 < self.question_rate <= 1.0:
             raise ValueError(f"{name}.question_rate must be above 0 and at most 1, got {self.question_rate}")
+        starts = list(self.asked_steps)
+        if starts != sorted(set(starts)) or len(starts) != max(len(self.asked) - 1, 0) or 0 in self.asked:
+            raise ValueError(
+                f"{name}.asked needs one positive number per stage, and asked_steps one increasing step per stage "
+                f"after the first; got {self.asked} and {self.asked_steps}"
+            )
         if not 0.0 <= self.plain_fraction <= 1.0:
             raise ValueError(f"{name}.plain_fraction must lie between 0 and 1, got {self.plain_fraction}")
         if self.min_sentence_tokens < 1:
@@ -101,16 +113,21 @@ class BabilongSource(SourceConfig):
         def sentences(draws: Draws, held_out: bool) -> Iterator[tuple[str, list[int]]]:
             return noise(background, encode, draws, held_out, bounds)
 
-        rows = {"interleaved": self._interleaved, "question_last": self._question_last}[self.layout](encode, sentences)
-        return _RowSource(rows.example, segment_tokens, seed)
+        stages = {"interleaved": self._interleaved, "question_last": self._question_last}[self.layout]
+        return _RowSource([rows.example for rows in stages(encode, sentences)], self.asked_steps, segment_tokens, seed)
 
-    def _interleaved(self, encode: Encoder, sentences: Noise) -> InterleavedRows:
+    def _interleaved(self, encode: Encoder, sentences: Noise) -> list[InterleavedRows]:
+        persons = sorted({person for task in self.tasks for person in PERSONS_OF[task]})
         recipe = Recipe(self.tasks, self.weights, self.noise_fraction, self.question_rate, self.closing)
-        return InterleavedRows(recipe, encode, self._steps(), sentences)
+        steps = self._steps()
+        stages = [
+            dataclasses.replace(recipe, silent=frozenset(persons[count:])) for count in self.asked or (len(persons),)
+        ]
+        return [InterleavedRows(stage, encode, steps, sentences) for stage in stages]
 
-    def _question_last(self, encode: Encoder, sentences: Noise) -> QuestionLastRows:
+    def _question_last(self, encode: Encoder, sentences: Noise) -> list[QuestionLastRows]:
         supply = Supply(self.tasks, self.weights, self._samples(), self.max_facts)
-        return QuestionLastRows(supply, encode, sentences, self.margin, self.plain_fraction)
+        return [QuestionLastRows(supply, encode, sentences, self.margin, self.plain_fraction)]
 
     def _steps(self) -> Steps:
         if self.babi_dir is None:
@@ -151,12 +168,19 @@ class BabilongSource(SourceConfig):
 
 
 class _RowSource:
-    """Rows by index."""
+    """Rows by index; each stage has its own way of writing them, and held-out rows have that of the last."""
 
-    def __init__(self, write: Callable[[Draws, int, int, bool], Example], segment_tokens: int, seed: int):
-        self._write, self._segment_tokens, self._seed = write, segment_tokens, seed
+    def __init__(
+        self,
+        stages: Sequence[Callable[[Draws, int, int, bool], Example]],
+        starts: Sequence[int],
+        segment_tokens: int,
+        seed: int,
+    ):
+        self._stages, self._starts, self._segment_tokens, self._seed = stages, starts, segment_tokens, seed
 
     def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
         """See `Source`."""
         draws = Draws(self._seed, _HELD_OUT if held_out else _TRAIN, step * rows + row)
-        return self._write(draws, segments, self._segment_tokens, held_out)
+        write = self._stages[-1 if held_out else bisect_right(self._starts, step)]
+        return write(draws, segments, self._segment_tokens, held_out)

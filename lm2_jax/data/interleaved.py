@@ -33,6 +33,11 @@ class Recipe:
     noise_fraction: float  # share of the tokens of statements and background that is background
     question_rate: float  # questions per sentence
     closing: bool  # whether the row ends with a question, its answer and the end token in the text
+    silent: frozenset[str] = frozenset()  # persons that no question is about
+
+    def asks(self, query: Query) -> bool:
+        """Whether a question may be asked."""
+        return self.silent.isdisjoint(query.words)
 
 
 class _Row:
@@ -75,8 +80,9 @@ class _Row:
             classes: dict[int, list[Query]] = {}
             for kind in QUESTION_KINDS[task]:
                 for words, known in self.replay.known[kind].items():
-                    distance = here - known.latest // self.segment_tokens
-                    classes.setdefault(distance.bit_length(), []).append(Query(kind, words))
+                    query, distance = Query(kind, words), here - known.latest // self.segment_tokens
+                    if recipe.asks(query):
+                        classes.setdefault(distance.bit_length(), []).append(query)
             if classes:
                 there = sorted(classes)
                 return draws.choice(classes[draws.weighted(there, [1 + number for number in there])])
@@ -109,7 +115,7 @@ def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]
             step = next(steps)
             ids = encode(step.text)
             if step.query is not None:
-                if row.replay.ask(step.query) is None:
+                if row.replay.ask(step.query) is None or not recipe.asks(step.query):
                     continue
                 ids = encode.question(write_question(step.query))
             if len(row.tokens) + len(ids) > size:

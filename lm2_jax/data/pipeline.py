@@ -84,7 +84,9 @@ def batches(
 
     def read(index: int) -> Example:
         step, row = divmod(index, rows)
-        return read_row(config, source, step, process_index * rows + row, held_out)
+        example = read_row(config, source, step, process_index * rows + row, held_out)
+        alone = step < config.alone_steps and not held_out
+        return example._replace(reset=np.ones_like(example.reset)) if alone else example
 
     dataset = grain.MapDataset.range(start_step * rows, _LAST_STEP * rows).map(read).batch(rows, batch_fn=stack)
     # Examples are made under Python's lock for the most part, so a thread for each core is enough.

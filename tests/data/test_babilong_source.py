@@ -64,6 +64,21 @@ LAYOUTS = [
 ]
 
 
+def test_questions_are_about_more_and_more_persons():
+    tokenizer = WordTokenizer()
+    source = build(tokenizer, asked=(1, 3), asked_steps=(2,), question_rate=1.0)
+
+    def persons(step, held_out=False):
+        rows = [source.example(step, row, 8, 4, held_out) for row in range(8)]
+        asked = {question for row in rows for _, question, _, _ in read_row(tokenizer, row)}
+        return {question.removeprefix("Where is ").rstrip("?") for question in asked}
+
+    assert [persons(step) for step in (0, 1)] == [{"Daniel"}] * 2
+    assert persons(2) == persons(0, held_out=True) == {"Daniel", "John", "Mary"}
+    told = "".join(tokenizer.decode(source.example(0, row, 8, 4).tokens) for row in range(8))
+    assert all(name in told for name in ("John", "Mary", "Sandra"))
+
+
 @pytest.mark.parametrize("fields", LAYOUTS)
 def test_an_example_is_a_function_of_its_index(fields):
     tokenizer = WordTokenizer()
@@ -352,6 +367,10 @@ def test_the_corpus_teaches_every_word_that_is_needed(monkeypatch):
         ({"tasks": ("qa7",), "babi_dir": "x"}, "'qa7' needs layout"),
         ({"task_weights": (1.0, 2.0)}, "one positive number per task"),
         ({"task_weights": (0.0,)}, "one positive number per task"),
+        ({"asked": (1, 2)}, "one increasing step per stage"),
+        ({"asked": (0,)}, "one positive number per stage"),
+        ({"asked": (1, 2, 3), "asked_steps": (5, 5)}, "one increasing step per stage"),
+        ({"asked_steps": (5,)}, "one increasing step per stage"),
         ({"noise_fraction": 1.0}, "noise_fraction"),
         ({"question_rate": 0.0}, "question_rate"),
         ({"plain_fraction": 1.5}, "plain_fraction"),

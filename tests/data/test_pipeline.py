@@ -31,7 +31,7 @@ class Ruler:
         size = segments * T
         tokens = np.resize(np.array([step, row, rows, int(held_out), self.name, 0, 0, 0], np.int32), size)
         flags = np.zeros(size, bool)
-        return Example(tokens, tokens, flags, flags, flags, np.ones(segments, bool), tokens, tokens)
+        return Example(tokens, tokens, flags, flags, flags, np.arange(segments) == 0, tokens, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,14 @@ def test_curriculum():
     assert [segments_at(config, step) for step in range(8)] == [1, 1, 1, 2, 2, 4, 4, 4]
     shapes = [batch.tokens.shape[1] for batch in take(8, dataclasses.replace(config, rows=2))]
     assert shapes == [4, 4, 4, 8, 8, 16, 16, 16]
+
+
+def test_at_first_every_segment_begins_with_a_fresh_memory():
+    config = DataConfig(source=RulerSource(), rows=2, segments=(3,), alone_steps=2)
+    assert [batch.reset.all() for batch in take(4, config)] == [True, True, False, False]
+    assert [batch.reset[0].tolist() for batch in take(1, config, held_out=True)] == [[True, False, False]]
+    plain = take(1, dataclasses.replace(config, alone_steps=0))[0]
+    np.testing.assert_array_equal(take(1, config)[0].tokens, plain.tokens)
 
 
 def test_short_documents_fill_rows_and_none_is_read_twice():

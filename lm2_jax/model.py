@@ -11,6 +11,7 @@ from lm2_jax.attention import Segments
 from lm2_jax.blocks.base import Block, Carrier, Carry, Context, OpenLayer, Place, by_segment
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
+from lm2_jax.partition import parts
 from lm2_jax.state import reset_rows, select_rows, stack_axes, stack_layers, stop_where
 from lm2_jax.types import Array, Bool, Float, Int, State
 
@@ -261,6 +262,11 @@ class LanguageModel(nn.Module):
             extra, thread = carrier.extra_tokens, carrier.thread(shared)
             rows_BND = carrier.tokens(shared)
             if rows_BND is not None:
+                if parts("time") > 1:  # uneven parts, on which XLA's partitioner aborts
+                    raise ValueError(
+                        f"join {self.config.join.kind!r} puts memory tokens beside a segment, which cannot be split "
+                        "then; set mesh.slots to 1"
+                    )
                 x_BTD = jnp.concatenate([rows_BND, x_BTD, rows_BND], axis=1)
                 beside = jnp.ones((x_BTD.shape[0], 1, extra), bool)
                 segments = segments._replace(valid=jnp.concatenate([beside, segments.valid, beside], axis=2))

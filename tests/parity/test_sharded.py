@@ -79,9 +79,17 @@ def test_a_sharded_run_equals_the_run_on_one_device(name, mesh, float64):
 @pytest.mark.parametrize("mesh", ["data2_fsdp2_model2", "fsdp2_model2_slots2"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_preset_too(name, mesh):
+    if name == "rmt_tiny" and MESHES[mesh].slots > 1:
+        mesh = "fsdp8"  # refused with split segments, see the next test
     here = case(name, MESHES[mesh], False)
     assert_sharded_as_planned(here)
     assert_equal_runs(here.outcome, case(name, None, False).outcome, 1e-5, 2e-4)
+
+
+def test_memory_tokens_beside_a_split_segment_are_refused():
+    here = case("rmt_tiny", MESHES["fsdp2_model2_slots2"], False)
+    with pytest.raises(ValueError, match="set mesh.slots to 1"):
+        _ = here.lowered
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_every_other_preset_too(name, mesh):
 
 def test_memory_tokens_beside_a_split_segment_are_refused():
     here = case("rmt_tiny", MESHES["fsdp2_model2_slots2"], False)
-    with pytest.raises(ValueError, match="set mesh.slots to 1"):
+    with pytest.raises(ValueError, match=r"set mesh\.slots to 1"):
         _ = here.lowered
 
 

@@ -13,11 +13,11 @@ PRODUCT := lm2_jax sharding configs $(wildcard *.py)
 WORKERS ?= auto
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations=10
 
-FAST := not slow and not tpu_backend and not gpu
-SLOW := slow and not tpu_backend and not gpu
+FAST := not slow and not long and not tpu_backend and not gpu
+SLOW := slow and not long and not tpu_backend and not gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-lowest lint format clean
+.PHONY: help quickstart test test-all test-long test-lowest lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test: $(VENV)/.requirements-dev ## fast tests, ruff and pyright
 # pytest leaves with 5 when there is nothing to run.
 test-all: test ## the same, then the slow tests
 	@$(PYTEST) -m "$(SLOW)" || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
+
+test-long: $(VENV)/.requirements-dev ## every join in every contract test, every preset on every mesh: for hours
+	$(PYTEST) -m "long"
 
 lint: $(VENV)/.requirements-dev ## ruff and pyright
 	@status=0; \

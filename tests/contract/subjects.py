@@ -249,7 +249,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
 TINY = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny"))
 
 # Each of these shares its memory, and most of its join, with a faster one.
-_SLOW_TINY = (
+_LONG_TINY = (
     "hybrid_tiny",
     "lm2_context_tiny",
     "none_window_tiny",
@@ -258,9 +258,6 @@ _SLOW_TINY = (
     "titans_mal_tiny",
     "titans_residual_tiny",
 )
-assert set(_SLOW_TINY) <= set(TINY)
-
-TINY_NAMES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW_TINY else ()) for name in TINY]
 
 _DECODER = DecoderConfig(width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
 _BASE = ModelConfig(
@@ -360,12 +357,8 @@ VARIANTS: dict[str, ModelConfig] = {
 }
 
 # Each of these shares all but one option with a faster one.
-_SLOW = (
-    "window_of_a_segment",
-    "no_gates",
-    "block_write_own_no_gates",
-    "silent_learned",
-    "rmt_untied",
+_SLOW = ("window_of_a_segment", "no_gates", "block_write_own_no_gates", "silent_learned", "rmt_untied")
+_LONG_VARIANTS = (
     "persistent_window",
     "context_rows_mix",
     "gate_mix_middle_layer",
@@ -373,13 +366,16 @@ _SLOW = (
     "mixer_outer_layers",
     "mixed_with_plain",
 )
-assert set(_SLOW) <= set(VARIANTS)
+LONG = frozenset({*_LONG_TINY, *_LONG_VARIANTS})
+assert {*_SLOW, *LONG} <= {*VARIANTS, *TINY}
 
-VARIANT_NAMES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in VARIANTS]
-NAMES = [*TINY_NAMES, *VARIANT_NAMES]
+NAMES = [
+    pytest.param(name, marks=pytest.mark.long if name in LONG else pytest.mark.slow if name in _SLOW else ())
+    for name in [*TINY, *VARIANTS]
+]
 
 # Their pieces take longest to compile.
-_SLOW_IN_PIECES = (*_SLOW_TINY, *_SLOW, "titans_mac_tiny", "context_window")
+_SLOW_IN_PIECES = (*_SLOW, "titans_mac_tiny", "context_window")
 
 
 def in_pieces(names: list[str]) -> list[Any]:

@@ -13,7 +13,6 @@ from tests.contract.subjects import (
     ROWS,
     SEGMENTS,
     TINY,
-    TINY_NAMES,
     Subject,
     assert_close,
     assert_equal,
@@ -111,7 +110,7 @@ def test_gradient_reaches_its_block_of_segments_and_no_further(name, bptt_segmen
     assert_close(changed(name, bptt_segments).run().logits, subject(name).run().logits, subject(name).tolerance)
 
 
-@pytest.mark.parametrize("name", [*TINY_NAMES, "window_scaled_rope_untied", "threaded_outer_layers_window"])
+@pytest.mark.parametrize("name", [*TINY, "window_scaled_rope_untied", "threaded_outer_layers_window"])
 def test_gradient_reaches_all_segments_by_default(name):
     case = subject(name)
     s, r = np.indices((SEGMENTS, SEGMENTS))
@@ -127,7 +126,7 @@ def test_without_jit_the_same(name):
     assert_close((plain, after), (logits, state), 1e-9)
 
 
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_a_hundred_segments_stay_finite(name):
     """The state keeps its types; a gated slot grows by 1 a segment at most, and what is normalised does not grow."""
     case = subject(name)
@@ -156,7 +155,7 @@ def test_bfloat16_is_close(name):
     assert error < 0.05, error
 
 
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_a_state_is_restored_onto_other_devices(name, tmp_path):
     """Saved with rows split over four devices, restored over two; the tree keeps its types, bfloat16 too."""
     if not subject(name).remembers:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sharding import RULES
-from tests.contract.subjects import NAMES, ROWS, SEGMENTS, TINY_NAMES, Subject, assert_close, assert_equal, subject
+from tests.contract.subjects import NAMES, ROWS, SEGMENTS, TINY, Subject, assert_close, assert_equal, subject
 
 
 @pytest.fixture(params=NAMES, scope="module")
@@ -51,7 +51,7 @@ def test_a_token_changes_nothing_before_it(case):
             assert changed.any(), "the next segments remember nothing"
 
 
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_a_token_changes_nothing_before_it_in_an_optimized_program(name):
     case = subject(name)
     before, _ = case.apply(case.tokens)
@@ -87,7 +87,7 @@ def test_the_same_call_twice_gives_the_same(case):
     assert_equal(case.run(), case.run())
 
 
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_segments_in_one_call_equal_one_call_each(name):
     """Resets too: [B] before the one segment of a call, [B K] before each of several."""
     case = subject(name)

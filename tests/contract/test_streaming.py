@@ -10,7 +10,6 @@ from lm2_jax.streaming import _advance
 from tests.contract.subjects import (
     ROWS,
     TINY,
-    TINY_NAMES,
     VARIANTS,
     Subject,
     assert_close,
@@ -64,7 +63,7 @@ def test_pieces_equal_one_call(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", TINY)
 def test_short_pieces_equal_one_call(name):
     case = subject(name)
     check_splits(case, [[5] * (case.S // 5), [2, 3, 9, 16], [1] * (case.S - 1)])

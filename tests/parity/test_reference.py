@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.contract.subjects import TINY, TINY_NAMES, VARIANT_NAMES, config_of, small, subject
+from tests.contract.subjects import NAMES, TINY, config_of, small, subject
 from tests.parity.joins_reference import JoinsReference, knows
 from tests.parity.reference import llama_frequencies
 
-KNOWN = [name for name in [*TINY_NAMES, *VARIANT_NAMES] if knows(config_of(name.values[0]))]
+KNOWN = [name for name in NAMES if knows(config_of(name.values[0]))]
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -64,9 +64,14 @@ def assert_equal_runs(here: Outcome, there: Outcome, value: float, gradient: flo
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=what)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("float64", [False, True], ids=["float32", "float64"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("float64", [False, pytest.param(True, marks=pytest.mark.long)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=pytest.mark.slow if mesh == "fsdp2_model2_slots2" else pytest.mark.long)
+        for mesh in MESHES
+    ],
+)
 @pytest.mark.parametrize("name", CORE)
 def test_a_sharded_run_equals_the_run_on_one_device(name, mesh, float64):
     here, alone = case(name, MESHES[mesh], float64), case(name, None, float64)
@@ -75,7 +80,7 @@ def test_a_sharded_run_equals_the_run_on_one_device(name, mesh, float64):
     assert_equal_runs(here.outcome, alone.outcome, value, gradient)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", ["data2_fsdp2_model2", "fsdp2_model2_slots2"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_preset_too(name, mesh):
@@ -92,7 +97,7 @@ def test_memory_tokens_beside_a_split_segment_are_refused():
         _ = here.lowered
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_shards_combine_by_hand_equals_what_the_partitioner_does():
     mesh = MESHES["fsdp2_model2_slots2"]
     by_hand, automatic = case("lm2_tiny", mesh, True), case("lm2_tiny", mesh, True, by_hand=False)

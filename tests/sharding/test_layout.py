@@ -83,9 +83,7 @@ def test_the_message_names_the_field_of_the_run():
 def test_a_mesh_axis_that_nothing_lies_on_is_refused():
     layout = layout_of(MeshConfig(slots=2))
     layout.check_used({"state": Bank(("batch", "slots", None), ("batch",))})
-    with pytest.raises(
-        UserError, match=r"mesh.slots=2, but no array .*to 1.*\['data', 'fsdp', 'model'\]"
-    ):
+    with pytest.raises(UserError, match=r"mesh.slots=2, but no array .*to 1.*\['data', 'fsdp', 'model'\]"):
         layout.check_used({"state": Bank(("batch", "heads", None), ("batch",)), "step": ()})
 
 

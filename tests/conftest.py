@@ -23,8 +23,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A second run of the suite finds its programs compiled.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+# A second run of the suite finds its programs compiled, in another clone too: an entry's name says all it depends on.
+if jax.config.values["jax_compilation_cache_dir"] is None:  # $JAX_COMPILATION_CACHE_DIR
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lm2_jax" / "tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Shapes and types in the annotations of lm2_jax are checked at each call; outside the tests they cost nothing.

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import lm2_jax
@@ -19,7 +20,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "COLUMNS": "200",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
     }
     command = [sys.executable, "train.py", *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -2,12 +2,14 @@
 
 import pytest
 
-from tests.contract.subjects import LONG
+from tests.contract.subjects import LONG, LONG_WHERE_SLOW
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Subjects that share their memory or most of their join with a faster one have a lane of their own."""
     for item in items:
-        call = getattr(item, "callspec", None)
-        if call is not None and call.params.get("name") in LONG and "tests/contract/" in item.nodeid:
+        if "tests/contract/" not in item.nodeid or not hasattr(item, "callspec"):
+            continue
+        name, slow = item.callspec.params.get("name"), item.get_closest_marker("slow")  # pyright: ignore
+        if name in LONG or (slow and name in LONG_WHERE_SLOW):
             item.add_marker(pytest.mark.long)

@@ -10,6 +10,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/contract/" not in item.nodeid or not hasattr(item, "callspec"):
             continue
-        name, slow = item.callspec.params.get("name"), item.get_closest_marker("slow")  # pyright: ignore
+        params, slow = item.callspec.params, item.get_closest_marker("slow")  # pyright: ignore
+        name = params.get("name", params.get("exact"))
         if name in LONG or (slow and name in LONG_WHERE_SLOW):
             item.add_marker(pytest.mark.long)

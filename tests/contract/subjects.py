@@ -404,5 +404,8 @@ def changed(name: str, bptt_segments: int | None = None, **changes: Any) -> Subj
 
 @functools.cache
 def small(name: str) -> Subject:
-    """A preset in float64, its segments short."""
-    return changed(name, segment_tokens=12, precision=FLOAT64)
+    """A preset in float64, its segments short, and its window shorter."""
+    decoder = config_of(name).decoder
+    if decoder.window_tokens is not None:
+        decoder = dataclasses.replace(decoder, window_tokens=7)
+    return changed(name, segment_tokens=12, decoder=decoder, precision=FLOAT64)

@@ -8,19 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-import lm2_jax
 from lm2_jax.checkpoint import Checkpoints
-from lm2_jax.config import DataConfig, LossConfig, OptimConfig, TrainConfig
-from lm2_jax.data.text_source import TextFiles
-from lm2_jax.data.tokenizers import TokenizerConfig
+from lm2_jax.config import OptimConfig
 from lm2_jax.model import LanguageModel
 from lm2_jax.training.fit import begin, fit
 from lm2_jax.training.state import make_plan
 from sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import FLOAT64, precise
-from tests.e2e.tiny_run import arrays, write_documents
+from tests.e2e.tiny_run import arrays, tiny_config, write_documents
 
-STEPS, ROWS = 10, 4
+STEPS = 10
 MESHES = {
     8: MeshConfig(data=1, fsdp=2, model=2, slots=2),
     1: MeshConfig(),
@@ -29,25 +26,15 @@ MESHES = {
 
 
 def config_of(documents):
-    """Rows go on from step to step, so what step n learns from depends on the memory that step n - 1 left."""
-    run = lm2_jax.preset("lm2_tiny")
+    """The tiny run whose memory goes on from step to step, its sizes such that every mesh divides them."""
+    run = tiny_config(documents, keep=3)
     memory = dataclasses.replace(run.model.memory, num_slots=8)
     decoder = dataclasses.replace(run.model.decoder, width=16)
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, segment_tokens=16, memory=memory, decoder=decoder, precision=FLOAT64),
-        data=DataConfig(
-            source=TextFiles(path=str(documents), packing="ordered"),
-            tokenizer=TokenizerConfig(kind="bytes"),
-            rows=ROWS,
-            segments=(2,),
-            carry_state=True,
-            prefetch=2,
-        ),
-        loss=LossConfig(text_weight=1.0),
         optim=OptimConfig(steps=STEPS, warmup_steps=2),
-        train=TrainConfig(log_every=1, eval_every=0, eval_batches=0),
-        checkpoint=dataclasses.replace(run.checkpoint, every_steps=4),
+        train=dataclasses.replace(run.train, eval_batches=0),
     )
 
 

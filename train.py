@@ -5,6 +5,7 @@ for a TPU slice, on any machine, and what it costs is printed.
 """
 
 import dataclasses
+import os
 import sys
 from typing import Annotated
 
@@ -55,7 +56,9 @@ def main() -> None:
         return mesh_for(command.run.name, devices) if command.mesh == MeshConfig() else command.mesh
 
     if command.compilation.asked():
-        sys.exit(compile_and_tell(command.run, mesh, command.compilation))
+        status = compile_and_tell(command.run, mesh, command.compilation)
+        sys.stdout.flush()
+        os._exit(status)  # the compiler may still be at work, see --quick
     if command.plan:
         print(describe_plan(command.run, command.mesh))
         return

@@ -15,6 +15,7 @@ from etils import epath
 
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.errors import UserError
+from lm2_jax.training.hosts import together
 from lm2_jax.training.state import TrainState
 from lm2_jax.types import Array, PyTree
 
@@ -42,9 +43,9 @@ class Checkpoints:
         self.folder = folder_of(workdir)
         self._config = config
         self._damaged: set[int] = set()
-        for name in half_written(self.folder):
+        for name in half_written(self.folder) if jax.process_index() == 0 else ():  # who then removes them
             _warn(f"skipping the half-written checkpoint {self.folder / name}")
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Newest(self),
@@ -77,7 +78,7 @@ class Checkpoints:
                 return self._read(step, targets)
             except Exception as error:  # whatever the many layers below make of a damaged file
                 self._damaged.add(step)
-                _warn(f"skipping the damaged checkpoint {self.folder / str(step)}: {_brief(error)}")
+                _warn(f"skipping the damaged checkpoint {self.folder / str(step)}: {_brief(error)}", here=True)
         if steps:
             raise UserError(
                 f"{self.folder}: none of the checkpoints {sorted(steps)} can be used, see above. "
@@ -130,7 +131,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except _REFUSALS as error:
-            _warn(f"saving a checkpoint failed: {_brief(error)}")
+            _warn(f"saving a checkpoint failed: {_brief(error)}", here=True)
         self._manager.reload()
         steps = set(self._manager.all_steps()) - self._damaged
         return f"Last good checkpoint: {self.folder / str(max(steps))}." if steps else "No checkpoint was saved yet."
@@ -147,7 +148,7 @@ class Checkpoints:
         except _REFUSALS as failure:
             if error is None:
                 raise self._failed(failure) from failure
-            _warn(f"saving a checkpoint failed: {_brief(failure)}")
+            _warn(f"saving a checkpoint failed: {_brief(failure)}", here=True)
         finally:
             self._manager.close()
 
@@ -169,7 +170,7 @@ class Checkpoints:
         }
         if targets.memory is not None:
             wanted["memory"] = _retype(targets.memory, self._config.checkpoint.memory_dtype)
-        items, position = read_items(self._manager, step, wanted)
+        items, position = read_items(self.folder, step, wanted)
         memory = None
         if targets.memory is not None:
             memory = jax.tree.map(lambda x, to: x.astype(to.dtype), items["memory"], targets.memory)
@@ -184,6 +185,18 @@ class Checkpoints:
             "free some space (or lower checkpoint.keep) and run the same command again.",
             status=1,
         )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which does not ask jax whether the job is to stop: the training loop does.
+
+    What is asked with a step of the past, as Orbax does in the background when a save is complete, would make jax
+    count from there when the hosts agree on the step to stop at, and some may have passed it.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: a save is one like any other."""
+        return False
 
 
 class _Newest(ocp.checkpoint_managers.PreservationPolicy):
@@ -203,26 +216,42 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or owner.damaged(step) for step in steps]
 
 
-def read_items(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -> tuple[dict[str, Any], Any]:
-    """Items of one checkpoint, and its position, proved by their checksums.
+def read_items(folder: epath.Path, step: int, wanted: dict[str, PyTree]) -> tuple[dict[str, Any], Any]:
+    """Items of one checkpoint, and its position, proved by their checksums; on all processes or on none.
 
     Args:
-      manager: of the checkpoints' folder.
+      folder: of the checkpoints.
       step: which.
       wanted: trees of shapes by item name.
     Raises:
       ValueError: what is read is not what was written; or whatever Orbax raises over a damaged file.
+      UserError: it could be read here, but not on another process.
     """
     _hush_late_reads()
-    args: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyright: ignore
-    args["position"] = ocp.args.JsonRestore()
-    items = manager.restore(step, args=ocp.args.Composite(**args))
-    position = items["position"]
-    sums, _ = jax.device_get(_inspect({name: items[name] for name in wanted}))
+    items, position = together(lambda: _read_files(folder / str(step), wanted))
+    sums, _ = jax.device_get(_inspect(items))
     for name, values in sums.items():
         if [int(s) for s in values] != position["checksums"][name]:
             raise ValueError(f"{name}: the arrays differ from those that were saved")
-    return {name: items[name] for name in wanted}, position
+    return items, position
+
+
+def _read_files(folder: epath.Path, wanted: dict[str, PyTree]) -> tuple[dict[str, Any], Any]:
+    """What this process needs of a checkpoint.
+
+    Not through the manager, in which the processes wait for each other: where a file is damaged that only some of
+    them read, it would wait for ever.
+    """
+    handler, texts = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+    try:
+        items = {
+            name: handler.restore(folder / name, args=ocp.args.StandardRestore(tree))  # pyright: ignore
+            for name, tree in wanted.items()
+        }
+        return items, texts.restore(folder / "position", args=ocp.args.JsonRestore())
+    finally:
+        handler.close()
+        texts.close()
 
 
 def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
@@ -243,7 +272,7 @@ def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                return read_items(manager, step, {"params": shapes})[0]["params"], step
+                return read_items(folder, step, {"params": shapes})[0]["params"], step
             except Exception as error:  # whatever the many layers below make of a damaged file
                 _warn(f"skipping the damaged checkpoint {folder / str(step)}: {_brief(error)}")
     finally:
@@ -330,5 +359,7 @@ def _hush_late_reads() -> None:
     sys.unraisablehook = hook
 
 
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+def _warn(message: str, here: bool = False) -> None:
+    """Prints a warning, on the first process, or wherever it is `here` that something failed."""
+    if here or jax.process_index() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -64,6 +64,11 @@ class Layout(Protocol):
         ...
 
 
+def whole(layout: Layout) -> Any:
+    """Where an array lies of which every device has all, whatever its shape: what each process is to read."""
+    return layout.shardings((), jax.ShapeDtypeStruct((), jnp.float32))
+
+
 def axes_of(tree: Any) -> Any:
     """Logical axes of variables as Linen's `init` makes them, and of an optimizer's state made from those.
 

@@ -1,6 +1,7 @@
 """Loss and answers on held-out examples, by distance, while a run goes on."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from lm2_jax.data.base import Example, Source
 from lm2_jax.data.pipeline import batches
-from lm2_jax.layout import Layout
+from lm2_jax.layout import Layout, whole
 from lm2_jax.training.objective import evaluate_batch, means
 from lm2_jax.training.state import Plan
 from lm2_jax.types import PyTree
@@ -43,9 +44,10 @@ def make_evaluate(plan: Plan, source: Source, layout: Layout) -> Callable[[PyTre
     # Read at once, so that a source without held-out examples is found out before training begins.
     held_out = list(itertools.islice(host_batches(plan, source, layout, held_out=True), plan.config.train.eval_batches))
     shapes = jax.eval_shape(lambda: model.init_state(rows))
-    fresh = jax.jit(lambda: model.init_state(rows), out_shardings=layout.shardings(plan.memory_axes, shapes))
+    placed = layout.shardings(plan.memory_axes, shapes)
+    fresh = jax.jit(lambda: model.init_state(rows), out_shardings=placed)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=(whole(layout), placed))
     def run(params: PyTree, memory: PyTree, batch: Example) -> tuple[PyTree, PyTree]:
         return evaluate_batch(model, plan.config, params, memory, batch)[:2]
 

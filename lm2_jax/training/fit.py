@@ -1,5 +1,6 @@
 """The training loop."""
 
+import json
 import math
 import os
 import pathlib
@@ -10,12 +11,13 @@ import jax
 from etils import epath
 
 from lm2_jax.checkpoint import Checkpoints
-from lm2_jax.config import RunConfig
+from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.data.base import Source
 from lm2_jax.data.tokenizers import FileTokenizer, build_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.layout import Layout
 from lm2_jax.model import LanguageModel
+from lm2_jax.training import hosts
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.evaluate import host_batches, make_evaluate
 from lm2_jax.training.metrics import MetricsLog
@@ -58,9 +60,10 @@ def fit(
     """
     prepare_jax(config)
     workdir, steps = epath.Path(workdir), config.optim.steps
-    plan, tokenizer, source = prepare(config, workdir, layout)
+    plan, tokenizer, source = hosts.together(lambda: prepare(config, workdir, layout))
     train_step = jit_train_step(plan, layout)
-    evaluate = make_evaluate(plan, source, layout)
+    evaluate = hosts.together(lambda: make_evaluate(plan, source, layout))
+    check_hosts(plan, workdir, layout, tokenizer)
     with layout.context(), Checkpoints(workdir, config) as checkpoints, ProgressLine(steps) as progress:
         state, start, first_loss = begin(plan, layout, checkpoints)
         workdirs.claim(workdir, config, tokenizer)
@@ -131,6 +134,15 @@ def prepare(config: RunConfig, workdir: epath.Path, layout: Layout) -> tuple[Pla
         _check_trainable(plan)
     workdirs.check_space(workdir, config, plan.shapes)
     return plan, tokenizer, source
+
+
+def check_hosts(plan: Plan, workdir: epath.Path, layout: Layout, tokenizer: FileTokenizer) -> None:
+    """Refuses processes of one job that were started with other options or in other workdirs, on all of them."""
+    if jax.process_count() == 1:
+        return
+    mesh = str(jax.tree.leaves(plan.shardings(layout)))
+    hosts.check_same(config=json.dumps(to_dict(plan.config)), mesh=mesh, tokenizer=tokenizer.fingerprint)
+    workdirs.check_shared(workdir)
 
 
 def _check_trainable(plan: Plan) -> None:

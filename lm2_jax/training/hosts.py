@@ -1,10 +1,17 @@
-"""Several processes as one job."""
+"""Several processes as one job: how they find each other, and how they stay of one mind."""
 
+import hashlib
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lm2_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 def join_hosts() -> None:
@@ -28,3 +35,56 @@ def join_hosts() -> None:
             "single host leave --distributed out.",
             status=1,
         ) from error
+
+
+def everyone(value: Any) -> np.ndarray:
+    """One small array of each process, those of the first process first; all processes call this and wait for it."""
+    value = np.asarray(value)
+    if jax.process_count() == 1:
+        return value[None]
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
+def together(make: Callable[[], T]) -> T:
+    """Calls `make` on every process; if it fails on one, it fails on all, so that none waits for one that has left.
+
+    Args:
+      make: something that waits for no other process.
+    Raises:
+      UserError: it failed on other processes only. Where it failed, what it raised.
+    """
+    if jax.process_count() == 1:
+        return make()
+    result, failure = None, None
+    try:
+        result = make()
+    except Exception as error:  # whatever it is, the others must hear of it
+        failure = error
+    failed = np.flatnonzero(everyone(np.int32(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.size:
+        raise UserError(f"this failed on process {_listed(failed)} of the job, whose output says why", status=1)
+    return result  # pyright: ignore[reportReturnType]
+
+
+def check_same(**texts: str) -> None:
+    """Refuses processes that are not about to do the same.
+
+    Args:
+      texts: by what they are called in the message.
+    Raises:
+      UserError: on all processes, if one has another text than the first.
+    """
+    digests = everyone([list(hashlib.sha256(text.encode()).digest()) for text in texts.values()])  # [process, text, 32]
+    for index, name in enumerate(texts):
+        others = np.flatnonzero((digests[:, index] != digests[0, index]).any(axis=1))
+        if others.size:
+            raise UserError(
+                f"--distributed: process {_listed(others)} of the job has another {name} than the first one. Run the "
+                "same version with the same options on all hosts."
+            )
+
+
+def _listed(processes: np.ndarray) -> str:
+    return ", ".join(str(process) for process in processes)

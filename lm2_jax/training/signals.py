@@ -1,5 +1,6 @@
 """Requests to stop: noted when they come, obeyed at the next border between steps."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,17 +13,19 @@ from jax.experimental import multihost_utils
 class StopSignals:
     """Catches SIGTERM and SIGINT while it is open; a second SIGINT interrupts at once.
 
-    On several hosts all must stop at the same step: there jax itself catches SIGTERM and lets them agree.
+    On several hosts all must stop at the same step: there jax itself catches SIGTERM and lets them agree, and a SIGINT
+    is passed on to it.
     """
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._interrupted = False
         self._old = {}
 
     def requested(self, step: int) -> bool:
         """Whether the run is to stop behind this step; the same answer on every host."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.caught = signal.SIGTERM
+            self.caught = signal.SIGINT if self._interrupted else signal.SIGTERM
         return self.caught is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -30,10 +33,18 @@ class StopSignals:
             raise KeyboardInterrupt
         self.caught = number
 
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def __enter__(self) -> Self:
-        # Python allows handlers in the main thread only.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python allows handlers in the main thread only
+        alone = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        handlers = alone if jax.process_count() == 1 else {signal.SIGINT: self._pass_on}
+        self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lm2_jax.data.base import Example
-from lm2_jax.layout import Layout
+from lm2_jax.layout import Layout, whole
 from lm2_jax.state import map_axes
 from lm2_jax.training.objective import Tally, evaluate_batch, loss_weights
 from lm2_jax.training.optim import learning_rate, widen
@@ -68,8 +68,12 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
 
 
 def jit_train_step(plan: Plan, layout: Layout) -> Any:
-    """`make_train_step`, jitted: the state is donated, and lies behind the step where it lay before."""
-    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=(plan.shardings(layout), None))
+    """`make_train_step`, jitted: the state is donated, and lies behind the step where it lay before.
+
+    The report lies whole on every device, so that each process can read it.
+    """
+    out = (plan.shardings(layout), whole(layout))
+    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
 
 
 def cut(x: Array, axis: int, parts: int) -> Array:

@@ -6,12 +6,14 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from lm2_jax.checkpoint import FOLDER
 from lm2_jax.config import RunConfig, from_dict, to_dict
 from lm2_jax.data.tokenizers import FileTokenizer, save_tokenizer
 from lm2_jax.errors import UserError
+from lm2_jax.training.hosts import everyone
 from lm2_jax.training.metrics import is_remote
 from lm2_jax.training.state import TrainState
 
@@ -85,7 +87,7 @@ def _flat(plain: Any, path: str = "") -> dict[str, Any]:
 
 def check_writable(workdir: epath.Path) -> None:
     """Writes and removes a probe; a workdir that cannot be made or written to is a `UserError`."""
-    probe = workdir / f".probe-{os.getpid()}"
+    probe = workdir / f".probe-{jax.process_index()}-{os.getpid()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(1 << 16))
@@ -96,6 +98,22 @@ def check_writable(workdir: epath.Path) -> None:
             "make it writable.",
             status=1,
         ) from error
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Refuses a workdir that is not the same place for all processes of the job."""
+    mark = workdir / f".mark-{everyone(np.int32(os.getpid()))[0]}"
+    if jax.process_index() == 0:
+        mark.write_bytes(b"")
+    everyone(np.int32(0))  # it is written
+    blind = np.flatnonzero(everyone(np.int32(not mark.exists())))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind.size:
+        raise UserError(
+            f"--workdir {workdir}: what the first process writes there, process {', '.join(map(str, blind))} does not "
+            "see. Choose one on a disk that all hosts share, or in a bucket (gs://...)."
+        )
 
 
 def check_space(workdir: epath.Path, config: RunConfig, shapes: TrainState) -> None:

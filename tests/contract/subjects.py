@@ -357,8 +357,18 @@ VARIANTS: dict[str, ModelConfig] = {
 }
 
 # Each of these shares all but one option with a faster one.
-_SLOW = ("window_of_a_segment", "no_gates", "block_write_own_no_gates", "silent_learned", "rmt_untied")
+_SLOW = (
+    "block_write_own_no_gates",
+    "block_write_window",
+    "middle_layer_learned_window",
+    "more_slots_than_width",
+    "no_gates",
+    "rmt_untied",
+    "silent_learned",
+    "window_of_a_segment",
+)
 _LONG_VARIANTS = (
+    "context_window",
     "persistent_window",
     "context_rows_mix",
     "gate_mix_middle_layer",
@@ -368,7 +378,7 @@ _LONG_VARIANTS = (
 )
 LONG = frozenset({*_LONG_TINY, *_LONG_VARIANTS})
 # Whatever is slow of these is too long for the slow lane.
-LONG_WHERE_SLOW = frozenset({"titans_mac_tiny", "context_window"})
+LONG_WHERE_SLOW = frozenset({"titans_mac_tiny"})
 assert {*_SLOW, *LONG, *LONG_WHERE_SLOW} <= {*VARIANTS, *TINY}
 
 NAMES = [
@@ -377,7 +387,7 @@ NAMES = [
 ]
 
 # Their pieces take longest to compile.
-_SLOW_IN_PIECES = (*_SLOW, "titans_mac_tiny", "context_window")
+_SLOW_IN_PIECES = (*_SLOW, "titans_mac_tiny")
 
 
 def in_pieces(names: list[str]) -> list[Any]:

@@ -24,8 +24,8 @@ from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.tokens import TokensConfig
 
-DECODER = DecoderConfig(width=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_width=320)
-WIDER = dataclasses.replace(DECODER, mlp_width=448)  # what LM2's gates cost, given to the other two
+DECODER = DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=200)
+WIDER = dataclasses.replace(DECODER, mlp_width=264)  # what LM2's gates cost, given to the other two
 LM2 = RunConfig(
     name="babilong_small",
     model=ModelConfig(
@@ -33,19 +33,29 @@ LM2 = RunConfig(
         segment_tokens=128,
         decoder=DECODER,
         memory=GatedBankConfig(num_slots=16, write=BlockWrite()),
-        join=ResidualJoin(),
+        join=ResidualJoin(topology="threaded"),
         remat="full",
     ),
     data=DataConfig(
-        source=BabilongSource(tasks=("qa1",), noise_fraction=0.5, question_rate=0.7),
-        rows=32,
-        segments=(1, 2, 4, 8),
-        stage_steps=(600, 1400, 2600),
+        source=BabilongSource(
+            tasks=("qa1",),
+            noise_fraction=0.2,
+            noise_up_to=0.95,
+            question_rate=1.0,
+            asked=(1, 2, 3, 4),
+            asked_steps=(500, 1300, 1800),
+        ),
+        rows=8,
+        segments=(4, 8),
+        stage_steps=(2400,),
+        fill_rows=True,
     ),
     loss=LossConfig(answer_weight=1.0, text_weight=0.1),
-    optim=OptimConfig(steps=4000, learning_rate=2e-3, warmup_steps=100),
+    optim=OptimConfig(
+        steps=4000, learning_rate=3e-3, final_fraction=0.1, warmup_steps=50, beta2=0.999, weight_decay=0.0
+    ),
     train=TrainConfig(eval_every=200, eval_batches=4),
-    checkpoint=CheckpointConfig(every_steps=200),
+    checkpoint=CheckpointConfig(every_steps=200, keep=1),
 )
 RMT = dataclasses.replace(
     replace_model(LM2, decoder=WIDER, memory=TokensConfig(num_tokens=16), join=TokensJoin()), name="babilong_small_rmt"

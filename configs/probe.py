@@ -5,6 +5,9 @@
 
 Two blocks of width 64, 8 slots or memory tokens; the SwiGLU's width makes parameters equal within 3% (tested). The
 yardstick is RMT; the twin without memory shows what a segment alone gives away.
+
+Questions are first about one person, then about two, three and four. Asked about all four from the start, every form
+stops at 0.70: places are remembered, but not whose (docs/design.md).
 """
 
 import dataclasses
@@ -29,15 +32,17 @@ BASE = RunConfig(
     name="probe_none",
     model=ModelConfig(decoder=DECODER, memory=NoMemory(), join=PlainJoin(), remat="full"),
     data=DataConfig(
-        source=BabilongSource(noise_fraction=0.2, question_rate=1.0, closing=False),
-        rows=64,
+        source=BabilongSource(
+            noise_fraction=0.2, question_rate=1.0, closing=False, asked=(1, 2, 3, 4), asked_steps=(300, 800, 1100)
+        ),
+        rows=32,
         segments=(4,),
     ),
     optim=OptimConfig(
-        steps=1500, learning_rate=3e-3, final_fraction=0.3, warmup_steps=50, beta2=0.999, weight_decay=0.0
+        steps=2000, learning_rate=3e-3, final_fraction=0.3, warmup_steps=50, beta2=0.999, weight_decay=0.0
     ),
-    train=TrainConfig(eval_every=100, eval_batches=8),
-    checkpoint=CheckpointConfig(every_steps=250, keep=1),
+    train=TrainConfig(eval_every=200, eval_batches=8),
+    checkpoint=CheckpointConfig(every_steps=500, keep=1),
 )
 
 
@@ -52,16 +57,23 @@ def bank(write: WriteConfig, **changes: object) -> GatedBankConfig:
     return dataclasses.replace(GatedBankConfig(num_slots=SLOTS, write=write), **changes)
 
 
+THREADED = ResidualJoin(topology="threaded")
+SLOTS_WRITE = SlotsWrite(candidate="linear")
+
 ARMS = (
     BASE,
     arm("rmt", 264, TokensConfig(num_tokens=SLOTS), TokensJoin()),
+    arm("block_threaded", 200, bank(BlockWrite()), THREADED),
+    arm("block_threaded_ungated", 240, bank(BlockWrite(gated=False)), THREADED),
     arm("block", 200, bank(BlockWrite()), ResidualJoin()),
-    arm("block_threaded", 200, bank(BlockWrite()), ResidualJoin(topology="threaded")),
-    arm("block_ungated", 240, bank(BlockWrite(gated=False)), ResidualJoin()),
-    arm("slots", 8, bank(SlotsWrite(mlp_width=96)), ResidualJoin()),
-    arm("slots_no_positions", 8, bank(SlotsWrite(positions=False, mlp_width=96)), ResidualJoin()),
-    arm("slots_ungated", 56, bank(SlotsWrite(gated=False, mlp_width=96)), ResidualJoin()),
-    arm("slots_own_read", 48, bank(SlotsWrite(candidate="linear")), ResidualJoin(read="own", source="attention")),
+    arm("slots_threaded", 112, bank(SLOTS_WRITE), THREADED),
+    arm("slots_threaded_no_positions", 112, bank(dataclasses.replace(SLOTS_WRITE, positions=False)), THREADED),
+    arm(
+        "slots_threaded_own_read",
+        48,
+        bank(SLOTS_WRITE),
+        dataclasses.replace(THREADED, read="own", source="attention"),
+    ),
     arm(
         "paper",
         136,

@@ -42,6 +42,8 @@ class BabilongSource(SourceConfig):
     """Background sentences with more tokens are left out; None: none are."""
     noise_fraction: float = 0.5
     """Interleaved: share of background in the tokens of statements and background."""
+    noise_up_to: float | None = None
+    """Interleaved: each row draws its share between `noise_fraction` and this, evenly; None: all have the one share."""
     question_rate: float = 0.5
     """Interleaved: questions per sentence."""
     asked: tuple[int, ...] = ()
@@ -77,6 +79,11 @@ class BabilongSource(SourceConfig):
             )
         if not 0.0 <= self.noise_fraction < 1.0:
             raise ValueError(f"{name}.noise_fraction must be at least 0 and below 1, got {self.noise_fraction}")
+        if self.noise_up_to is not None and not self.noise_fraction <= self.noise_up_to < 1.0:
+            raise ValueError(
+                f"{name}.noise_up_to must be at least noise_fraction={self.noise_fraction} and below 1, got "
+                f"{self.noise_up_to}"
+            )
         if not 0.0 < self.question_rate <= 1.0:
             raise ValueError(f"{name}.question_rate must be above 0 and at most 1, got {self.question_rate}")
         starts = list(self.asked_steps)
@@ -104,6 +111,11 @@ class BabilongSource(SourceConfig):
         """One weight per task."""
         return self.task_weights or (1.0,) * len(self.tasks)
 
+    @property
+    def _noise_shares(self) -> tuple[float, float]:
+        """Least and most background in a row."""
+        return self.noise_fraction, self.noise_fraction if self.noise_up_to is None else self.noise_up_to
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
         """Opens the files; arguments and errors as in the base class."""
         encode = Encoder(tokenizer)
@@ -118,7 +130,7 @@ class BabilongSource(SourceConfig):
 
     def _interleaved(self, encode: Encoder, sentences: Noise) -> list[InterleavedRows]:
         persons = sorted({person for task in self.tasks for person in PERSONS_OF[task]})
-        recipe = Recipe(self.tasks, self.weights, self.noise_fraction, self.question_rate, self.closing)
+        recipe = Recipe(self.tasks, self.weights, self._noise_shares, self.question_rate, self.closing)
         steps = self._steps()
         stages = [
             dataclasses.replace(recipe, silent=frozenset(persons[count:])) for count in self.asked or (len(persons),)
@@ -148,10 +160,10 @@ class BabilongSource(SourceConfig):
         }
 
     def corpus(self, seed: int) -> list[str]:
-        """Stories with a question and its answer, and half as much background, or as much as `noise_fraction` says."""
+        """Stories with a question and its answer, and half as much background, or what interleaved rows have of it."""
         draws = Draws(seed, _CORPUS)
         background = open_background(self.books_dir).sentences(draws, held_out=False)
-        share = self.noise_fraction if self.layout == "interleaved" else 0.5
+        share = sum(self._noise_shares) / 2 if self.layout == "interleaved" else 0.5
         samples = self._samples()
         texts: list[str] = []
         told = filled = 0

@@ -30,7 +30,7 @@ class Recipe:
 
     tasks: tuple[str, ...]
     weights: tuple[float, ...]
-    noise_fraction: float  # share of the tokens of statements and background that is background
+    noise_shares: tuple[float, float]  # of background in the tokens of it and statements; a row's lies between them
     question_rate: float  # questions per sentence
     closing: bool  # whether the row ends with a question, its answer and the end token in the text
     silent: frozenset[str] = frozenset()  # persons that no question is about
@@ -45,6 +45,8 @@ class _Row:
 
     def __init__(self, recipe: Recipe, encode: Encoder, segment_tokens: int, draws: Draws):
         self.recipe, self.encode, self.draws = recipe, encode, draws
+        least, most = recipe.noise_shares
+        self.noise_share = least if least == most else least + (most - least) * draws.uniform()
         self.segment_tokens = segment_tokens
         self.tokens: list[int] = []
         self.labels: list[tuple[int, int, int]] = []  # position of a marker, answer token, distance
@@ -62,7 +64,7 @@ class _Row:
 
     def wants_noise(self) -> bool:
         """Holds the share of background near its target, in random order."""
-        fraction = self.recipe.noise_fraction
+        fraction = self.noise_share
         if fraction == 0.0:
             return False
         missing = fraction * (self.told + self.background) - self.background
@@ -174,7 +176,7 @@ class InterleavedRows:
         """Ends the row with a question, its answer and the end token; returns the answer's position."""
         body = size - 2 - len(self._encode.question(write_question(query)))
         # The gap is filled with background, cut to fit as BABILong does; without background the row ends early.
-        while self._recipe.noise_fraction > 0.0 and len(row.tokens) < body:
+        while row.noise_share > 0.0 and len(row.tokens) < body:
             row.tokens += next(noise)[1][: body - len(row.tokens)]
         answer = row.ask(query)
         row.tokens += [answer, self._encode.eos_id]

@@ -192,6 +192,17 @@ def test_the_share_of_background_is_held():
         assert abs(1 - told / total - fraction) < 0.05
 
 
+def test_rows_draw_their_share_of_background():
+    tokenizer = WordTokenizer()
+    source = build(tokenizer, noise_fraction=0.1, noise_up_to=0.9, closing=False, question_rate=0.01)
+    shares = []
+    for row in range(40):
+        text = tokenizer.decode(source.example(0, row, 40, 20).tokens)
+        shares.append(1 - sum(len(tokenizer.encode(fact)) for fact in FACT.findall(text)) / (20 * T))
+    assert min(shares) < 0.25 < 0.75 < max(shares), "the bounds are reached"
+    assert np.histogram(shares, 4, (0.05, 0.95))[0].min() >= 4, "and all between them"
+
+
 def test_answers_of_several_tokens_are_refused_with_advice():
     class Letters(WordTokenizer):
         def encode(self, text):
@@ -372,6 +383,8 @@ def test_the_corpus_teaches_every_word_that_is_needed(monkeypatch):
         ({"asked": (1, 2, 3), "asked_steps": (5, 5)}, "one increasing step per stage"),
         ({"asked_steps": (5,)}, "one increasing step per stage"),
         ({"noise_fraction": 1.0}, "noise_fraction"),
+        ({"noise_up_to": 0.4}, "at least noise_fraction=0.5 and below 1"),
+        ({"noise_up_to": 1.0}, "at least noise_fraction=0.5 and below 1"),
         ({"question_rate": 0.0}, "question_rate"),
         ({"plain_fraction": 1.5}, "plain_fraction"),
         ({"min_sentence_tokens": 0}, "min_sentence_tokens"),
@@ -402,7 +415,7 @@ def test_the_config_survives_json():
 def test_rows_can_be_written_without_a_source():
     """The probe's pieces alone: any tokenizer, any statements."""
     encode = Encoder(WordTokenizer())
-    recipe = Recipe(("qa1",), (1.0,), 0.0, 1.0, False)
+    recipe = Recipe(("qa1",), (1.0,), (0.0, 0.0), 1.0, False)
     rows = InterleavedRows(recipe, encode, simulated(("qa1",)), lambda draws, held_out: iter(()))
     e = rows.example(Draws(0), 4, T, False)
     assert (e.distance >= 0).sum() > 5

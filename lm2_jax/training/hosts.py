@@ -13,6 +13,9 @@ from lm2_jax.errors import UserError
 
 T = TypeVar("T")
 
+# How long a process that leaves, be it with an error, waits for the others to leave too; behind that jax ends them.
+LEAVE_SECONDS = 60
+
 
 def join_hosts() -> None:
     """Joins the processes that run the same command on the other hosts; before any device is asked for.
@@ -26,7 +29,9 @@ def join_hosts() -> None:
     number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
         jax.distributed.initialize(
-            num_processes=None if number is None else int(number), process_id=None if index is None else int(index)
+            num_processes=None if number is None else int(number),
+            process_id=None if index is None else int(index),
+            shutdown_timeout_seconds=LEAVE_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from lm2_jax.errors import UserError
-from lm2_jax.training.hosts import join_hosts
+from lm2_jax.training import hosts
+from lm2_jax.training.hosts import check_same, everyone, join_hosts, together
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
@@ -23,7 +25,7 @@ print(jax.process_index(), jax.process_count(), jax.device_count())
 
 def test_nobody_says_where_the_others_are(monkeypatch):
     def initialize(**arguments):
-        assert arguments == {"num_processes": 2, "process_id": None}
+        assert (arguments["num_processes"], arguments["process_id"]) == (2, None)
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
@@ -33,6 +35,50 @@ def test_nobody_says_where_the_others_are(monkeypatch):
     ) as caught:
         join_hosts()
     assert caught.value.status == 1
+
+
+def others_say(monkeypatch, *values):
+    """As if there were more processes, which all say something: each a function of what this one says."""
+    monkeypatch.setattr(jax, "process_count", lambda: 1 + len(values))
+    monkeypatch.setattr(hosts, "everyone", lambda own: np.stack([np.asarray(own), *(value(own) for value in values)]))
+
+
+def test_one_process_asks_nobody():
+    assert everyone(7).tolist() == [7]
+    assert together(lambda: "done") == "done"
+    check_same(config="a", mesh="b")
+
+
+def test_what_fails_on_another_process_fails_here_too(monkeypatch):
+    others_say(monkeypatch, lambda own: 0, lambda own: 1)
+    with pytest.raises(UserError, match="failed on process 2 of the job, whose output says why") as caught:
+        together(lambda: "done")
+    assert caught.value.status == 1
+
+
+def test_what_fails_here_is_told_to_the_others_first(monkeypatch):
+    told = []
+    others_say(monkeypatch, lambda own: told.append(int(own)) or 0)
+    with pytest.raises(ZeroDivisionError):
+        together(lambda: 1 // 0)
+    assert told == [1]
+
+
+def test_what_fails_nowhere_is_returned(monkeypatch):
+    others_say(monkeypatch, lambda own: 0)
+    assert together(lambda: "done") == "done"
+
+
+def test_processes_that_were_started_otherwise_are_refused(monkeypatch):
+    def with_another_mesh(digests):
+        digests = np.array(digests)
+        digests[1, 31] ^= 1
+        return digests
+
+    others_say(monkeypatch, np.asarray, with_another_mesh)
+    with pytest.raises(UserError, match="process 2 of the job has another mesh than the first one") as caught:
+        check_same(config="a", mesh="b")
+    assert caught.value.status == 2
 
 
 @pytest.mark.slow

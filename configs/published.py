@@ -91,12 +91,14 @@ TITANS_MAC_1P3B = dataclasses.replace(
 PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P3B)}
 
 # Rows go over data and fsdp; where there are more chips than rows, slots and tokens go over `slots` (the queries of a
-# device meet all keys, which are few), and in Titans, whose memory walks through the tokens, heads over `model`.
+# device meet all keys, which are few), and in Titans, whose memory walks through the tokens, heads over `model`. Two
+# copies even where one would do: libtpu sums a gradient over all devices to every one of them, but over some devices
+# right into the parts that they keep, which halves what is sent.
 _LM2 = {
-    16: MeshConfig(data=1, fsdp=16),
-    64: MeshConfig(data=1, fsdp=64),
-    256: MeshConfig(data=1, fsdp=64, slots=4),
-    512: MeshConfig(data=1, fsdp=64, slots=8),
+    16: MeshConfig(data=2, fsdp=8),
+    64: MeshConfig(data=2, fsdp=32),
+    256: MeshConfig(data=2, fsdp=32, slots=4),
+    512: MeshConfig(data=2, fsdp=32, slots=8),
     4096: MeshConfig(data=4, fsdp=64, slots=16),
 }
 MESHES: dict[str, dict[int, MeshConfig]] = {

@@ -15,6 +15,7 @@ from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Axes, Float, Int
 
 GATHERED = frozenset({"embed", "row_width"})  # dimensions of a kernel that are gathered where it is used
+TABLE = ("vocab", "row_width")  # of the embedding
 WHOLE = GATHERED | {"gate_width"}  # dimensions that activations never split
 
 
@@ -151,17 +152,22 @@ class Embed(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        init = named(nn.initializers.normal(self.width**-0.5), ("vocab", "row_width"))
+        init = named(nn.initializers.normal(self.width**-0.5), TABLE)
         self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Rows of the table in the compute type."""
-        return jnp.take(self.table_VD.astype(jnp.dtype(self.precision.compute)), tokens, axis=0)
+        """Rows of the table in the compute type.
+
+        Each device looks up, for all rows of its copy of the model, the part of the width that it keeps, and the parts
+        are exchanged: the gradient is then summed part by part, not as a whole table on every device.
+        """
+        x_BSD = jnp.take(self.table_VD.astype(jnp.dtype(self.precision.compute)), tokens, axis=0)
+        return constrain(x_BSD, ("copies", None, "row_width"))
 
     def attend(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Logits under the tied head, in the logits' type."""
         logits = jnp.dtype(self.precision.logits)
-        table_VD = self.table_VD.astype(hidden_BSD.dtype)
+        table_VD = _gather(self.table_VD.astype(hidden_BSD.dtype), TABLE, _without(GATHERED, TABLE))
         return jnp.einsum("bsd,vd->bsv", hidden_BSD, table_VD, preferred_element_type=logits)
 
 

@@ -16,6 +16,7 @@ Rule: TypeAlias = tuple[str, MeshAxes]
 # more than once, the tokens; and, like `fsdp`, the width of the kernels that all of them meet.
 RULES: tuple[Rule, ...] = (
     ("batch", ("data", "fsdp")),  # rows: every device that holds its own piece of the work
+    ("copies", "data"),  # rows in the embedding, whose width is split over fsdp: only copies of the model add gradients
     ("heads", "model"),  # query heads, and the memory's heads: one head never leaves its device
     ("kv_heads", "model"),  # key/value groups, beside the query heads that read them
     ("mlp", "model"),  # hidden width of the feed-forward: one sum over devices per layer
@@ -38,6 +39,7 @@ RULES: tuple[Rule, ...] = (
 # Fields of a run that set the size of a dimension, for messages.
 FIELDS: dict[str, tuple[str, ...]] = {
     "batch": ("data.rows",),
+    "copies": ("data.rows",),
     "heads": ("model.decoder.num_heads", "model.memory.num_heads"),
     "kv_heads": ("model.decoder.num_kv_heads", "model.memory.num_heads"),
     "mlp": ("model.decoder.mlp_width", "model.memory.write.mlp_width"),

@@ -42,6 +42,7 @@ REPORT = Report(
         (CompileConfig(compile_only=True), "--compile-only needs --topology"),
         (CompileConfig(topology="v5e:2x2"), "go with --compile-only"),
         (CompileConfig(json="x"), "go with --compile-only"),
+        (CompileConfig(quick=True), "go with --compile-only"),
     ],
 )
 def test_options_that_do_not_go_together(config, words):
@@ -160,6 +161,28 @@ def test_attention_takes_the_kernel_and_its_operations_count(libtpu):
     assert 0.9 < report.flops["compiled"] / report.flops["traced"] < 1.1
     # Forward and backward are 2 + 3 + 4 products of T x T where the plain form has 2 + 4.
     assert 1.0 < report.flops["compiled"] / expected.flops["compiled"] < 9 / 6
+
+
+@pytest.mark.tpu_backend
+def test_a_program_without_code_costs_the_same(libtpu):
+    run, mesh, topology = lm2_jax.preset("lm2_paper_tiny"), MeshConfig(data=1, fsdp=4), parse_topology("v5e:2x2")
+    whole, quick = (compile_only.compile_only(run, mesh, topology, quick=quick) for quick in (False, True))
+    assert quick.flops == whole.flops
+    assert quick.collectives == whole.collectives
+    assert quick.bytes["program"] == 0 < whole.bytes["program"]
+    kept = sum(whole.bytes[name] for name in ("parameters", "optimizer", "state", "batch"))
+    assert kept < quick.bytes["total"] < whole.bytes["total"]
+
+
+@pytest.mark.tpu_backend
+def test_copies_of_the_model_add_little_to_what_a_chip_sends(libtpu):
+    sent = []
+    for data, topology in ((1, "v5p:2x2x4"), (4, "v5p:4x4x4")):
+        run = lm2_jax.preset("lm2_paper_tiny")
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, rows=16 * data))
+        report = compile_only.compile_only(run, MeshConfig(data=data, fsdp=16), parse_topology(topology))
+        sent.append(sum(row["ici_bytes"] for row in report.collectives))
+    assert 1.0 <= sent[1] / sent[0] <= 1.08
 
 
 @pytest.mark.tpu_backend

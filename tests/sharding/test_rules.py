@@ -6,7 +6,7 @@ from sharding.rules import RULES, activation_rules, check_rules
 
 def test_the_table_holds_the_names_of_the_project():
     assert {name for name, _ in check_rules(RULES)} == {
-        *("batch", "time", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "layers"),
+        *("batch", "copies", "time", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "layers"),
         *("slots", "chunk", "inner", "segments", "norm", "state_embed", "window", "gate_width", "row_width"),
     }
 

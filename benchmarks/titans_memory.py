@@ -4,12 +4,24 @@
     python -m benchmarks.titans_memory                      # width 256, 4 heads, depth 2, chunks of 64
     python -m benchmarks.titans_memory --lengths 1024 --no-peer
 
-Both have the same width, heads, inner network (an MLP of the same depth, expansion 4, behind a residual and a norm)
-and chunk, float32, one row; no convolutions, as they have none; steps per token, momentum and forgetting per chunk, as
-theirs are. By default they take all gradients of a call at its first weights (`peer`); with their batch_size at the
-chunk they take them at each chunk's start, as ours does (`anchored`). Not matched: their reads see the chunk before,
-ours the token itself. Runs of all sides alternate, and their medians are compared. Memory is what one pass adds at
-most to a process of its own.
+Sides: `ours` keeps for its backward pass what `TitansConfig` keeps by default, `ours_chunks` the weights of each chunk
+(remat="chunks": quicker, more memory). titans-pytorch takes all gradients of a call at its first weights by default
+(`peer`); with its batch_size at the chunk it takes them at each chunk's start (`anchored`), which is the paper's
+function and ours.
+
+Alike: width, heads, inner network (an MLP of the same depth, expansion 4, behind a residual and a norm), chunk,
+float32, one row; no convolutions, as they have none; steps per token, momentum and forgetting per chunk, as theirs.
+In both the gradients of the outer loss go to all parameters and inputs, through the inner gradients (second order)
+and from chunk to chunk without a cut; finite differences of theirs agree.
+
+Not alike: their chunk is one step. Momentum and forgetting act once per chunk, and all its tokens read the weights
+behind the chunk before. Ours acts once per token, and each token reads the weights behind itself: at a chunk of 64
+twice as many multiplications. Their inner norm's scale is trained inside too, ours outside; their step is at most 1
+on a mean over the width, ours 0.1 on a sum.
+
+Runs of all sides alternate, and their medians are compared. With one thread, time is that of the processor spent by
+the process, so that other processes on the machine do not count; with more it is that of the clock. Memory is what
+one forward and backward pass adds at most to a process of its own.
 
 Writes benchmarks/results/titans_memory.json and .md. Times depend on the machine; what counts is their ratio.
 """
@@ -37,6 +49,8 @@ from lm2_jax import cli
 from lm2_jax.errors import UserError
 
 Call = Callable[[], Any]
+Remat = Literal["none", "chunks", "groups"]
+Side = Literal["ours", "ours_chunks", "peer", "anchored"]
 
 
 class Pass(NamedTuple):
@@ -64,20 +78,28 @@ class Command:
     lengths: tuple[int, ...] = (1_024, 4_096, 16_384)
     """Tokens of a call."""
     chunks: tuple[int, ...] = (16, 64, 256)
-    """Chunks whose time is compared at the shortest length."""
+    """Chunks that are compared at `chunk_length`."""
+    chunk_length: int = 4_096
+    """Tokens of a call there."""
     runs: int = 5
     """Alternating runs of each time."""
+    slow_runs: int = 3
+    """The same where a run of one side takes more than `slow_seconds`."""
+    slow_seconds: float = 10.0
+    """See `slow_runs`."""
     peer: bool = True
     """Whether titans-pytorch is measured too."""
     threads: int = 1
     """Threads of both."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/titans_memory.json")
     """Where the figures go; the table beside it."""
-    only: tuple[Literal["ours", "peer", "anchored"], Literal["forward", "backward"], int, int] | None = None
+    only: tuple[Literal["ours", "ours_chunks", "peer", "anchored"], Literal["forward", "backward"], int, int] | None = (
+        None
+    )
     """Side, pass, length and chunk of which alone a process prints its peak of memory; used by the benchmark itself."""
 
 
-def ours(command: Command, tokens: int, chunk: int) -> Passes:
+def ours(command: Command, tokens: int, chunk: int, remat: Remat | None = None) -> Passes:
     """Forward pass, and forward with backward, of our memory; compiled."""
     import jax
     import jax.numpy as jnp
@@ -96,6 +118,7 @@ def ours(command: Command, tokens: int, chunk: int) -> Passes:
         forget=GateConfig("chunk", -4.0),
         conv_tokens=0,
     )
+    config = config if remat is None else dataclasses.replace(config, remat=remat)
     memory = config.build(command.width, Precision())
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, command.width), np.float32))
     state, valid = memory.init_state(1), jnp.ones((1, tokens), bool)
@@ -110,6 +133,11 @@ def ours(command: Command, tokens: int, chunk: int) -> Passes:
 
     learn = jax.grad(lambda params, x: jnp.sum(forward(params, x) ** 2), argnums=(0, 1))
     return {"forward": compiled(forward), "backward": compiled(learn)}
+
+
+def ours_chunks(command: Command, tokens: int, chunk: int) -> Passes:
+    """The same where the backward pass keeps each chunk's weights."""
+    return ours(command, tokens, chunk, "chunks")
 
 
 def anchored(command: Command, tokens: int, chunk: int) -> Passes:
@@ -150,19 +178,25 @@ def peer(command: Command, tokens: int, chunk: int, batch: int | None = None) ->
     return {"forward": Pass(nothing, forward), "backward": Pass(nothing, backward)}
 
 
-SIDES: dict[str, Callable[[Command, int, int], Passes]] = {"ours": ours, "peer": peer, "anchored": anchored}
+SIDES: dict[str, Callable[[Command, int, int], Passes]] = {
+    "ours": ours,
+    "ours_chunks": ours_chunks,
+    "peer": peer,
+    "anchored": anchored,
+}
 
 
 def sides_of(command: Command) -> list[str]:
     """Those that are measured."""
-    return list(SIDES) if command.peer else ["ours"]
+    return [side for side in SIDES if command.peer or side.startswith("ours")]
 
 
-def seconds(call: Call) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
+def seconds(command: Command, call: Call) -> float:
+    """Time of one call; see the module's docstring."""
+    clock = time.process_time if command.threads == 1 else time.perf_counter
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, float]]:
@@ -172,9 +206,12 @@ def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, floa
     result: dict[str, dict[str, float]] = {}
     for name in ("forward", "backward"):
         for side in sides:
-            calls[side][name].call()
-        taken = [[seconds(calls[side][name].call) for side in sides] for _ in range(command.runs)]
-        result[name] = dict(zip(sides, map(statistics.median, zip(*taken, strict=True)), strict=True))
+            calls[side][name].prepare()
+        first = max(seconds(command, calls[side][name].call) for side in sides)
+        runs = command.slow_runs if first > command.slow_seconds else command.runs
+        taken = [[seconds(command, calls[side][name].call) for side in sides] for _ in range(runs)]
+        medians = zip(sides, map(statistics.median, zip(*taken, strict=True)), strict=True)
+        result[name] = {"runs": float(runs), **dict(medians)}
     return result
 
 
@@ -224,30 +261,39 @@ def measure_one(command: Command) -> None:
     print(resident_peak(call))
 
 
-def growth(rows: list[dict[str, Any]], side: str, name: str, key: str) -> float | None:
-    """Exponent of the growth from the first to the last row: 1 is linear in the length."""
-    first, last = rows[0], rows[-1]
-    ends = [row[key].get(name, {}).get(side) for row in (first, last)]
-    if not all(ends) or first["tokens"] == last["tokens"]:
+def growth(rows: list[dict[str, Any]], side: str, name: str, key: str, by: str) -> float | None:
+    """Exponent of the growth from the least to the most tokens, or chunk: 1 is linear."""
+    rows = sorted(rows, key=lambda row: row[by])
+    ends = [row[key].get(name, {}).get(side) for row in (rows[0], rows[-1])] if rows else []
+    if not ends or not all(ends) or rows[0][by] == rows[-1][by]:
         return None
-    return math.log(ends[1] / ends[0]) / math.log(last["tokens"] / first["tokens"])
+    return math.log(ends[1] / ends[0]) / math.log(rows[-1][by] / rows[0][by])
 
 
 def table(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    sides = list(figures["by_length"][0]["seconds"]["forward"])
-    head = ["tokens", "chunk", "pass", *(f"{side}, s" for side in sides), *(f"{side} / ours" for side in sides[1:])]
-    head += [f"{side}, MiB" for side in sides]
+    rows = figures["rows"]
+    sides = [side for side in SIDES if side in rows[0]["seconds"]["forward"]]
+    peers = [side for side in sides if not side.startswith("ours")]
+    head = ["tokens", "chunk", "pass", "runs", *(f"{side}, s" for side in sides)]
+    head += [f"{side} / ours" for side in peers] + [f"{side}, MiB" for side in sides]
     lines = [f"# Titans memory\n\n`{figures['command']}` on {figures['machine']}; {figures['versions']}.\n"]
+    lines += [f"Time: {figures['time']}. What is compared: the docstring of `benchmarks/titans_memory.py`.\n"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in figures["by_length"] + figures["by_chunk"]:
+    for row in sorted(rows, key=lambda row: (row["tokens"], row["chunk"])):
         for name, taken in row["seconds"].items():
-            peaks = row.get("peak_bytes", {}).get(name, {})
-            cells = [str(row["tokens"]), str(row["chunk"]), name, *(f"{taken[side]:.3f}" for side in sides)]
-            cells += [f"{taken[side] / taken['ours']:.2f}" for side in sides[1:]]
+            peaks = row["peak_bytes"].get(name, {})
+            cells = [
+                str(row["tokens"]),
+                str(row["chunk"]),
+                name,
+                f"{taken['runs']:.0f}",
+                *(f"{taken[side]:.3f}" for side in sides),
+            ]
+            cells += [f"{taken[side] / taken['ours']:.2f}" for side in peers]
             cells += [f"{peaks[side] / 2**20:.0f}" if side in peaks else "" for side in sides]
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Growth with the length, as an exponent (1 is linear):", ""]
+    lines += ["", "Growth, as an exponent (1 is linear):", ""]
     lines += [f"- {name}: {value:.2f}" for name, value in figures["growth"].items() if value is not None]
     return "\n".join([*lines, ""])
 
@@ -258,31 +304,41 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if command.threads == 1:
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    needs_peer = command.peer and (command.only is None or command.only[0] != "ours")
+    needs_peer = command.peer and (command.only is None or not command.only[0].startswith("ours"))
     if needs_peer and importlib.util.find_spec("titans_pytorch") is None:
         raise UserError("titans-pytorch is not installed: `pip install torch titans-pytorch`, or pass --no-peer")
     if command.only is not None:
         return measure_one(command)
-    shortest, by_length = min(command.lengths), []
-    by_chunk = [{"tokens": shortest, "chunk": c, "seconds": times(command, shortest, c)} for c in command.chunks]
-    for tokens in command.lengths:
-        chunk = command.chunk_tokens
+    rows: list[dict[str, Any]] = []
+    for tokens, chunk in cases(command):
         peaks = {side: peak_bytes(command, side, "backward", tokens, chunk) for side in sides_of(command)}
-        row = {"tokens": tokens, "chunk": chunk, "seconds": times(command, tokens, chunk)}
-        by_length.append(row | {"peak_bytes": {"backward": peaks}})
-        write(command, by_length, by_chunk)  # what is measured is not lost where a long text takes too long
+        taken = times(command, tokens, chunk)
+        rows.append({"tokens": tokens, "chunk": chunk, "seconds": taken, "peak_bytes": {"backward": peaks}})
+        write(command, rows)  # what is measured is not lost where a long text takes too long
 
 
-def write(command: Command, by_length: list[dict[str, Any]], by_chunk: list[dict[str, Any]]) -> None:
+def cases(command: Command) -> list[tuple[int, int]]:
+    """Lengths and chunks, the longest text last."""
+    of_chunks = [(command.chunk_length, chunk) for chunk in command.chunks]
+    of_lengths = [(tokens, command.chunk_tokens) for tokens in command.lengths]
+    return sorted({*of_chunks, *of_lengths}, key=lambda case: (case[0], -case[1]))
+
+
+def write(command: Command, rows: list[dict[str, Any]]) -> None:
     """The figures so far, as JSON and as Markdown."""
+    by = {
+        "tokens": [row for row in rows if row["chunk"] == command.chunk_tokens],
+        "chunk": [row for row in rows if row["tokens"] == command.chunk_length],
+    }
     figures = {
         "command": f"python -m benchmarks.titans_memory {' '.join(sys.argv[1:])}".strip(),
-        "machine": f"{platform.machine()}, {command.threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        "machine": f"{machine()}, {command.threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "titans-pytorch")),
-        "by_length": by_length,
-        "by_chunk": by_chunk,
+        "time": "of the processor" if command.threads == 1 else "of the clock",
+        "rows": rows,
         "growth": {
-            f"{key.replace('_', ' ')} of {name}, {side}": growth(by_length, side, name, key)
+            f"{key.replace('_', ' ')} of {name} with {size}, {side}": growth(by[size], side, name, key, size)
+            for size in by
             for key in ("seconds", "peak_bytes")
             for name in ("forward", "backward")
             for side in sides_of(command)
@@ -292,6 +348,14 @@ def write(command: Command, by_length: list[dict[str, Any]], by_chunk: list[dict
     command.out.write_text(json.dumps(figures, indent=1) + "\n")
     command.out.with_suffix(".md").write_text(table(figures))
     print(table(figures), flush=True)
+
+
+def machine() -> str:
+    """The processor, as the system names it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0]} ({platform.machine()})" if named else platform.machine()
 
 
 def version(name: str) -> str:

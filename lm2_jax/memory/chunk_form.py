@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.memory.inner import InnerLoss, InnerNetwork, NormWeights, Weights
+from lm2_jax.memory.matmul import t_times, times, times_t
 from lm2_jax.types import Array, Bool, Float
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (carry, inputs) -> (carry, outputs), of a scan
@@ -64,12 +65,14 @@ def products(log_C: Float[Array, " C"]) -> Float[Array, "C C"]:
     """L[t, s] = exp(sum_{s<j<=t} log_j) for s <= t, else 0.
 
     Sums run over the factors of each entry alone: as differences of one running sum, entries behind a factor near 0
-    would lose their digits.
+    would lose their digits. They are a product with a matrix of ones, which is quicker than a running sum.
     """
     place = jnp.arange(log_C.shape[0])
     later = place[:, None] > place[None, :]
-    sums = jnp.cumsum(jnp.where(later, log_C[:, None], jnp.zeros_like(log_C)[:, None]), axis=0)
-    return jnp.where(place[:, None] >= place[None, :], jnp.exp(sums), jnp.zeros_like(sums))
+    own = jnp.where(later, log_C[:, None], jnp.zeros_like(log_C)[:, None])
+    upto = place[:, None] >= place[None, :]
+    sums = jnp.matmul(upto.astype(own.dtype), own, precision=EXACT)
+    return jnp.where(upto, jnp.exp(sums), jnp.zeros_like(sums))
 
 
 def presence(
@@ -117,7 +120,7 @@ def rows_of(there: Presence, place: Any) -> Presence:
 
 def plain(network: InnerNetwork, weights: Weights, x: Float[Array, "R K"], norm: NormWeights | None) -> Array:
     """f(x; W) at fixed weights, rows [R K]."""
-    return network(lambda i, z: with_bias(network, z) @ weights[i], x, norm)
+    return network(lambda i, z: times(with_bias(network, z), weights[i]), x, norm)
 
 
 def with_bias(network: InnerNetwork, z: Float[Array, "R I"]) -> Float[Array, "R _"]:
@@ -148,7 +151,7 @@ def linearise(
             if i in inputs:
                 raise ValueError(f"{type(network).__name__} calls layer {i} twice")
             inputs[i] = with_bias(network, z)
-            return inputs[i] @ weights[i] + taps[i]
+            return times(inputs[i], weights[i]) + taps[i]
 
         loss_C = loss(network(linear, k_CK, norm), v_CK)
         return loss_C.sum(), (tuple(inputs[i] for i in range(len(weights))), loss_C)
@@ -156,6 +159,20 @@ def linearise(
     taps = tuple(jnp.zeros((k_CK.shape[0], w.shape[1]), k_CK.dtype) for w in weights)
     outputs, (inputs, loss_C) = jax.grad(total, has_aux=True)(taps)
     return Gradients(inputs, outputs), loss_C
+
+
+def scaled(z_RI: Float[Array, "R I"], a_R: Float[Array, " R"], w_IO: Float[Array, "I O"]) -> Float[Array, "R O"]:
+    """diag(a) z W; the factor is put where there is less to multiply."""
+    if w_IO.shape[0] < w_IO.shape[1]:
+        return times(a_R[:, None] * z_RI, w_IO)
+    return a_R[:, None] * times(z_RI, w_IO)
+
+
+def outer(x_CI: Float[Array, "C I"], a_C: Float[Array, " C"], g_CO: Float[Array, "C O"]) -> Float[Array, "I O"]:
+    """x^T diag(a) g; likewise."""
+    if x_CI.shape[1] < g_CO.shape[1]:
+        return t_times(a_C[:, None] * x_CI, g_CO)
+    return t_times(x_CI, a_C[:, None] * g_CO)
 
 
 def recall(
@@ -179,11 +196,11 @@ def recall(
 
     def linear(i: int, z: Array) -> Array:
         z = with_bias(network, z)
-        y = there.start[:, None] * (z @ fast.weights[i])
+        y = scaled(z, there.start, fast.weights[i])
         if fast.momentum is not None:
             assert there.momentum is not None
-            y = y + there.momentum[:, None] * (z @ fast.momentum[i])
-        return y - (there.gradient * (z @ gradients.inputs[i].T)) @ gradients.outputs[i]
+            y = y + scaled(z, there.momentum, fast.momentum[i])
+        return y - times(there.gradient * times_t(z, gradients.inputs[i]), gradients.outputs[i])
 
     return network(linear, q_RK, norm)
 
@@ -200,13 +217,13 @@ def advance(fast: Fast, gradients: Gradients, weights: Presence, momentum: Prese
     end, end_momentum = rows_of(weights, -1), rows_of(momentum, -1)
     new, new_momentum = [], []
     for i, (x_CI, g_CO) in enumerate(zip(gradients.inputs, gradients.outputs, strict=True)):
-        w = end.start * fast.weights[i] - x_CI.T @ (end.gradient[:, None] * g_CO)
+        w = end.start * fast.weights[i] - outer(x_CI, end.gradient, g_CO)
         if fast.momentum is not None:
             assert end.momentum is not None
             assert end_momentum.momentum is not None
             w = w + end.momentum * fast.momentum[i]
             kept = end_momentum.momentum * fast.momentum[i]
-            new_momentum.append(kept - x_CI.T @ (end_momentum.gradient[:, None] * g_CO))
+            new_momentum.append(kept - outer(x_CI, end_momentum.gradient, g_CO))
         new.append(w)
     return Fast(tuple(new), None if fast.momentum is None else tuple(new_momentum))
 

@@ -16,7 +16,7 @@ from lm2_jax.evaluation.suite import Suite
 from lm2_jax.loss import token_losses
 from lm2_jax.state import state_floats
 
-COLUMNS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64))  # distances shown together
+COLUMNS = ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (16, 16), (32, 32), (1, 4))  # first and last distance
 
 
 class Counts(NamedTuple):

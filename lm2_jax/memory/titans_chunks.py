@@ -27,6 +27,7 @@ from lm2_jax.partition import Shards, logical_shard_map, parts
 from lm2_jax.types import Array, Bool, Float
 
 Remat = Literal["none", "chunks", "groups"]
+BLOCK_TOKENS = 64  # longer: products of a chunk's tokens among each other cost more than moving the weights on
 SCANS = {"none": plain_scan, "chunks": chunk_scan, "groups": grouped_scan}
 
 
@@ -87,6 +88,8 @@ def chunk(
 ) -> tuple[Fast, tuple[Array | None, Array, Array, Rates]]:
     """One chunk of one head.
 
+    All gradients are at the chunk's start; a long chunk reads and moves on in blocks, which gives the same.
+
     Args:
       rules: network, loss and granularity of the rates.
       scale_C: see `presence`.
@@ -98,10 +101,23 @@ def chunk(
     """
     rates = hold(tokens.rates, tokens.valid, rules.held)
     gradients, loss_C = linearise(rules.network, rules.loss, fast.weights, tokens.k, tokens.v, norm)
-    weights, momentum = presence(rates, tokens.valid, scale_C)
-    y_CK = None if tokens.q is None else recall(rules.network, fast, gradients, weights, tokens.q, norm)
     measured = jax.lax.stop_gradient((loss_C, surprise(gradients), rates))
-    return advance(fast, gradients, weights, momentum), (y_CK, *measured)
+
+    def block(fast: Fast, part: tuple[Any, ...]) -> tuple[Fast, Array | None]:
+        gradients, rates, valid_C, q_CK = part
+        weights, momentum = presence(rates, valid_C, scale_C)
+        y_CK = None if q_CK is None else recall(rules.network, fast, gradients, weights, q_CK, norm)
+        return advance(fast, gradients, weights, momentum), y_CK
+
+    whole = (gradients, rates, tokens.valid, tokens.q)
+    C, blocks = rules.chunk_tokens, rules.chunk_tokens // BLOCK_TOKENS
+    if scale_C is not None or blocks < 2 or C % BLOCK_TOKENS:  # a scale is of the whole chunk's gradients
+        after, y_CK = block(fast, whole)
+    else:
+        parts = jax.tree.map(lambda a: a.reshape(blocks, BLOCK_TOKENS, *a.shape[1:]), whole)
+        after, y_CK = chunk_scan(block, fast, parts, 1)
+        y_CK = None if y_CK is None else y_CK.reshape(C, *y_CK.shape[2:])
+    return after, (y_CK, *measured)
 
 
 def run(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.memory import chunk_form
+from lm2_jax.memory import chunk_form, titans_chunks
 from lm2_jax.memory.chunk_form import Fast, Rates
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SquaredError
 from lm2_jax.memory.titans_chunks import SCANS, Rules, Tokens, run
@@ -102,6 +102,15 @@ CASES = [
 )
 def test_chunks_equal_the_token_loop(name, chunk, momentum, forget):
     """Answers, weights and momentum behind a text with holes, and the gradient by all that they are made of."""
+    assert_equals_the_token_loop(name, chunk, momentum, forget)
+
+
+def test_a_long_chunk_in_blocks_equals_the_token_loop(monkeypatch):
+    monkeypatch.setattr(titans_chunks, "BLOCK_TOKENS", 4)
+    assert_equals_the_token_loop("linear", 16, momentum=True, forget=True)
+
+
+def assert_equals_the_token_loop(name, chunk, momentum, forget):
     tree, valid = example(name)
     form = functools.partial(in_chunks, name=name, chunk=chunk, momentum=momentum, forget=forget)
     grads, (y, weights, speed) = jax.jit(jax.grad(form, has_aux=True), compiler_options=UNOPTIMIZED)(tree, valid)

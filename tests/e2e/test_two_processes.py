@@ -217,14 +217,14 @@ def test_each_process_has_its_rows_and_its_half_of_what_is_split(story):
 
 
 def test_the_end_is_that_of_one_process(story):
-    """Sums over processes are made in another order than within one: equal to rounding in float64."""
+    """Sums over processes are made in another order than within one; seen: 3e-15 beside memory of size 7."""
     assert story.statuses[-1] == [0, 0], story.jobs[-1].output(0)
     ours, theirs = story.jobs[-1].arrays("end"), story.alone.arrays("end")
     assert ours.keys() == theirs.keys()
     assert step_of(ours) == STEPS
     assert any(name.startswith(".memory.") for name in ours)
     for name, part in theirs.items():
-        np.testing.assert_allclose(ours[name], part, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(ours[name], part, rtol=1e-11, atol=1e-12, err_msg=name)
 
 
 def test_every_step_is_written_once_and_says_what_one_process_says(story):
@@ -233,7 +233,7 @@ def test_every_step_is_written_once_and_says_what_one_process_says(story):
     for line, expected in zip(ours, theirs, strict=True):
         assert line.keys() == expected.keys()
         for name in expected.keys() - {"tokens_per_second"}:
-            assert line[name] == pytest.approx(expected[name], rel=1e-5), (line["step"], name)
+            assert line[name] == pytest.approx(expected[name], rel=1e-6), (line["step"], name)
     assert "eval_loss" in ours[-1]
 
 

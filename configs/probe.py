@@ -57,12 +57,15 @@ def bank(write: WriteConfig, **changes: object) -> GatedBankConfig:
     return dataclasses.replace(GatedBankConfig(num_slots=SLOTS, write=write), **changes)
 
 
+RMT = arm("rmt", 264, TokensConfig(num_tokens=SLOTS), TokensJoin())
+LONGER = dataclasses.replace(RMT.optim, steps=4000)  # RMT learns the same later
 THREADED = ResidualJoin(topology="threaded")
 SLOTS_WRITE = SlotsWrite(candidate="linear")
 
 ARMS = (
     BASE,
-    arm("rmt", 264, TokensConfig(num_tokens=SLOTS), TokensJoin()),
+    RMT,
+    dataclasses.replace(RMT, name="probe_rmt_long", optim=LONGER),
     arm("block_threaded", 200, bank(BlockWrite()), THREADED),
     arm("block_threaded_ungated", 240, bank(BlockWrite(gated=False)), THREADED),
     arm("block", 200, bank(BlockWrite()), ResidualJoin()),

@@ -1,0 +1,125 @@
+"""Where a training step's time goes: tokens per second of the whole loop, and its share of data, step and host.
+
+    python -m benchmarks.training                    # the quickstart's model
+    python -m benchmarks.training --preset probe_rmt
+
+Data is what one thread takes to write a batch; the loop prepares batches ahead in threads, so only what these cannot
+hide costs time. Step is the compiled step, again and again on one batch that lies on the device. The loop is what
+`train.py` does, without evaluations and checkpoints. Medians of alternating blocks of steps, all in one process.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import tyro
+from etils import epath
+
+import lm2_jax
+from lm2_jax import cli
+from lm2_jax.config import RunConfig
+from lm2_jax.data.pipeline import read_row, stack
+from lm2_jax.training.evaluate import host_batches
+from lm2_jax.training.fit import prepare, prepare_jax
+from lm2_jax.training.step import jit_train_step
+from sharding import Layout, MeshConfig, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What is measured."""
+
+    preset: str = "quickstart"
+    """Preset of the run."""
+    steps: int = 20
+    """Steps in a block."""
+    blocks: int = 5
+    """Alternating blocks of each kind."""
+    out: pathlib.Path = pathlib.Path("benchmarks/results/training.json")
+    """Where the figures go."""
+
+
+class Blocks:
+    """Blocks of steps of one run; to be used inside the layout's context."""
+
+    def __init__(self, config: RunConfig, workdir: epath.Path):
+        self.config = config
+        self.layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+        self.plan, _, self.source = prepare(config, workdir, self.layout)
+        self.train_step = jit_train_step(self.plan, self.layout)
+        self.data: Iterator[Any] = host_batches(self.plan, self.source, self.layout)
+
+    def warm_up(self) -> None:
+        """Compiles the step."""
+        self.state = self.plan.init(self.layout)
+        self.batch = self.layout.batch(next(self.data))
+        self.step(1)
+
+    def read(self, steps: int) -> None:
+        """Writes batches, one after the other."""
+        data = self.config.data
+        for step in range(steps):
+            stack([read_row(data, self.source, step, row, False) for row in range(data.rows)])
+
+    def step(self, steps: int) -> None:
+        """The compiled step alone."""
+        for _ in range(steps):
+            self.state, _ = self.train_step(self.state, self.batch)
+        jax.block_until_ready(self.state)
+
+    def loop(self, steps: int) -> None:
+        """As `fit`: a batch from the threads, a step, and the report of the step before."""
+        pending = None
+        for _ in range(steps):
+            self.state, report = self.train_step(self.state, self.layout.batch(next(self.data)))
+            if pending is not None:
+                jax.device_get(pending)
+            pending = report
+        jax.block_until_ready(self.state)
+
+
+def seconds(call: Any, steps: int) -> float:
+    """Wall time of a step."""
+    began = time.perf_counter()
+    call(steps)
+    return (time.perf_counter() - began) / steps
+
+
+def main() -> None:
+    """Measures and writes the figures."""
+    command = tyro.cli(Command, description=__doc__)
+    config = lm2_jax.preset(command.preset)
+    prepare_jax(config)
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = Blocks(config, epath.Path(folder))
+        with blocks.layout.context():
+            blocks.warm_up()
+            times = [
+                [seconds(call, command.steps) for call in (blocks.read, blocks.step, blocks.loop)]
+                for _ in range(command.blocks)
+            ]
+    data, step, loop = (statistics.median(column) for column in zip(*times, strict=True))
+    figures = {
+        "command": f"python -m benchmarks.training --preset {command.preset}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "tokens_per_second": blocks.batch.tokens.size / loop,
+        "seconds_of_a_step": loop,
+        "data_over_step": data / step,
+        "share_of_the_compiled_step": step / loop,
+        "share_of_data_and_host": 1 - step / loop,
+    }
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    command.out.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main)

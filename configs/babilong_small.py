@@ -7,8 +7,8 @@
 BABI is the bAbI v1.2 distribution, BOOKS any folder of .txt books; without them the same run reads simulated worlds in
 generated prose. Questions stand all along the text, first about one person and in the end about four (docs/design.md).
 The language model learns from all of it, with a hundredth of an answer's weight (a tenth drowns the answers), and rows
-grow from four segments of 128 tokens to eight. `babilong_small_rmt` and `babilong_small_none` are the same run with RMT's
-memory tokens and without memory; parameters are equal within 3%.
+grow from four segments of 128 tokens to eight. `babilong_small_rmt` and `babilong_small_none` are the same run with
+memory tokens of RMT and without memory; parameters are equal within 3%.
 """
 
 import dataclasses

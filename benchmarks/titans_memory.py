@@ -263,11 +263,11 @@ def measure_one(command: Command) -> None:
 
 def growth(rows: list[dict[str, Any]], side: str, name: str, key: str, by: str) -> float | None:
     """Exponent of the growth from the least to the most tokens, or chunk: 1 is linear."""
-    rows = sorted(rows, key=lambda row: row[by])
-    ends = [row[key].get(name, {}).get(side) for row in (rows[0], rows[-1])] if rows else []
-    if not ends or not all(ends) or rows[0][by] == rows[-1][by]:
+    rows = sorted((row for row in rows if side in row[key].get(name, {})), key=lambda row: row[by])
+    if not rows or rows[0][by] == rows[-1][by]:
         return None
-    return math.log(ends[1] / ends[0]) / math.log(rows[-1][by] / rows[0][by])
+    first, last = (row[key][name][side] for row in (rows[0], rows[-1]))
+    return math.log(last / first) / math.log(rows[-1][by] / rows[0][by])
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -278,19 +278,15 @@ def table(figures: dict[str, Any]) -> str:
     head = ["tokens", "chunk", "pass", "runs", *(f"{side}, s" for side in sides)]
     head += [f"{side} / ours" for side in peers] + [f"{side}, MiB" for side in sides]
     lines = [f"# Titans memory\n\n`{figures['command']}` on {figures['machine']}; {figures['versions']}.\n"]
-    lines += [f"Time: {figures['time']}. What is compared: the docstring of `benchmarks/titans_memory.py`.\n"]
+    lines += [f"Time: {figures['time']}; `backward` is a forward and a backward pass."]
+    lines += ["What is compared: the docstring of `benchmarks/titans_memory.py`.\n"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted(rows, key=lambda row: (row["tokens"], row["chunk"])):
         for name, taken in row["seconds"].items():
             peaks = row["peak_bytes"].get(name, {})
-            cells = [
-                str(row["tokens"]),
-                str(row["chunk"]),
-                name,
-                f"{taken['runs']:.0f}",
-                *(f"{taken[side]:.3f}" for side in sides),
-            ]
-            cells += [f"{taken[side] / taken['ours']:.2f}" for side in peers]
+            cells = [str(row["tokens"]), str(row["chunk"]), name, f"{taken['runs']:.0f}"]
+            cells += [f"{taken[side]:.3f}" if side in taken else "" for side in sides]
+            cells += [f"{taken[side] / taken['ours']:.2f}" if side in taken else "" for side in peers]
             cells += [f"{peaks[side] / 2**20:.0f}" if side in peaks else "" for side in sides]
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Growth, as an exponent (1 is linear):", ""]

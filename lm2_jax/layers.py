@@ -161,7 +161,7 @@ class Embed(nn.Module):
         Each device looks up, for all rows of its copy of the model, the part of the width that it keeps, and the parts
         are exchanged: the gradient is then summed part by part, not as a whole table on every device.
         """
-        table_VD = constrain(self.table_VD.astype(jnp.dtype(self.precision.compute)), TABLE)
+        table_VD = self.table_VD.astype(jnp.dtype(self.precision.compute))
         x_BSD = jnp.take(table_VD, constrain(tokens, ("copies", None)), axis=0)
         return constrain(x_BSD, ("copies", None, "row_width"))
 

@@ -43,8 +43,8 @@ class CompileConfig:
     hlo: str | None = None
     """File for the compiled program's text, which tells where each collective comes from."""
     quick: bool = False
-    """Stops before machine code is written, which is three quarters of the time and changes nothing but the size of the
-    program."""
+    """Stops before machine code is written, a tenth of the time; operations and collectives are those of the whole
+    compilation, memory is that of libtpu's first attempt, see docs/tpu.md."""
 
     def asked(self) -> bool:
         """Whether costs are wanted, not training."""
@@ -239,12 +239,15 @@ def _too_large(
     plan: Plan, layout: Layout, topology: Topology, traced_flops: float, message: str, started: float
 ) -> Report:
     """The report where the compiler gives up for want of memory; any other failure is passed on in one line."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
-    if used is None:
-        raise UserError(f"XLA cannot compile {plan.config.name} for {topology}: {message.strip()}", status=1)
     state, batch = _arguments(plan, layout)
-    total = int(float(used[1]) * _UNITS[used[2]])
-    extra = {"temporaries": total - _device_bytes(state) - _device_bytes(batch), "program": 0}
+    kept = _device_bytes(state) + _device_bytes(batch)
+    if used := re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message):
+        temporaries = int(float(used[1]) * _UNITS[used[2]]) - kept
+    elif used := re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)i?B?\) exceeds available HBM", message):
+        temporaries = int(float(used[1]) * _UNITS[used[2]])
+    else:
+        raise UserError(f"XLA cannot compile {plan.config.name} for {topology}: {message.strip()}", status=1)
+    extra = {"temporaries": temporaries, "program": 0}
     return _report(plan, layout, topology, extra, traced_flops, None, started)
 
 

@@ -10,6 +10,7 @@ from sharding.hlo import (
     Computation,
     Instruction,
     Program,
+    between_slices,
     convolution_flops,
     dot_flops,
     groups,
@@ -136,6 +137,10 @@ class _Walk:
             costs.kernel_flops += kernel_flops(computation, instruction)
         elif opcode.removesuffix("-start") in COLLECTIVES and not _goes_on(computation, instruction):
             costs.send(*self._collective(computation, instruction))
+        elif opcode == "send" and (exchange := between_slices(instruction)) is not None:
+            kind, slices = exchange
+            own = size_bytes(computation.instructions[instruction.operands[0]].shape)
+            costs.send(Collective(kind, slices, slices), Moved(1, *sent(kind, own, slices, slices)))
         elif opcode == "fusion":
             costs.add(self.of(program.called(instruction, "calls"), fused=True))
         elif opcode in ("call", "async-start"):
@@ -196,6 +201,8 @@ def sent(kind: str, own: float, size: int, slices: int = 1) -> tuple[float, floa
         return own * (near - 1) / size, own * (size - near) / size
     if kind == "collective-broadcast":
         return own * (near > 1), own * (far > 1)
+    if kind == "one-to-one":  # a permutation between slices
+        return 0, own
     twice = 2 if kind == "all-reduce" else 1
     return twice * own * (near - 1) / near, twice * own / near * (far - 1) / far
 

@@ -1,8 +1,8 @@
-"""Optimised programs before they become machine code, which costs a cost table more than all that it tells.
+"""Optimised programs before they become machine code, which takes nine tenths of a compilation.
 
-Of the time that libtpu takes for a train step, three quarters go into instructions for each fusion, and nothing that is
-counted here depends on them. libtpu cannot be asked to stop; but it writes down the optimised program and where its
-arrays lie, if asked to, before it goes on.
+No operation and no collective is added by then. Memory may be: where a fusion's code needs more on-chip memory than was
+planned for it, libtpu lays out the program once more. libtpu cannot be asked to stop; but it writes down the optimised
+program and where its arrays lie, if asked to, before it goes on.
 """
 
 import contextvars

@@ -281,6 +281,20 @@ def groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
 
 
+def between_slices(instruction: Instruction) -> tuple[str, int] | None:
+    """Kind of a collective between TPU slices, and how many it joins; None where a send is something else.
+
+    There libtpu hands each device's part to the runtime of its host, which exchanges it with the others: `send` and
+    `recv`, with `_xla_megascale_target="{1,2}x{0:3}"` for slices 1 and 2 and devices 0 to 3 of each.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.attributes)
+    if instruction.opcode != "send" or kind is None or target is None:
+        return None
+    spans = [[int(n) for n in span.split(":")] for span in target[1].split(",")]
+    return kind[1].lower().replace("_", "-"), sum(span[-1] - span[0] + 1 for span in spans)
+
+
 def _iota(text: str) -> np.ndarray:
     """`<=[4,2]T(1,0)`: 0, 1, ... in that shape, transposed."""
     shape, order = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore

@@ -128,3 +128,23 @@ def test_the_least_time_is_what_takes_longest():
     assert (least.seconds, least.bound) == (pytest.approx(4.0), "dcn")
     half = costs.floor(work, CHIPS["tpu7x"])  # a device is half a chip
     assert half.compute == pytest.approx(197e12 / (2307e12 / 2))
+
+
+def test_what_goes_through_the_hosts_to_other_slices():
+    text = (
+        HEAD
+        + """ENTRY %main (a: f32[4,8,128]) -> f32[4,8,128] {
+  %a = f32[4,8,128]{2,1,0} parameter(0)
+  %t = token[] after-all()
+  %r = (f32[4,8,128]{2,1,0}, u32[], token[]) recv(%t), channel_id=8, is_host_transfer=true, frontend_attributes={TO}
+  %s = (f32[4,8,128]{2,1,0}, u32[], token[]) send(%a, %t), channel_id=9, is_host_transfer=true, frontend_attributes={TO}
+  %local = (f32[4,8,128]{2,1,0}, u32[], token[]) send(%a, %t), channel_id=7
+  %e = token[] send-done(%s), channel_id=9, is_host_transfer=true
+  %d = (f32[4,8,128]{2,1,0}, token[]) recv-done(%r), channel_id=8, is_host_transfer=true
+  ROOT %x = f32[4,8,128]{2,1,0} get-tuple-element(%d), index=0
+}
+"""
+    ).replace("TO", '_xla_megascale_target="{1,2,5:6}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"')
+    found = costs.program_costs(hlo.parse(text)).collectives
+    own = 4 * 8 * 128 * 4
+    assert found == {Collective("all-reduce", 4, 4): Moved(1, 0.0, 2 * own * 3 / 4)}

@@ -32,9 +32,7 @@ LM2 = RunConfig(
         remat="full",
     ),
     data=DataConfig(
-        source=BabilongSource(
-            noise_fraction=0.2, question_rate=1.0, asked=(1, 2, 3, 4), asked_steps=(300, 800, 1100)
-        ),
+        source=BabilongSource(noise_fraction=0.2, question_rate=1.0, asked=(1, 2, 3, 4), asked_steps=(300, 800, 1100)),
         rows=32,
         segments=(4,),
     ),

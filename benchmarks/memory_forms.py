@@ -18,22 +18,23 @@ import sys
 import numpy as np
 import tyro
 
-from configs.probe import ARMS
+from configs import probe, probe_titans
 from lm2_jax import cli
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation.recall import Result, measure
 from lm2_jax.runs import load_run
 
 RUNS = pathlib.Path("runs/probe")
-STEPS = {run.name: run.optim.steps for run in ARMS}
+FORMS = tuple(probe.PRESETS)
+STEPS = {run.name: run.optim.steps for run in (*probe.ARMS, *probe_titans.ARMS)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
     """Arms and seeds to train."""
 
-    arms: tuple[str, ...] = tuple(STEPS)
-    """Presets of configs/probe.py."""
+    arms: tuple[str, ...] = FORMS
+    """Presets of configs/probe.py or configs/probe_titans.py; by default all of the former."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of parameters and data."""
     segments: tuple[int, ...] = (4, 16)

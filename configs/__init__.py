@@ -1,6 +1,6 @@
 """Presets: one experiment per file, collected here by name."""
 
-from configs import babilong_small, probe, published, quickstart, tiny, titans
+from configs import babilong_small, probe, probe_titans, published, quickstart, tiny, titans
 from lm2_jax.config import RunConfig
 from sharding.mesh import MeshConfig
 
@@ -8,6 +8,7 @@ PRESETS: dict[str, RunConfig] = {
     **tiny.PRESETS,
     **quickstart.PRESETS,
     **probe.PRESETS,
+    **probe_titans.PRESETS,
     **babilong_small.PRESETS,
     **titans.PRESETS,
     **published.PRESETS,

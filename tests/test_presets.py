@@ -6,7 +6,7 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from configs import babilong_small, probe
+from configs import babilong_small, probe, probe_titans
 from lm2_jax.config import RunConfig, from_dict, to_dict
 
 
@@ -19,9 +19,9 @@ def parameters(name: str) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", sorted({*probe.PRESETS, *babilong_small.PRESETS}))
+@pytest.mark.parametrize("name", sorted({*probe.PRESETS, *probe_titans.PRESETS, *babilong_small.PRESETS}))
 def test_compared_presets_have_equal_parameters(name):
-    twin = "probe_none" if name in probe.PRESETS else "babilong_small_none"
+    twin = "babilong_small_none" if name in babilong_small.PRESETS else "probe_none"
     assert abs(parameters(name) / parameters(twin) - 1) < 0.03
 
 

@@ -1,0 +1,50 @@
+"""The probe of configs/probe.py with Titans' memories and with both memories in one decoder.
+
+    python -m benchmarks.memory_forms --arms probe_block_threaded probe_rmt probe_none probe_mac probe_mag probe_mal \
+        probe_lmm probe_titans_residual probe_hybrid --out benchmarks/results/recall
+
+Parameters equal those of the other arms within 3%; the state, a network per head and layer, is far larger than LM2's
+eight slots (the table prints both). Gate and layer have the window they are published with, here half a segment.
+"""
+
+import dataclasses
+
+from configs.probe import arm, bank
+from configs.tiny import replace_model
+from lm2_jax.blocks.context import ContextJoin
+from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.blocks.layer import LayerJoin
+from lm2_jax.blocks.mixed import MixedJoin, Part
+from lm2_jax.blocks.mixer import MixerJoin
+from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.residual import ResidualJoin
+from lm2_jax.config import RunConfig
+from lm2_jax.memory.bank_writes import BlockWrite
+from lm2_jax.memory.none import NoMemory
+from lm2_jax.memory.titans import TitansConfig
+
+TITANS = TitansConfig(num_heads=4, chunk_tokens=16)
+PERSISTENT = 4
+
+
+def windowed(run: RunConfig) -> RunConfig:
+    """With attention over the last 16 tokens, across borders of segments."""
+    return replace_model(run, decoder=dataclasses.replace(run.model.decoder, window_tokens=16))
+
+
+HYBRID = MixedJoin(
+    parts=(
+        Part(layers=(0,), memory=bank(BlockWrite()), join=ResidualJoin()),
+        Part(layers=(1,), memory=TITANS, join=ContextJoin(num_persistent=PERSISTENT)),
+    )
+)
+ARMS = (
+    arm("mac", 104, TITANS, ContextJoin(num_persistent=PERSISTENT)),
+    windowed(arm("mag", 104, TITANS, GateJoin(num_persistent=PERSISTENT))),
+    windowed(arm("mal", 104, TITANS, LayerJoin(num_persistent=PERSISTENT))),
+    arm("lmm", 192, TITANS, MixerJoin(num_persistent=PERSISTENT)),
+    arm("titans_residual", 88, TITANS, ResidualJoin(read="own", source="attention")),
+    arm("hybrid", 152, NoMemory(), HYBRID),
+    windowed(arm("none_window", 264, NoMemory(), PlainJoin(num_persistent=PERSISTENT))),
+)
+PRESETS = {run.name: run for run in ARMS}

@@ -1,6 +1,6 @@
 """Models at the published sizes, for TPU slices; docs/tpu.md has what they cost.
 
-    python train.py lm2_1p7b --compile-only --topology v5e:16x16
+    python train.py lm2_1p7b --compile-only --quick --topology v5e:16x16
 
 LM2 (arXiv:2502.06049, section 3): 16 blocks of width 2048 with 2,048 slots each, in the paper's write form and with
 read projections of its own; 1.7 billion parameters. `llama_1p7b` is its twin without memory, widened to as many
@@ -12,7 +12,7 @@ Data is what `python -m lm2_jax.data.convert` writes; the paper's corpus is Smol
 paper does not print its optimizer; figures are those of the released configuration.
 
 `MESHES` has a mesh per number of devices for a step of 64 rows (256 rows on 4,096 chips: `--data.rows 256`); train.py
-takes it where no --mesh option is given. That all arrays divide is tested; docs/tpu.md says which have been compiled.
+takes it where no --mesh option is given. That all arrays divide is tested; docs/tpu.md has what was compiled with them.
 """
 
 import dataclasses

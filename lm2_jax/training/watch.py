@@ -51,7 +51,7 @@ class Watch:
           report: still on the device.
           more: further values for this step's line, an evaluation; such a step is always logged.
         Raises:
-          UserError: loss or gradient is not finite, or the loss has left all bounds.
+          UserError: loss, gradient or anything else to be logged is not finite, or the loss has left all bounds.
         """
         report = jax.device_get(report)
         self._check(step, report)
@@ -65,7 +65,11 @@ class Watch:
         self._progress.show(step, values)
         del values["seconds_left"]
         values |= {"grad_norm": float(report.grad_norm), "learning_rate": float(report.learning_rate)}
-        self._log.write(step, values | diagnostics(report.aux) | (more or {}))
+        values |= diagnostics(report.aux) | (more or {})
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            raise self._wrong(f"{', '.join(wrong)} at step {step} are not finite")
+        self._log.write(step, values)
         if more:
             words = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in more.items()]
             self._progress.say(f"step {step} held out | {' | '.join(words)}")

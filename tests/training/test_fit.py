@@ -152,7 +152,7 @@ def poison(monkeypatch, step, **values):
     monkeypatch.setattr(Watch, "read", read_poisoned)
 
 
-@pytest.mark.parametrize("values", [{"grad_norm": np.inf}, {"tally": np.nan}])
+@pytest.mark.parametrize("values", [{"grad_norm": np.inf}, {"tally": np.nan}, {"aux": np.nan}])
 def test_a_loss_that_is_not_finite_stops_the_run(documents, tmp_path, monkeypatch, values):
     poison(monkeypatch, 5, **values)
     with pytest.raises(UserError, match="at step 5 are not finite") as caught:

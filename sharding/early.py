@@ -1,4 +1,4 @@
-"""Optimised programs before they become machine code, which takes nine tenths of a compilation.
+"""Optimised programs before they become machine code, which takes nearly all the time of a compilation.
 
 No operation and no collective is added by then. Memory may be: where a fusion's code needs more on-chip memory than was
 planned for it, libtpu lays out the program once more. libtpu cannot be asked to stop; but it writes down the optimised

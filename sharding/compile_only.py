@@ -43,8 +43,8 @@ class CompileConfig:
     hlo: str | None = None
     """File for the compiled program's text, which tells where each collective comes from."""
     quick: bool = False
-    """Stops before machine code is written, which takes nearly all the time; operations and collectives are those of the
-    whole compilation, memory is that of libtpu's first attempt, see docs/tpu.md."""
+    """Stops before machine code is written, which takes nearly all the time. Operations and collectives are those of
+    the whole compilation, memory is that of libtpu's first attempt: docs/tpu.md."""
 
     def asked(self) -> bool:
         """Whether costs are wanted, not training."""

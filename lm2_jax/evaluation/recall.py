@@ -126,7 +126,7 @@ def show(results: list[Result], out: epath.Path, console: rich.console.Console) 
         chosen = [result for result in results if result.segments == segments]
         cells = {(result.name, name): value for result in chosen for name, value in _columns(result)}
         console.print(f"\nAnswers by the age of the fact, in segments; rows of {segments} segments (per cent)")
-        console.print(report.console_table(cells, "run"))
+        console.print(report.console_table(cells, "run", means=False))
         parts.append(f"Rows of {segments} segments:\n\n{_markdown(chosen)}")
     text = "# Recall: accuracy in per cent by the age of the fact in segments\n\n" + "\n".join(parts)
     files = {

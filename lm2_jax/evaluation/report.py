@@ -89,8 +89,8 @@ def _pair(cells: Cells, second: Cells, key: tuple[str, str]) -> str:
     return f"{cells[key]:.1f} / {second[key]:.1f}" if key in cells else "-"
 
 
-def console_table(cells: Cells, corner: str) -> rich.table.Table:
-    """The table for a terminal: green above 85, red below 30."""
+def console_table(cells: Cells, corner: str, means: bool = True) -> rich.table.Table:
+    """The table for a terminal: green above 85, red below 30; with `means` several rows are followed by their mean."""
     rows, columns = names_of(cells)
     table = rich.table.Table()
     table.add_column(corner)
@@ -98,7 +98,7 @@ def console_table(cells: Cells, corner: str) -> rich.table.Table:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(row, *(_coloured(cells.get((row, column))) for column in columns))
-    if len(rows) > 1:
+    if means and len(rows) > 1:
         table.add_section()
         table.add_row("mean", *(_coloured(value) for value in column_means(cells).values()))
     return table

@@ -77,8 +77,9 @@ def test_the_report_shows_single_distances_and_their_mean(tmp_path):
     counts = recall.Counts(np.array([10, 10, 10, 10, 10, 0, 0, 0, 4]), np.array([10, 8, 6, 4, 2, 0, 0, 0, 1]))
     result = recall.Result("one", 5, 1000, 64, 9, counts)
     console = rich.console.Console(file=io.StringIO(), width=100)
-    paths = recall.show([result], epath.Path(tmp_path), console)
+    paths = recall.show([result, result._replace(name="two")], epath.Path(tmp_path), console)
+    assert "mean" not in console.file.getvalue(), "several runs have no mean"
     lines = (tmp_path / "recall.md").read_text().splitlines()
-    assert lines[-3].split("|")[3:-1] == [f" {name} " for name in "floats of state/all/0/1/2/3/4/8/1-4".split("/")]
-    assert lines[-1] == "| one | 1,000 | 64 | 57.4 | 100.0 | 80.0 | 60.0 | 40.0 | 20.0 | 25.0 | 50.0 |"
+    assert lines[-4].split("|")[3:-1] == [f" {name} " for name in "floats of state/all/0/1/2/3/4/8/1-4".split("/")]
+    assert lines[-2] == "| one | 1,000 | 64 | 57.4 | 100.0 | 80.0 | 60.0 | 40.0 | 20.0 | 25.0 | 50.0 |"
     assert {path.name for path in paths} == {"recall.json", "recall.md", "recall.png"}

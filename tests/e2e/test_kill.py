@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.e2e.tiny_run import SAVE_EVERY, STEPS, write_documents
+from tests.e2e.tiny_run import MODELS, SAVE_EVERY, STEPS, write_documents
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "e2e" / "tiny_run.py"
@@ -43,9 +43,10 @@ def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_five_kills_two_of_them_inside_a_save_change_no_bit(tmp_path):
+@pytest.mark.parametrize("model", MODELS)
+def test_five_kills_two_of_them_inside_a_save_change_no_bit(tmp_path, model):
     documents = write_documents(tmp_path / "documents")
-    undisturbed = finish(tmp_path / "undisturbed", documents)
+    undisturbed = finish(tmp_path / "undisturbed", documents, "--model", model)
     assert any("memory" in name for name in undisturbed), "the state that is carried is compared, too"
 
     workdir = tmp_path / "killed"
@@ -56,7 +57,7 @@ def test_five_kills_two_of_them_inside_a_save_change_no_bit(tmp_path):
         ("--die-at-step", 14),
         ("--die-while-saving", 16),
     ]:
-        killed = run(workdir, documents, option, str(step))
+        killed = run(workdir, documents, "--model", model, option, str(step))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         folders = {path.name for path in (workdir / "checkpoints").iterdir()}
         if option == "--die-while-saving":
@@ -64,12 +65,12 @@ def test_five_kills_two_of_them_inside_a_save_change_no_bit(tmp_path):
             assert str(step) not in folders, "the checkpoint was complete before the kill"
     shutil.copytree(workdir, tmp_path / "forgetful")
 
-    assert differing(undisturbed, finish(workdir, documents)) == []
+    assert differing(undisturbed, finish(workdir, documents, "--model", model)) == []
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1)), "no step is missing, none appears twice"
 
     # The same with an empty memory must not pass, or the comparison would say nothing about memory.
     assert (tmp_path / "forgetful" / "checkpoints" / str(16 - SAVE_EVERY)).exists()
-    forgetful = differing(undisturbed, finish(tmp_path / "forgetful", documents, "--zero-memory"))
+    forgetful = differing(undisturbed, finish(tmp_path / "forgetful", documents, "--model", model, "--zero-memory"))
     assert any("params" in name for name in forgetful)
     assert any("memory" in name for name in forgetful)

@@ -1,6 +1,7 @@
 """A tiny run that carries its memory from step to step; as a program it can kill itself at a given moment.
 
-python tests/e2e/tiny_run.py WORKDIR DOCUMENTS [--die-at-step N | --die-while-saving N] [--zero-memory] [--out FILE]
+python tests/e2e/tiny_run.py WORKDIR DOCUMENTS [--model {lm2,titans}] [--die-at-step N | --die-while-saving N]
+    [--zero-memory] [--out FILE]
 """
 
 import argparse
@@ -16,16 +17,23 @@ import jax
 import numpy as np
 
 import lm2_jax
+from configs.tiny import replace_model
 from lm2_jax.checkpoint import Checkpoints, Restored
 from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.data.tokenizers import TokenizerConfig
+from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.training.fit import Outcome, fit
 from lm2_jax.training.watch import Watch
 from sharding import Layout, MeshConfig, make_mesh
 
 STEPS, SAVE_EVERY = 20, 4
 ROWS = 4
+MODELS = {
+    "lm2": lm2_jax.preset("lm2_tiny"),
+    # With the network's norm, unlike the tiny preset: a text that repeats itself drives weights without it to infinity.
+    "titans": replace_model(lm2_jax.preset("titans_mac_tiny"), memory=TitansConfig(num_heads=2, chunk_tokens=4)),
+}
 
 
 def write_documents(folder: pathlib.Path) -> pathlib.Path:
@@ -38,10 +46,10 @@ def write_documents(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def tiny_config(documents: pathlib.Path, **checkpoint: object) -> RunConfig:
+def tiny_config(documents: pathlib.Path, model: str = "lm2", **checkpoint: object) -> RunConfig:
     """Rows go on from step to step, so what step n learns from depends on the memory that step n - 1 left."""
     return dataclasses.replace(
-        lm2_jax.preset("lm2_tiny"),
+        MODELS[model],
         data=DataConfig(
             source=TextFiles(path=str(documents), packing="ordered"),
             tokenizer=TokenizerConfig(kind="bytes"),
@@ -114,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("documents", type=pathlib.Path)
+    parser.add_argument("--model", choices=MODELS, default="lm2")
     parser.add_argument("--die-at-step", type=int)
     parser.add_argument("--die-while-saving", type=int)
     parser.add_argument("--zero-memory", action="store_true")
@@ -125,7 +134,7 @@ def main() -> None:
         die_while_saving(args.die_while_saving, args.workdir / "checkpoints")
     if args.zero_memory:
         zero_memory()
-    outcome = train(tiny_config(args.documents), args.workdir)
+    outcome = train(tiny_config(args.documents, args.model), args.workdir)
     if args.out:
         np.savez(args.out, **arrays(outcome))
 

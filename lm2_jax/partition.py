@@ -67,6 +67,10 @@ class Partition(Protocol):
         """`logical_shard_map`, or None where `reduce` is not split."""
         ...
 
+    def without(self, name: str) -> "Partition":
+        """The same for arrays of which this axis stays whole."""
+        ...
+
 
 _ACTIVE: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("partition", default=None)
 _BY_HAND = contextvars.ContextVar("by_hand", default=True)
@@ -90,6 +94,14 @@ def automatic() -> Iterator[None]:
         yield
     finally:
         _BY_HAND.reset(token)
+
+
+@contextlib.contextmanager
+def whole(name: str) -> Iterator[None]:
+    """Inside it an axis is not cut, for arrays that hold one entry for all."""
+    partition = _ACTIVE.get()
+    with use(None if partition is None else partition.without(name)):
+        yield
 
 
 def is_split() -> bool:

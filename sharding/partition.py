@@ -108,14 +108,22 @@ class MeshPartition:
 
         return mapped
 
+    def without(self, name: str) -> "MeshPartition":
+        """See `lm2_jax.partition.whole`."""
+        self._check_known(name)
+        return MeshPartition(self._shape, (self._table | {name: None}).items())
+
     def _sizes(self, name: str | None) -> dict[str, int]:
         """The mesh axes, of size above 1, that a logical axis lies on."""
         if name is None:
             return {}
+        self._check_known(name)
+        return {axis: self._shape[axis] for axis in mesh_axes(self._table[name]) if self._shape[axis] > 1}
+
+    def _check_known(self, name: str) -> None:
         if name not in self._table:
             known = sorted(self._table)
             raise ValueError(f"unknown logical axis {name!r}; known: {known}.{near_misses(name, known)}")
-        return {axis: self._shape[axis] for axis in mesh_axes(self._table[name]) if self._shape[axis] > 1}
 
     def _spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         return PartitionSpec(*(tuple(self._sizes(name)) or None for name in axes))

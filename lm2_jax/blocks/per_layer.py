@@ -1,8 +1,6 @@
 """What joins share that give each of their blocks a memory of its own, running along with the segment."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +10,7 @@ from flax import linen as nn
 from lm2_jax.attention import Segments
 from lm2_jax.blocks.base import Block, JoinConfig, LayerState, OpenLayer, any_valid, by_segment
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes
+from lm2_jax.partition import whole
 from lm2_jax.state import reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, State
 
@@ -117,7 +116,7 @@ class RunningBlock(PerLayerBlock):
         x_1ND, T = self.memory_norm_of(self.persistent()), self.spec.segment_tokens
         N = x_1ND.shape[1]
         valid_1T = (jnp.arange(T) < N)[None]
-        with _unsplit("batch"):
+        with whole("batch"):  # one document for all rows
             fresh = self._memory(parent=None).init_state(1)
             y_1TD, start = self.memory(jnp.pad(x_1ND, ((0, 0), (0, T - N), (0, 0))), fresh, valid_1T)
         return y_1TD[:, :N], start
@@ -150,11 +149,3 @@ class RunningBlock(PerLayerBlock):
         inputs = (*by_segment((x_BJTD, segments.valid, segments.reset)), segments.cut)
         memory, (y_JBTD, notes) = scan(self, memory, inputs)
         return by_segment(y_JBTD), memory, jax.tree.map(jnp.mean, notes)
-
-
-@contextlib.contextmanager
-def _unsplit(axis: str) -> Iterator[None]:
-    """Inside it constraints leave an axis whole, for arrays that hold one entry for all."""
-    rules = [(name, None if name == axis else where) for name, where in nn.get_logical_axis_rules()]
-    with nn.logical_axis_rules(rules):
-        yield

@@ -51,8 +51,8 @@ def small(name: str, float64: bool) -> ModelConfig:
     """The model of a tiny preset with sizes that every mesh of the tests divides."""
     config = lm2_jax.preset(name).model
     sizes = {"num_slots": SLOTS, "num_tokens": 4, "chunk_tokens": 8, "mlp_width": 48, "vocab_size": VOCABULARY}
-    precision = FLOAT64 if float64 else Precision()
-    return _replaced(config, {**sizes, "segment_tokens": TOKENS, "step": CALM, "precision": precision})
+    sizes |= {"segment_tokens": TOKENS, "window_tokens": TOKENS // 2}
+    return _replaced(config, sizes | {"step": CALM, "precision": FLOAT64 if float64 else Precision()})
 
 
 def _replaced(config: Any, values: dict[str, Any]) -> Any:

@@ -7,13 +7,14 @@
 BABI is the bAbI v1.2 distribution, BOOKS any folder of .txt books; without them the same run reads simulated worlds in
 generated prose. Questions stand all along the text, first about one person and in the end about four (docs/design.md).
 The language model learns from all of it, with a hundredth of an answer's weight (a tenth drowns the answers), and rows
-grow from four segments of 128 tokens to eight. `babilong_small_rmt` and `babilong_small_none` are the same run with
-memory tokens of RMT and without memory; parameters are equal within 3%.
+grow from four segments of 128 tokens to eight. `babilong_small_mac`, `babilong_small_rmt` and `babilong_small_none` are
+the same run with Titans as context, with memory tokens of RMT and without memory; parameters are equal within 3%.
 """
 
 import dataclasses
 
 from configs.tiny import replace_model
+from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
@@ -23,6 +24,7 @@ from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import BlockWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
+from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 
 DECODER = DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=200)
@@ -53,10 +55,19 @@ LM2 = RunConfig(
     ),
     loss=LossConfig(answer_weight=1.0, text_weight=0.01),
     optim=OptimConfig(
-        steps=6000, learning_rate=3e-3, final_fraction=0.2, warmup_steps=50, beta2=0.999, weight_decay=0.0
+        steps=8000, learning_rate=3e-3, final_fraction=0.2, warmup_steps=50, beta2=0.999, weight_decay=0.0
     ),
     train=TrainConfig(eval_every=200, eval_batches=4),
     checkpoint=CheckpointConfig(every_steps=200, keep=1),
+)
+MAC = dataclasses.replace(
+    replace_model(
+        LM2,
+        decoder=dataclasses.replace(DECODER, mlp_width=104),
+        memory=TitansConfig(num_heads=4, chunk_tokens=16),
+        join=ContextJoin(num_persistent=4),
+    ),
+    name="babilong_small_mac",
 )
 RMT = dataclasses.replace(
     replace_model(LM2, decoder=WIDER, memory=TokensConfig(num_tokens=16), join=TokensJoin()), name="babilong_small_rmt"
@@ -65,4 +76,4 @@ NONE = dataclasses.replace(
     replace_model(LM2, decoder=WIDER, memory=NoMemory(), join=PlainJoin()), name="babilong_small_none"
 )
 
-PRESETS = {run.name: run for run in (LM2, RMT, NONE)}
+PRESETS = {run.name: run for run in (LM2, MAC, RMT, NONE)}

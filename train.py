@@ -20,6 +20,7 @@ from lm2_jax.training.hosts import join_hosts
 from lm2_jax.training.profile import ProfileConfig
 from sharding import Layout, MeshConfig, make_mesh
 from sharding.compile_only import CompileConfig, compile_and_tell
+from sharding.mesh import spare_threads
 from sharding.plan import describe_plan
 
 
@@ -62,6 +63,7 @@ def main() -> None:
     if command.plan:
         print(describe_plan(command.run, command.mesh))
         return
+    spare_threads(jax.config.values["jax_num_cpu_devices"])
     if command.distributed:
         join_hosts()
     workdir = command.workdir or f"runs/{command.run.name}"

@@ -5,6 +5,7 @@ A pipeline over stacked layers would be a fifth axis, `stage`; nothing else here
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,18 @@ from jax.experimental import mesh_utils
 from lm2_jax.errors import UserError
 
 AXES = ("data", "fsdp", "model", "slots")
+THREADS_OF_A_DEVICE = 8
+
+
+def spare_threads(devices: int) -> None:
+    """Gives so many virtual CPU devices threads enough to wait for one another; before anything asks for devices.
+
+    XLA's CPU devices run independent collectives in any order, each of which keeps a thread until all devices are there.
+    With one thread a device, what each of them waits for may be what none has a thread left to begin: after 40 seconds
+    XLA aborts the process. $NPROC is how many threads XLA makes.
+    """
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(THREADS_OF_A_DEVICE * devices))
 
 
 @dataclasses.dataclass(frozen=True)

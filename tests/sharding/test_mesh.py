@@ -1,9 +1,11 @@
+import os
+
 import jax
 import pytest
 
 from lm2_jax.errors import UserError
 from sharding import MeshConfig, make_mesh
-from sharding.mesh import planned_mesh
+from sharding.mesh import planned_mesh, spare_threads
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,12 @@ def test_a_planned_mesh_needs_no_devices():
     assert planned_mesh(MeshConfig(fsdp=512, slots=16)).shape == {"data": 1, "fsdp": 512, "model": 1, "slots": 16}
     with pytest.raises(UserError, match="at least 1"):
         planned_mesh(MeshConfig(fsdp=0))
+
+
+@pytest.mark.parametrize(("devices", "given", "threads"), [(8, None, "64"), (8, "3", "3"), (1, None, None)])
+def test_virtual_devices_have_threads_to_wait_in(monkeypatch, devices, given, threads):
+    monkeypatch.delenv("NPROC")
+    if given is not None:
+        monkeypatch.setenv("NPROC", given)
+    spare_threads(devices)
+    assert os.environ.get("NPROC") == threads

@@ -22,7 +22,7 @@ THREADS_OF_A_DEVICE = 8
 def spare_threads(devices: int) -> None:
     """Gives so many virtual CPU devices threads enough to wait for one another; before anything asks for devices.
 
-    XLA's CPU devices run independent collectives in any order, each of which keeps a thread until all devices are there.
+    XLA's CPU devices run independent collectives in any order, and each keeps a thread until all devices are there.
     With one thread a device, what each of them waits for may be what none has a thread left to begin: after 40 seconds
     XLA aborts the process. $NPROC is how many threads XLA makes.
     """

@@ -7,8 +7,8 @@ top and not in fixtures.
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of XLA, see docs/sharding.md: with one for each device, devices that begin independent collectives in different
-# orders wait for one another for ever.
+# Threads of XLA, see docs/sharding.md: with one for each device, devices that begin independent collectives in
+# different orders wait for one another for ever.
 os.environ.setdefault("NPROC", "64")
 
 from pathlib import Path

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm2_jax import layout, partition
@@ -16,7 +15,7 @@ from lm2_jax.registry import near_misses
 from lm2_jax.state import is_axes
 from lm2_jax.types import Axes
 from sharding.partition import MeshPartition
-from sharding.rules import FIELDS, RULES, Rule, activation_rules, check_rules, mesh_axes
+from sharding.rules import FIELDS, RULES, Rule, check_rules, mesh_axes
 
 
 class Layout(layout.Layout):
@@ -41,9 +40,8 @@ class Layout(layout.Layout):
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        """Inside it, `constrain` and other logical names mean this mesh; variables are unboxed before entering."""
-        names, here = nn.logical_axis_rules(activation_rules(self.rules)), partition.use(self._partition)
-        with jax.set_mesh(self.mesh), names, here:
+        """Inside it, `constrain` and other logical names mean this mesh."""
+        with jax.set_mesh(self.mesh), partition.use(self._partition):
             yield
 
     def spec(self, axes: Axes, path: str = "array") -> PartitionSpec:

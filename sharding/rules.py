@@ -87,14 +87,3 @@ def mesh_axes(axes: MeshAxes) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes
-
-
-def activation_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The table in the form Linen's constraints take, for arrays inside a traced function.
-
-    Each name has a second row without mesh axes, which Linen uses where an upper dimension of the same array took
-    the axis: `("batch", "time", "embed")` splits the batch and leaves the width whole. Arrays that outlive a step
-    have no such way out, see `Layout.shardings`.
-    """
-    rules = tuple(rules)
-    return rules + tuple((name, None) for name, axes in rules if axes is not None)

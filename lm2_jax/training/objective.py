@@ -53,7 +53,7 @@ def tally(
         "loss": jnp.stack([jnp.sum(weight_BS * loss_BS), jnp.sum(weight_BS)]).astype(jnp.float32),
         "answer_loss": mean_over(answer_BS, loss_BS),
         "text_loss": mean_over(text_BS, loss_BS),
-        "answer_accuracy": mean_over(answer_BS, right_BS),
+        "answer_accuracy": mean_over(answer_BS & (distance_BS >= 0), right_BS),  # without end tokens
     }
     for first, after in zip(DISTANCES, (*DISTANCES[1:], np.iinfo(np.int32).max), strict=True):
         here_BS = answer_BS & (distance_BS >= first) & (distance_BS < after)

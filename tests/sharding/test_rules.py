@@ -1,7 +1,7 @@
 import pytest
 
 from lm2_jax.errors import UserError
-from sharding.rules import RULES, activation_rules, check_rules
+from sharding.rules import RULES, check_rules
 
 
 def test_the_table_holds_the_names_of_the_project():
@@ -35,8 +35,3 @@ def test_a_wrong_table_is_refused(rules, words):
     with pytest.raises(UserError) as caught:
         check_rules(rules)
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-def test_activations_leave_whole_what_finds_its_mesh_axis_taken():
-    rules = activation_rules([("batch", ("data", "fsdp")), ("embed", "fsdp"), ("time", None)])
-    assert rules[3:] == (("batch", None), ("embed", None))

@@ -73,7 +73,7 @@ def test_weights_and_tally_by_hand():
             "loss": (2 * 1 + 2 * 3 + 0.5 * 8) / 4.5,
             "answer_loss": 2.0,
             "text_loss": 8.0,
-            "answer_accuracy": 0.5,
+            "answer_accuracy": 1.0,  # the second is what ends the first
             "accuracy_d2": 1.0,
         }
     )

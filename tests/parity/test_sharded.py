@@ -91,7 +91,16 @@ def test_every_other_preset_too(name, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", CORE)
+def test_recomputing_on_a_mesh_changes_nothing(name):
+    here = case(name, MESHES["fsdp2_model2_slots2"], False, remat="full")
+    assert "remat" in here.lowered.as_text(debug_info=True)
+    assert_equal_runs(here.outcome, case(name, None, False).outcome, 1e-5, 2e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "titans_mal_tiny" else pytest.mark.slow) for name in OTHERS]
+)
 def test_every_other_preset_is_traced_on_a_mesh(name):
     assert case(name, MESHES["data2_fsdp2_model2"], False).lowered is not None
 

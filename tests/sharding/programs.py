@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,15 @@ def _replaced(config: Any, values: dict[str, Any]) -> Any:
 class Case:
     """A model on a mesh, or on one device where there is none."""
 
-    def __init__(self, name: str, mesh: MeshConfig | None, float64: bool, by_hand: bool = True):
-        self.config, self.by_hand = small(name, float64), by_hand
+    def __init__(
+        self,
+        name: str,
+        mesh: MeshConfig | None,
+        float64: bool,
+        by_hand: bool = True,
+        remat: Literal["none", "dots", "full"] = "none",
+    ):
+        self.config, self.by_hand = dataclasses.replace(small(name, float64), remat=remat), by_hand
         self.model = lm2_jax.build_model(self.config)
         self.layout = None
         if mesh is not None:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lm2_jax
+from lm2_jax import partition
 from lm2_jax.errors import UserError
 from lm2_jax.layout import axes_of
 from lm2_jax.partition import constrain
@@ -114,6 +115,27 @@ def test_constraints_work_inside_the_context_and_only_there():
         with pytest.raises(ValueError, match=r"unknown logical axis 'slotz'.*Did you mean 'slots'"):
             constrain(x, ("batch", "slotz", "heads"))
     assert len(jax.jit(lambda x: 2 * x)(x).sharding.device_set) == 1
+
+
+def test_what_is_one_for_all_rows_is_not_cut_by_rows():
+    layout = layout_of(SPLIT)
+
+    @jax.jit
+    def double(x):
+        with partition.whole("batch"):
+            return constrain(2 * x, ("batch", "slots", "heads"))
+
+    x = jnp.ones((1, 16, 4))
+    with layout.context():
+        with pytest.raises(ValueError, match=r"batch=1 is not divisible by mesh\.fsdp=2"):
+            constrain(x, ("batch", "slots", "heads"))
+        assert double(x).sharding.shard_shape(x.shape) == (1, 8, 2)
+        with pytest.raises(ValueError, match="unknown logical axis 'bach'"), partition.whole("bach"):
+            pass
+        with pytest.raises(ValueError, match="not divisible"):
+            constrain(x, ("batch", "slots", "heads"))
+    with partition.whole("batch"):
+        assert constrain(x, ("batch", "slots", "heads")) is x
 
 
 def test_an_activation_keeps_its_width_whole():

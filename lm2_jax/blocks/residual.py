@@ -31,7 +31,7 @@ from lm2_jax.types import Array, Bool, Float, Int, State
 
 @dataclasses.dataclass(frozen=True)
 class ResidualJoin(JoinConfig):
-    """h = x + Attention(x) + g(Memory), g(y) = sigmoid(y W) * y."""
+    """h = x + Attention(x) + g(Memory), g(y) = sigmoid(y W + b) * y (LM2, arXiv:2502.06049, which has no b)."""
 
     kind: ClassVar[str] = "residual"
     layers: tuple[int, ...] | None = None
@@ -153,7 +153,8 @@ class ResidualBlock(Block):
           prepared: `prepare(memory)`.
           notes: diagnostics are added here.
         Returns:
-          sigmoid(y W) * y in the compute type (equation 3, with E_mem where the paper prints M).
+          sigmoid(y W + b) * y in the compute type (equation 3, with E_mem where the paper prints M, and with a bias,
+          which starts at 0).
         """
         if self.join.read == "own":
             return self.gated(self.memory.read(attended.y, memory, prepared, notes), notes)

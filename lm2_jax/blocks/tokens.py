@@ -12,7 +12,12 @@ from lm2_jax.types import Array, Float, State
 
 @dataclasses.dataclass(frozen=True)
 class TokensJoin(JoinConfig):
-    """[memory; segment; memory] under one causal mask; the output at the last rows is the next memory."""
+    """[memory; segment; memory] under one causal mask; the output at the last rows is the next memory.
+
+    Differs from the paper (RMT, arXiv:2207.06881, section 3) as its released code does where the decoder is causal: in
+    the paper the rows before the segment see each other, and the rows behind it all that there is; here each row of
+    either sees the rows before its own. The tokens see the same in both.
+    """
 
     kind: ClassVar[str] = "tokens"
 

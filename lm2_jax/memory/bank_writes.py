@@ -116,6 +116,8 @@ def gated_update(
 
         M' = g_in * tanh(U) + g_forget * M,   g = sigmoid(logit)          (LM2, arXiv:2502.06049, equation 6)
 
+    The logits are x W + b (`Gate`), in the paper x W.
+
     Args:
       slots_BND: M, before the segment.
       candidate_BND: U, unbounded.
@@ -282,10 +284,10 @@ class PaperWriter(nn.Module):
         asking: Callable[[], Asking],
         notes: Notes | None,
     ) -> Float[Array, "B N D"]:
-        """With R = A^T normalised over tokens: U = R E_mem, X = R E, M' = sig(X W_in) tanh(U) + sig(U W_f) M.
+        """With R = A^T normalised over tokens: U = R E_mem, X = R E, M' = sig(X W + b) tanh(U) + sig(U W' + b') M.
 
-        The paper adds T token rows to N slot rows, which is defined for T = N only; R brings tokens to slots, each
-        head its part of the width.
+        Differs from the paper: that adds T token rows to N slot rows, which is defined for T = N only; R brings tokens
+        to slots, each head its part of the width. And its gates have no biases, as the released code's have.
         """
         q_BTHK, keys = asking()
         brought = tokens_to_slots(q_BTHK, keys, x_BTD.reshape(q_BTHK.shape), valid_BT, self.top_k)

@@ -21,8 +21,9 @@ def ttt_mlp(head_width: int, **fields: Any) -> TitansConfig:
 
     with all gradients at the weights before a mini-batch of 16; no momentum, no forgetting. (The published target
     v - k of the part behind the residual is the target v of the whole.) Differs from the released code: that rotates
-    q and k by their place in the mini-batch, shares one projection for both where it has convolutions, and normalises
-    the output over all heads.
+    q and k by their place in the mini-batch, shares one projection for both where it has convolutions, normalises
+    the output over all heads, and starts both W1 and W2 with a deviation of 0.02, where W2, with four times the inputs,
+    has 0.01 here (`start_scale`).
 
     Args:
       head_width: width of a head.

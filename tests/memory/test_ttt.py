@@ -99,3 +99,13 @@ def test_there_is_no_momentum_and_no_forgetting():
     assert config.build(8, Precision()).init_state(1).momentum is None
     assert config.step.maximum == pytest.approx(0.1 / 4)
     assert ttt_linear(4).network.shapes(4) == ((4, 4),)
+
+
+def test_start_weights_have_the_published_deviation_but_for_the_second_matrix():
+    """0.02, and with four times the inputs half of that."""
+    width = 32
+    memory = ttt_mlp(width, num_heads=2).build(2 * width, Precision())
+    x, state = jnp.zeros((1, 16, 2 * width)), memory.init_state(1)
+    start = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x, state, jnp.ones((1, 16), bool)))["params"]
+    deviations = [float(start[f"start_{layer}"][:, :-1].std()) for layer in (0, 1)]
+    assert deviations == pytest.approx([0.02, 0.01], rel=0.05)

@@ -1,5 +1,9 @@
 """The models once more, token by token in numpy float64, written from the papers' equations and slow on purpose.
 
+Where a paper's words and our models part, this follows the models, as their docstrings say ("Differs from the paper"):
+RMT's memory tokens under a causal mask, as in its released code; LM2's gates with biases, and its write brought from
+tokens to slots.
+
 One row of text at a time; parameters as `LanguageModel` names them. Nothing here is imported from the models but the
 configs and the table of identity rows.
 """
@@ -297,7 +301,11 @@ class Reference:
         return np.array(new)
 
     def run_memory_tokens(self, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """RMT: [memory; segment; memory] under a causal mask, the last m outputs are the next memory."""
+        """RMT: [memory; segment; memory], the last m outputs are the next memory.
+
+        Under one causal mask, as in the released code; in the paper memory tokens on one side of the segment all see
+        each other.
+        """
         T, m, logits = self.config.segment_tokens, self.config.memory.num_tokens, []
         memory = self.params["carrier"]["memory"]["start"]
         for begin in range(0, len(tokens), T):

@@ -43,7 +43,8 @@ class DecoderConfig:
     window_tokens: int | None = None
     """Sliding attention window in tokens, this one included, reaching into the segment before; None: the segment."""
     norm_epsilon: float = 1e-5
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; those inside a
+    memory and in join.combine always add 1e-5."""
     attention_kernel: Literal["auto", "plain", "splash"] = "auto"
     """How a segment attends: in plain operations, through the TPU kernel (splash attention), or the kernel on TPUs
     where segments are long enough for it; on other machines the kernel is emulated, which is slow."""

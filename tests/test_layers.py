@@ -1,13 +1,17 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+import lm2_jax
 from lm2_jax.decoder import RopeScaling
 from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rope_frequencies, rotate
 from lm2_jax.precision import Precision, safe
 from sharding import Layout, MeshConfig, make_mesh
+from tests.contract.subjects import abstract_params
 
 PRECISION = Precision()
 RULES = (("batch", "data"), ("embed", None))
@@ -60,6 +64,24 @@ def test_rms_norm_is_computed_in_float32():
     y = norm.apply({"params": {"scale": jnp.ones(256)}}, jnp.full((1, 256), 301.0, jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y.astype(jnp.float32), np.ones((1, 256)))
+
+
+@pytest.mark.parametrize("name", ["lm2_context_tiny", "titans_mal_tiny"])
+def test_the_epsilon_of_a_run_is_that_of_the_norms_around_its_memory(name):
+    config = lm2_jax.preset(name).model
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, norm_epsilon=0.25))
+    found = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, RMSNorm):
+            found["/".join(context.module.path)] = context.module.epsilon
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        abstract_params(lm2_jax.build_model(config))
+    inside = {path for path in found if "/memory/" in path or "/combine/" in path}
+    assert {found[path] for path in inside} == {1e-5}, found
+    assert {found[path] for path in found.keys() - inside} == {0.25}, found
 
 
 def test_swiglu_by_hand():

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 from typing import Any
 
@@ -47,7 +46,7 @@ class Command:
 def run(*words: str) -> None:
     """One of the project's programs, to its end."""
     print(f"$ python {' '.join(words)}", flush=True)
-    if status := subprocess.run([sys.executable, *words]).returncode:
+    if status := cli.run_program(*words):
         raise UserError(f"python {' '.join(words)} ended with status {status}", status=status)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 
 import numpy as np
@@ -51,7 +50,7 @@ def train(arm: str, seed: int) -> pathlib.Path:
     words = ["train.py", arm, "--workdir", str(workdir), "--data.seed", str(seed), "--train.seed", str(seed)]
     if not (workdir / "checkpoints" / str(STEPS[arm])).is_dir():
         print(f"$ python {' '.join(words)}", flush=True)
-        status = subprocess.run([sys.executable, *words]).returncode
+        status = cli.run_program(*words)
         if status:
             raise UserError(f"the run {workdir} ended with status {status}", status=status)
     return workdir

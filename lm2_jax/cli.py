@@ -1,6 +1,7 @@
-"""What every command does around its work: one message instead of a traceback, and an exit status."""
+"""What every command does around its work: one message instead of a traceback, an exit status, programs it calls."""
 
 import errno
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,6 +32,32 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         _leave(str(error), 1)
     sys.exit(0)
+
+
+def run_program(*words: str) -> int:
+    """Runs a Python program to its end.
+
+    Ctrl-C reaches the program too, which may have something to save: it is waited for, while `subprocess.run` would
+    kill it after a quarter of a second. A second Ctrl-C kills it.
+
+    Args:
+      words: what a person would type behind `python`.
+    Returns:
+      Its exit status.
+    Raises:
+      KeyboardInterrupt: after Ctrl-C, when the program has ended.
+    """
+    sys.stdout.flush()
+    program = subprocess.Popen([sys.executable, *words])
+    try:
+        return program.wait()
+    except KeyboardInterrupt:
+        try:
+            program.wait()
+        finally:
+            program.kill()
+            program.wait()
+        raise
 
 
 def _leave(message: str, status: int) -> NoReturn:

@@ -5,8 +5,6 @@ It runs the commands that a person would type, from the repository's root.
 
 import pathlib
 import shlex
-import subprocess
-import sys
 import time
 
 import rich.console
@@ -25,7 +23,7 @@ SEGMENTS, ROWS = 16, 256  # of the final comparison; four times as long as in tr
 def command(console: rich.console.Console, *words: str) -> None:
     """Shows a command, and runs it."""
     console.print(f"\n[bold]$ python {shlex.join(words)}[/bold]")
-    status = subprocess.run([sys.executable, *words]).returncode
+    status = cli.run_program(*words)
     if status:
         raise UserError(f"`python {shlex.join(words)}` ended with status {status}", status=status)
 

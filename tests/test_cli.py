@@ -1,10 +1,13 @@
 """What a command leaves behind when it ends."""
 
 import errno
+import signal
+import time
 
 import pytest
+import rich.console
 
-from lm2_jax import cli
+from lm2_jax import cli, quickstart
 from lm2_jax.errors import UserError
 
 
@@ -51,3 +54,41 @@ def test_messages(capsys, error, status, message):
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         cli.run(raising(error))
+
+
+# Interrupts its parent as often as it is told, as Ctrl-C does which reaches both, and saves for as long as it is told.
+CHILD = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for _ in range(int(sys.argv[1])):
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(0.5)
+time.sleep(float(sys.argv[2]))
+pathlib.Path(sys.argv[3]).write_text("saved")
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    """A program, and a process that Ctrl-C interrupts even where the test's runner ignores it."""
+    (tmp_path / "child.py").write_text(CHILD)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield str(tmp_path / "child.py")
+    signal.signal(signal.SIGINT, old)
+
+
+def test_ctrl_c_lets_a_program_save(child, tmp_path, capsys):
+    status, printed = end(lambda: quickstart.command(rich.console.Console(), child, "1", "1", f"{tmp_path}/it"), capsys)
+    assert (status, printed.err) == (130, "error: interrupted\n")
+    assert (tmp_path / "it").read_text() == "saved"
+
+
+def test_ctrl_c_twice_kills_it(child, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        cli.run_program(child, "2", "60", f"{tmp_path}/it")
+    assert time.monotonic() - began < 30
+
+
+def test_the_status_of_a_program():
+    assert cli.run_program("-c", "raise SystemExit(3)") == 3

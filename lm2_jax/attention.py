@@ -102,8 +102,13 @@ class Attention(nn.Module):
 
     @property
     def window_keys(self) -> int:
-        """Keys W that are carried across a border; 0 without a window."""
+        """Keys W that are carried across a border; 0 without a window, and in one that holds only the token itself."""
         return (self.decoder.window_tokens or 1) - 1
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a token sees `decoder.window_tokens` keys at most."""
+        return self.decoder.window_tokens is not None
 
     def init_window(self, batch: int) -> Window | None:
         """An empty window, or None where attention stays in its segment."""
@@ -184,7 +189,7 @@ class Attention(nn.Module):
         rows = None if always is None else Beside(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in always))
         if own is None and self._fused(flat, rows):
             y = self._splash(q, flat, rows)
-        elif flat.past is None and flat.document is None and own is None and (rows is None or parts("time") == 1):
+        elif not self.has_window and flat.document is None and own is None and (rows is None or parts("time") == 1):
             y = _causal(q, flat.k, flat.v, flat.valid, rows)
         else:
             k, v, mask_RTS = self._past_and_segment(flat)
@@ -202,7 +207,7 @@ class Attention(nn.Module):
         """Whether the TPU kernel takes this; rows that all tokens see are keys without a document or a window."""
         if self.decoder.attention_kernel == "plain" or flat.q.dtype == jnp.float64:
             return False
-        can = fits(flat.valid.shape[1]) and (rows is None or (flat.past is None and flat.document is None))
+        can = fits(flat.valid.shape[1]) and (rows is None or (not self.has_window and flat.document is None))
         if self.decoder.attention_kernel == "splash" and not can:
             raise ValueError(
                 f"decoder.attention_kernel='splash' takes segments of multiples of {LANES} tokens on each device, "
@@ -223,7 +228,7 @@ class Attention(nn.Module):
         if rows is not None:
             k, v = jnp.concatenate([rows.k, k], axis=1), jnp.concatenate([rows.v, v], axis=1)
             ids = jnp.pad(ids, ((0, 0), (rows.k.shape[1], 0)))
-        window = None if flat.past is None else self.window_keys
+        window = self.window_keys if self.has_window else None
         return splash_attend(q, k, v, document, ids, window, interpret=platform() != "tpu")
 
     def _past_and_segment(self, flat: Asked) -> tuple[Array, Array, Bool[Array, "R T S"]]:
@@ -268,7 +273,7 @@ class Attention(nn.Module):
         key_11S = (jnp.arange(seen_BS.shape[1]) - self.window_keys)[None, None, :]
         query_BT1 = position_BT[:, :, None]
         mask_BTS = (key_11S <= query_BT1) & seen_BS[:, None, :]
-        return mask_BTS & (key_11S >= query_BT1 - self.window_keys) if self.window_keys else mask_BTS
+        return mask_BTS & (key_11S >= query_BT1 - self.window_keys) if self.has_window else mask_BTS
 
     def _windows(
         self, k_BJTGK: Array, v_BJTGK: Array, window: Window | None, segments: Segments

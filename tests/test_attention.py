@@ -39,6 +39,8 @@ def attention(window_tokens: int | None = None) -> Attention:
             ],
         ),
         (2, ["1 1000", "0 1100", "0 0110", "0 0011"]),
+        (1, ["1000", "0100", "0010", "0001"]),  # itself alone, and nothing crosses a border
+        (None, ["1000", "1100", "1110", "1111"]),
     ],
 )
 def test_a_token_of_the_window_sees_itself_and_those_before(window_tokens, sees):

@@ -80,6 +80,8 @@ def test_a_row_of_a_token_is_seen_from_that_token_on():
 
 def test_a_window_narrows_the_segment_and_the_rows_of_tokens_alike():
     assert sight(3, True) == ["11 1000 11 1000", "11 1100 01 1100", "11 1110 00 1110", "11 0111 00 0111"]
+    assert sight(1, True) == ["11 1000 1000", "11 0100 0100", "11 0010 0010", "11 0001 0001"]
+    assert sight(1, False) == ["11 0000 1000", "11 0000 0100", "11 0000 0010", "11 0000 0001"]
 
 
 def test_persistent_rows_are_seen_by_packed_documents():

@@ -82,7 +82,7 @@ def test_on_a_mesh_it_equals_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("window", "packed"), [(None, False), (40, True)])
+@pytest.mark.parametrize(("window", "packed"), [(None, False), (40, True), (1, False)])
 def test_a_model_attends_alike_in_both_forms(window, packed):
     """Padding, packed documents and a window that reaches into the segment before."""
     run = lm2_jax.preset("none_tiny").model

@@ -9,9 +9,10 @@ import pytest
 
 import lm2_jax
 from lm2_jax.attention import Attention, Beside, Segments
+from lm2_jax.blocks.base import Block
 from lm2_jax.blocks.combine import Mix, Product
 from lm2_jax.blocks.context import ContextJoin
-from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.blocks.gate import GateBlock, GateJoin
 from lm2_jax.blocks.layer import LayerJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
@@ -120,6 +121,19 @@ def test_runs_of_a_mixed_decoder_are_its_parts():
     assert [type(run.memory).__name__ for run in state.runs] == ["BankState", "NoneType", "TitansState", "BankState"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Alternating(GateJoin, abstract=True):
+    """A join with blocks of two kinds."""
+
+    def block_of(self, layer, spec):
+        return (Block, spec) if layer % 2 else super().block_of(layer, spec)
+
+
+def test_a_part_with_several_kinds_of_blocks_says_which_is_where():
+    config = mixed(Part((0, 1, 2), BANK, Alternating()))
+    assert [config.block_of(layer)[0] for layer in range(3)] == [GateBlock, Block, GateBlock]
+
+
 def mixed(*parts: Part) -> ModelConfig:
     return ModelConfig(memory=NoMemory(), join=MixedJoin(parts=parts), decoder=DecoderConfig(num_layers=3))
 
@@ -158,6 +172,10 @@ PACKED = DataConfig(source=TokenShards(path="shards", packing="packed"))
         (lambda: mixed(Part((3,), BANK, GateJoin())), ["(3,)", "num_layers=3"]),
         (lambda: mixed(Part((0,), BANK, GateJoin(layers=(1,)))), ["join.parts[0].join.layers", "None"]),
         (lambda: mixed(Part((0,), TITANS, GateJoin()), Part((1,), BANK, MixerJoin())), ["join.parts[1]", "'mixer'"]),
+        (
+            lambda: mixed(Part((0,), NoMemory(), MixedJoin(parts=(Part((0,), BANK, GateJoin()),)))),
+            ["join.parts[0].join is 'mixed'", "into join.parts"],
+        ),
         (lambda: mixed(Part((0,), TokensConfig(), TokensJoin())), ["join.parts[0].join", "'tokens'", "per layer"]),
         (
             lambda: mixed(Part((0,), GatedBankConfig(), ResidualJoin(topology="threaded"))),

@@ -45,7 +45,7 @@ class MixedJoin(JoinConfig):
         """That of the layer's part."""
         for part in self.parts:
             if layer in part.layers:
-                return part.join.block(), dataclasses.replace(spec, memory=part.memory, join=part.join)
+                return part.join.block_of(layer, dataclasses.replace(spec, memory=part.memory, join=part.join))
         return Block, spec
 
     def takes_packed(self, memory: MemoryConfig) -> bool:
@@ -59,6 +59,8 @@ class MixedJoin(JoinConfig):
         super().check(model)
         for index, part in enumerate(self.parts):
             where = f"join.parts[{index}]"
+            if isinstance(part.join, MixedJoin):
+                raise ValueError(f"{where}.join is 'mixed' itself; put its parts into join.parts in its place")
             if not part.layers:
                 raise ValueError(f"{where}.layers is empty; name its blocks, or leave the part out")
             if getattr(part.join, "layers", None) is not None:

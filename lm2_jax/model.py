@@ -60,6 +60,12 @@ def split_runs(config: ModelConfig) -> list[Run]:
     return runs
 
 
+def check_rows(rows: int, batch: int) -> None:
+    """Raises ValueError where a state has other rows than the tokens."""
+    if rows != batch:
+        raise ValueError(f"state has {rows} rows, tokens have {batch}; make it with init_state(batch={batch})")
+
+
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -196,11 +202,7 @@ class LanguageModel(nn.Module):
             chex.assert_trees_all_equal_structs(state, expected)
             axes = jax.tree.structure(expected).flatten_up_to(self.state_axes())
             for leaf, names in zip(jax.tree.leaves(state), axes, strict=True):
-                rows = leaf.shape[names.index("batch")] if leaf.ndim == len(names) else batch
-                if rows != batch:
-                    raise ValueError(
-                        f"state has {rows} rows, tokens have {batch}; make it with init_state(batch={batch})"
-                    )
+                check_rows(leaf.shape[names.index("batch")] if leaf.ndim == len(names) else batch, batch)
             chex.assert_trees_all_equal_shapes(state, expected)
         except AssertionError as error:
             raise ValueError(f"state is not one of this model; make it with init_state. {error}") from error
@@ -287,7 +289,8 @@ class LanguageModel(nn.Module):
         return {name: jnp.concatenate([run[name] for run in notes if name in run]) for name in names}
 
     def open(self, state: ModelState, batch: int) -> StreamState:
-        """Begins a segment that arrives in pieces, for `batch` rows."""
+        """Begins a segment that arrives in pieces, for `batch` rows; raises ValueError for a state of others."""
+        self._check_state(batch, state)
         carrier, extra = self.carrier, self._extra
         span_BT = jnp.zeros((batch, self.config.segment_tokens + 2 * extra))
         thread = None if carrier is None else carrier.thread(state.shared)

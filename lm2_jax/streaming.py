@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm2_jax.model import LanguageModel, ModelState, StreamState
+from lm2_jax.model import LanguageModel, ModelState, StreamState, check_rows
 from lm2_jax.types import Array, Bool, Float, Int
 
 Params = Any
@@ -31,9 +31,12 @@ def stream(
     Returns:
       [B S V] logits, zero where nothing was fed, and the stream's state. At a segment border `.state` of it is the
       state that `model.apply` returns.
+    Raises:
+      ValueError: tokens or `valid` of another shape, a state of another model or of other rows.
     """
-    logits, carry = [], _opened(model, params, state, np.shape(tokens_BS))
-    for piece in _pieces(model, tokens_BS, valid_BS):
+    pieces = _pieces(model, tokens_BS, valid_BS)
+    logits, carry = [], _opened(model, params, state, np.shape(tokens_BS)[0])
+    for piece in pieces:
         piece_logits, carry = _advance(model, params, carry, *piece.arrays, all_logits=True)
         logits.append(piece_logits[:, : piece.used])
     return jnp.concatenate(logits, axis=1), carry
@@ -50,9 +53,9 @@ def absorb(
 
     Rows that are given no token have zero logits.
     """
-    carry = _opened(model, params, state, np.shape(tokens_BS))
-    logits = None
-    for piece in _pieces(model, tokens_BS, valid_BS):
+    pieces = _pieces(model, tokens_BS, valid_BS)
+    carry, logits = _opened(model, params, state, np.shape(tokens_BS)[0]), None
+    for piece in pieces:
         piece_logits, carry = _advance(model, params, carry, *piece.arrays, all_logits=False)
         fed_B1 = jnp.asarray(piece.arrays[1] > 0)[:, None]
         logits = piece_logits if logits is None else jnp.where(fed_B1, piece_logits, logits)
@@ -91,11 +94,12 @@ def _pieces(model: LanguageModel, tokens_BS: Any, valid_BS: Any) -> list[_Piece]
     return pieces
 
 
-def _opened(
-    model: LanguageModel, params: Params, state: ModelState | StreamState, shape: tuple[int, ...]
-) -> StreamState:
+def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, batch: int) -> StreamState:
     """The open segment to go on from; a copy, because each step takes over the arrays of the one before."""
-    return _copied(state) if isinstance(state, StreamState) else _open(model, params, state, shape[0])
+    if not isinstance(state, StreamState):
+        return _open(model, params, state, batch)
+    check_rows(state.position.shape[0], batch)
+    return _copied(state)
 
 
 @jax.jit

@@ -1,8 +1,12 @@
 """How text is cut for streaming; that the pieces give what the whole gives is tested in contract/."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import lm2_jax
 from lm2_jax.streaming import _pieces
@@ -44,6 +48,21 @@ def test_each_row_counts_its_own_tokens(model):
     valid = np.arange(40)[None] < lengths[:, None]
     counts = [piece.arrays[1] for piece in _pieces(model, np.zeros((4, 40), int), valid)]
     np.testing.assert_array_equal(counts, [[32, 32, 3, 0], [8, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("feed", [lm2_jax.stream, lm2_jax.absorb])
+def test_a_state_of_other_rows_is_refused(feed):
+    """As `forward` says it, at a border and inside a segment."""
+    config = lm2_jax.preset("none_tiny").model
+    decoder = dataclasses.replace(config.decoder, num_layers=1, window_tokens=2)
+    model = lm2_jax.build_model(dataclasses.replace(config, segment_tokens=4, decoder=decoder))
+    params = nn.unbox(abstract_params(model))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    state, one = model.init_state(1), np.zeros((1, 1), np.int32)
+    inside = feed(model, params, one, state)[1]
+    for before in (state, inside):
+        with pytest.raises(ValueError, match=r"state has 1 rows, tokens have 2; make it with init_state\(batch=2\)"):
+            feed(model, params, np.zeros((2, 1), np.int32), before)
 
 
 def test_an_open_segment_keeps_no_text_but_its_own():

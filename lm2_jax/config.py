@@ -97,6 +97,7 @@ class LossConfig:
         _require(self.answer_weight >= 0, "loss.answer_weight must not be negative")
         _require(self.text_weight >= 0, "loss.text_weight must not be negative")
         _require(self.answer_weight + self.text_weight > 0, "loss: both weights are 0, nothing would be learned")
+        _require(self.time_chunk >= 1, f"loss.time_chunk must be at least 1, got {self.time_chunk}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,12 @@ class DataConfig:
             "data.fill_rows needs stages that divide the longest, and no vary_segments; "
             f"got data.segments={self.segments}",
         )
+        _require(
+            not (self.fill_rows and (self.source.continues or self.source.packs)),
+            f"data.fill_rows goes with a source that writes rows of any length; of what {self.source.kind!r} reads on "
+            "from row to row or step to step a part would be left out: leave data.fill_rows off",
+        )
+        _require(self.prefetch >= 0, f"data.prefetch must not be negative, got {self.prefetch}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +190,14 @@ class OptimConfig:
             0 <= self.warmup_steps < self.steps,
             f"optim.warmup_steps={self.warmup_steps} must be below optim.steps={self.steps}",
         )
+        _require(
+            0 <= self.final_fraction <= 1, f"optim.final_fraction must lie between 0 and 1, got {self.final_fraction}"
+        )
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"optim.{name} must be at least 0 and below 1, got {beta}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        _require(self.clip_norm > 0, f"optim.clip_norm must be positive, got {self.clip_norm}; inf clips nothing")
         _require(self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}")
 
 
@@ -199,7 +214,7 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between evaluations on held-out examples; 0: only at the end."""
     eval_batches: int = 4
-    """Batches of one held-out evaluation."""
+    """Batches of one held-out evaluation; 0: none is made."""
     max_loss_ratio: float = 10.0
     """The run stops as diverged when the loss exceeds this times the first logged loss."""
 
@@ -209,6 +224,7 @@ class TrainConfig:
             f"train.bptt_segments must be at least 1 or None, got {self.bptt_segments}",
         )
         _require(self.log_every >= 1, f"train.log_every must be at least 1, got {self.log_every}")
+        _require(self.eval_batches >= 0, f"train.eval_batches must not be negative, got {self.eval_batches}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +243,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
         _require(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
+        _require(self.memory_every >= 1, f"checkpoint.memory_every must be at least 1, got {self.memory_every}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +308,7 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config") -> Any:
         raise UserError(f"{path}: expected a table of fields of {cls.__name__}, got {plain!r}", status=1)
     plain = dict(plain)
     if issubclass(cls, Family):
-        cls = cls.find(plain.pop("kind", "<missing>"))
+        cls = _member(cls, plain.pop("kind", "<missing>"), path)
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for key in plain:
@@ -305,6 +322,16 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config") -> Any:
         return cls(**values)
     except ValueError as error:
         raise UserError(f"{path}: {error}", status=1) from error
+
+
+def _member(family: type[Family], kind: Any, path: str) -> type[Any]:
+    """The class that a table's `kind` names."""
+    if not isinstance(kind, str):
+        raise UserError(f"{path}.kind: expected a name, got {kind!r}", status=1)
+    try:
+        return family.find(kind)
+    except UserError as error:
+        raise UserError(f"{path}.kind: {error}", status=1) from error
 
 
 def _value(hint: Any, plain: Any, path: str) -> Any:

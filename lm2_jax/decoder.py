@@ -62,8 +62,10 @@ class DecoderConfig:
             raise ValueError(
                 f"decoder.num_heads={self.num_heads} is not a multiple of decoder.num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
+        if self.rope_theta <= 0:
+            raise ValueError(f"decoder.rope_theta must be positive, got {self.rope_theta}")
 
     @property
     def head_dim(self) -> int:

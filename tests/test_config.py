@@ -68,6 +68,8 @@ def bank(**changes):
         (lambda: DecoderConfig(width=30, num_heads=4), ["decoder.width=30", "decoder.num_heads=4", "head_width"]),
         (lambda: DecoderConfig(num_heads=4, num_kv_heads=3), ["decoder.num_heads=4", "decoder.num_kv_heads=3"]),
         (lambda: DecoderConfig(width=12, num_heads=4), ["even head width", "3"]),
+        (lambda: DecoderConfig(head_width=0), ["even head width", "0", "decoder.head_width"]),
+        (lambda: DecoderConfig(rope_theta=0.0), ["decoder.rope_theta", "positive", "0.0"]),
         (lambda: DecoderConfig(num_layers=0), ["decoder.num_layers", "at least 1", "0"]),
         (lambda: ModelConfig(vocab_size=1), ["model.vocab_size", "at least 2"]),
         (lambda: ModelConfig(segment_tokens=0), ["model.segment_tokens", "at least 1", "0"]),
@@ -115,14 +117,24 @@ def bank(**changes):
         ),
         (lambda: LossConfig(answer_weight=0.0), ["both weights are 0"]),
         (lambda: LossConfig(text_weight=-1.0), ["loss.text_weight", "negative"]),
+        (lambda: LossConfig(time_chunk=0), ["loss.time_chunk", "at least 1", "0"]),
+        (lambda: DataConfig(prefetch=-1), ["data.prefetch", "negative", "-1"]),
         (lambda: DataConfig(rows=0), ["data.rows", "at least 1"]),
         (lambda: DataConfig(segments=(2, 0), stage_steps=(5,)), ["data.segments", "(2, 0)"]),
         (lambda: DataConfig(segments=(2, 4)), ["data.stage_steps", "1 increasing", "(2, 4)"]),
         (lambda: DataConfig(segments=(2, 4, 8), stage_steps=(9, 5)), ["data.stage_steps", "(9, 5)"]),
         (lambda: OptimConfig(steps=10, warmup_steps=10), ["optim.warmup_steps=10", "optim.steps=10"]),
         (lambda: OptimConfig(learning_rate=0.0), ["optim.learning_rate", "positive"]),
+        (lambda: OptimConfig(clip_norm=0.0), ["optim.clip_norm", "positive", "0.0"]),
+        (lambda: OptimConfig(beta1=1.0), ["optim.beta1", "below 1", "1.0"]),
+        (lambda: OptimConfig(beta2=-0.1), ["optim.beta2", "at least 0", "-0.1"]),
+        (lambda: OptimConfig(final_fraction=-2.0), ["optim.final_fraction", "between 0 and 1", "-2.0"]),
+        (lambda: OptimConfig(final_fraction=1.5), ["optim.final_fraction", "between 0 and 1", "1.5"]),
+        (lambda: OptimConfig(weight_decay=-1.0), ["optim.weight_decay", "negative", "-1.0"]),
+        (lambda: TrainConfig(eval_batches=-1), ["train.eval_batches", "negative", "-1"]),
         (lambda: TrainConfig(bptt_segments=0), ["train.bptt_segments", "at least 1"]),
         (lambda: CheckpointConfig(every_steps=0), ["checkpoint.every_steps"]),
+        (lambda: CheckpointConfig(memory_every=0), ["checkpoint.memory_every", "at least 1", "0"]),
         (lambda: RunConfig(data=DataConfig(rows=6), optim=OptimConfig(accumulate=4)), ["data.rows=6", "accumulate=4"]),
         (lambda: RunConfig(train=TrainConfig(bptt_segments=1)), ["no gradient", "train.bptt_segments"]),
         (lambda: RunConfig(data=DataConfig(segments=(1,))), ["no gradient", "data.segments"]),
@@ -133,6 +145,12 @@ def test_what_does_not_fit_is_refused_with_the_field_to_change(make, words):
         make()
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, caught.value
+
+
+def test_values_at_the_border_are_legal():
+    assert DataConfig(prefetch=0).prefetch == TrainConfig(eval_every=0, eval_batches=0).eval_batches == 0
+    assert OptimConfig(beta1=0.0, final_fraction=0.0, weight_decay=0.0, clip_norm=float("inf")).beta1 == 0.0
+    assert OptimConfig(final_fraction=1.0).final_fraction == 1.0
 
 
 def altered(*path, **changes):
@@ -163,7 +181,9 @@ def altered(*path, **changes):
         (altered("optim", learning_rate="1e-3"), ["config.optim.learning_rate", "expected float"]),
         (altered("model", remat="ful"), ["config.model.remat", "'full'", "'ful'"]),
         (altered("model", "memory", kind="gated_bnk"), ["unknown kind 'gated_bnk'", "Did you mean 'gated_bank'"]),
-        (altered("model", "memory", kind=None), ["unknown kind '<missing>'"]),
+        (altered("model", "memory", kind=None), ["config.model.memory.kind", "unknown kind '<missing>'"]),
+        (altered("model", "memory", kind=5), ["config.model.memory.kind", "expected a name", "5"]),
+        (altered("data", "source", kind=["x"]), ["config.data.source.kind", "expected a name", "['x']"]),
         (altered("model", "memory", num_slots=0), ["config.model.memory", "memory.num_slots"]),
         (altered("model", "memory", "write", kind="pper"), ["Did you mean 'paper'"]),
         (altered("model", decoder=3), ["config.model.decoder", "expected a table", "3"]),
@@ -175,6 +195,7 @@ def altered(*path, **changes):
 def test_a_wrong_dictionary_is_refused_with_the_path_to_it(plain, words):
     with pytest.raises(UserError) as caught:
         from_dict(RunConfig, plain)
+    assert caught.value.status == 1, "a damaged file is no wrong usage"
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, caught.value
 

@@ -39,8 +39,10 @@ class MixedSource(SourceConfig):
         return any(part.packs for part in self.parts)
 
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
-        """Opens all parts."""
-        sources = [part.build(tokenizer, segment_tokens, seed) for part in self.parts]
+        """Opens all parts, each with a seed of its own: equal parts would else write equal rows."""
+        sources = [
+            part.build(tokenizer, segment_tokens, draw(seed, "part", index)) for index, part in enumerate(self.parts)
+        ]
         mixture = _MixtureByRow if self.continues else _MixtureByExample
         return mixture(sources, self.weights, seed)
 

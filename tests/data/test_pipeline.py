@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lm2_jax.config import DataConfig
+from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import Example, SourceConfig
 from lm2_jax.data.documents import DocumentFields
 from lm2_jax.data.mixed import MixedSource
@@ -16,6 +17,7 @@ from lm2_jax.data.pipeline import batches, segments_at
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
+from tests.data.reading import WordTokenizer
 
 BYTES = build_tokenizer(TokenizerConfig(kind="bytes"), lambda: [], 259)
 T = 4
@@ -120,6 +122,13 @@ def test_stages_that_do_not_fill_rows(fields):
         DataConfig(source=RulerSource(), stage_steps=(1,), fill_rows=True, **fields)
 
 
+@pytest.mark.parametrize("packing", ["packed", "ordered"])
+def test_documents_that_are_read_on_do_not_fill_rows(packing):
+    """Rows are numbered as if all documents had one segment: of a text most would be skipped."""
+    with pytest.raises(ValueError, match=r"data\.fill_rows.*'text'.*left out"):
+        DataConfig(source=TextFiles(path="unread", packing=packing), fill_rows=True)
+
+
 def test_varying_segments_stay_within_the_stage_and_depend_on_the_seed():
     config = DataConfig(segments=(2, 4), stage_steps=(100,), vary_segments=True)
     drawn = [segments_at(config, step) for step in range(400)]
@@ -215,6 +224,15 @@ def test_rows_of_sources_that_go_on_keep_their_source_and_are_counted_apart():
         assert [source.example(step, row, 8, 2).tokens[4] for row in range(8)] == [row[4] for row in rows]
     with pytest.raises(UserError, match="one would get none"):
         source.example(0, 0, 1, 2)
+
+
+def test_equal_parts_of_a_mixture_by_row_read_different_rows():
+    story = BabilongSource()
+    config = MixedSource(parts=(story, story, RulerSource(goes_on=True)), weights=(1.0, 1.0, 1.0))
+    tokenizer = WordTokenizer()
+    source, again = (config.build(tokenizer, 32, 0) for _ in range(2))
+    assert len({source.example(0, row, 6, 2).tokens.tobytes() for row in range(6)}) == 6
+    np.testing.assert_array_equal(again.example(3, 1, 6, 2).tokens, source.example(3, 1, 6, 2).tokens)
 
 
 def test_mixed_corpus_and_weights():

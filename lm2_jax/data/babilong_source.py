@@ -125,8 +125,10 @@ class BabilongSource(SourceConfig):
         def sentences(draws: Draws, held_out: bool) -> Iterator[tuple[str, list[int]]]:
             return noise(background, encode, draws, held_out, bounds)
 
-        stages = {"interleaved": self._interleaved, "question_last": self._question_last}[self.layout]
-        return _RowSource([rows.example for rows in stages(encode, sentences)], self.asked_steps, segment_tokens, seed)
+        # A row with one question has no stages, whatever a preset says of interleaved ones.
+        layouts = {"interleaved": (self._interleaved, self.asked_steps), "question_last": (self._question_last, ())}
+        stages, starts = layouts[self.layout]
+        return _RowSource([rows.example for rows in stages(encode, sentences)], starts, segment_tokens, seed)
 
     def _interleaved(self, encode: Encoder, sentences: Noise) -> list[InterleavedRows]:
         persons = sorted({person for task in self.tasks for person in PERSONS_OF[task]})

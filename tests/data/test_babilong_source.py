@@ -79,6 +79,12 @@ def test_questions_are_about_more_and_more_persons():
     assert all(name in told for name in ("John", "Mary", "Sandra"))
 
 
+def test_a_preset_with_stages_can_be_given_the_other_layout():
+    source, plain = (build(layout="question_last", **more) for more in ({"asked": (1, 3), "asked_steps": (2,)}, {}))
+    for step in (1, 2, 3):
+        assert equal(source.example(step, 0, 1, 4), plain.example(step, 0, 1, 4))
+
+
 @pytest.mark.parametrize("fields", LAYOUTS)
 def test_an_example_is_a_function_of_its_index(fields):
     tokenizer = WordTokenizer()

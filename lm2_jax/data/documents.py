@@ -147,12 +147,14 @@ class Ordered:
 
     def _order(self, row: int, rows: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The row's pieces in their order, and the segments read at the end of each."""
-        if (row, rows, epoch) not in self._orders:
+        found = self._orders.get((row, rows, epoch))
+        if found is None:
             own = self._dealt[row % len(self._dealt) :: rows]
             order = own[shuffled(len(own), self._seed, "ordered", row, epoch)]
-            self._orders[row, rows, epoch] = order, np.cumsum(-(-self._count[order] // self._segment_tokens))
+            found = order, np.cumsum(-(-self._count[order] // self._segment_tokens))
+            self._orders[row, rows, epoch] = found  # not read again here: another thread may be two epochs ahead
             self._orders.pop((row, rows, epoch - 2), None)
-        return self._orders[row, rows, epoch]
+        return found
 
     def spans(self, step: int, row: int, rows: int, segments: int) -> list[Span]:
         """What stands in the row: one span a segment."""
@@ -190,14 +192,14 @@ class DocumentSource:
     def __init__(self, documents: Documents, segment_tokens: int, fields: DocumentFields, seed: int, name: str):
         self._documents, self._segment_tokens, self._name = documents, segment_tokens, name
         count = len(documents.lengths)
-        held_out = max(1, round(count * fields.held_out_fraction)) if fields.held_out_fraction else 0
+        # By content, so that neither the order of the files nor the seed moves a document from one part to the other.
+        by_hash = np.argsort(documents.hashes, kind="stable")
+        held_out = _held_out(documents.hashes[by_hash], fields.held_out_fraction)
         if count <= held_out:
             raise UserError(
                 f"{name}: {count} documents with text, of which {held_out} would be held out and none left to train "
-                "on; give more documents or set data.source.held_out_fraction to 0"
+                "on (equal ones stay together); give more documents or set data.source.held_out_fraction to 0"
             )
-        # By content, so that neither the order of the files nor the seed moves a document from one part to the other.
-        by_hash = np.argsort(documents.hashes, kind="stable")
         self._parts = {True: np.sort(by_hash[:held_out]), False: np.sort(by_hash[held_out:])}
         self._layouts = {
             part: _LAYOUTS[fields.packing](documents.lengths[members], segment_tokens, fields, seed, part)
@@ -237,6 +239,15 @@ class DocumentSource:
             distance=np.full(size, -1, np.int32),
             document=np.cumsum(starts_KT, axis=1, dtype=np.int32).reshape(size),
         )
+
+
+def _held_out(hashes: np.ndarray, fraction: float) -> int:
+    """How many of the documents with these hashes, in increasing order, are held out: none that is trained on too."""
+    if not fraction or not len(hashes):
+        return 0
+    wanted = max(1, round(len(hashes) * fraction))
+    first, end = (int(np.searchsorted(hashes, hashes[wanted - 1], side)) for side in ("left", "right"))
+    return end if first == 0 or (end < len(hashes) and end - wanted <= wanted - first) else first
 
 
 _LAYOUTS = {"packed": Packed, "ordered": Ordered}

@@ -157,6 +157,33 @@ def test_held_out_documents_are_never_trained_on(packing):
     assert again - {0} == seen[1]
 
 
+def test_equal_documents_stay_on_one_side():
+    """Twenty texts, each of them there up to four times: whichever are held out, training never reads them."""
+    texts = [np.arange(5) + 10 * (i // 4) for i in range(80)]
+    for fraction in (0.01, 0.1, 0.31, 0.5, 0.97):
+        reader = DocumentSource(MemoryDocuments(texts, EOS, PAD), 5, DocumentFields(held_out_fraction=fraction), 0, "x")
+        trained, held_out = (
+            {reader.example(0, row, 80, 1, part).tokens.tobytes() for row in range(80)} for part in (False, True)
+        )
+        assert (len(trained) + len(held_out), trained & held_out) == (20, set())
+        assert abs(len(held_out) - 20 * fraction) <= 1
+    with pytest.raises(UserError, match=r"none left to train on \(equal ones stay together"):
+        DocumentSource(MemoryDocuments(texts[:4], EOS, PAD), 5, DocumentFields(), 0, "x")
+
+
+def test_threads_may_be_epochs_apart():
+    """What another thread drops from the orders while one asks for its own does no harm."""
+
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    layout = Ordered(np.array([8, 8]), 8, DocumentFields(packing="ordered"), 0, False)
+    expected = layout.spans(5, 0, 2, 1)
+    layout._orders = Forgetful()
+    assert layout.spans(5, 0, 2, 1) == expected
+
+
 def test_nothing_held_out_and_too_few_documents_are_messages():
     with pytest.raises(UserError, match="held_out_fraction above 0"):
         source([5, 5], 4).example(0, 0, 1, 1, held_out=True)

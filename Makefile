@@ -54,7 +54,7 @@ test-lowest: ## fast tests with the lowest versions that requirements.txt allows
 	.venv-lowest/bin/python -m pytest -m "$(FAST)"
 
 clean: ## remove environments and caches, not runs/
-	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache build *.egg-info
 	find $(PRODUCT) tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -16,11 +16,12 @@ import sys
 from typing import Any
 
 import tyro
+from etils import epath
 
-import lm2_jax
 from configs import babilong_small
 from lm2_jax import cli
 from lm2_jax.errors import UserError
+from lm2_jax.training.workdir import check_owner
 
 RUNS = pathlib.Path("runs")
 
@@ -52,10 +53,14 @@ def run(*words: str) -> None:
 
 def train(preset: str, command: Command) -> pathlib.Path:
     """Trains one preset to its end, unless that is done."""
-    workdir = RUNS / preset
-    if not (workdir / "checkpoints" / str(lm2_jax.preset(preset).optim.steps)).is_dir():
-        source = ("--data.source.babi-dir", str(command.babi_dir), "--data.source.books-dir", str(command.books_dir))
-        run("train.py", preset, "--workdir", str(workdir), *source)
+    workdir, config = RUNS / preset, babilong_small.PRESETS[preset]
+    babi, books = str(command.babi_dir), str(command.books_dir)
+    source = dataclasses.replace(config.data.source, babi_dir=babi, books_dir=books)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+    check_owner(epath.Path(workdir), config)  # what lies there may have been trained on something else
+    if not (workdir / "checkpoints" / str(config.optim.steps)).is_dir():
+        options = ("--data.source.babi-dir", babi, "--data.source.books-dir", books)
+        run("train.py", preset, "--workdir", str(workdir), *options)
     return workdir
 
 

@@ -1,10 +1,10 @@
 """Which form of LM2's bank learns to remember? Trains the arms of configs/probe.py and compares them.
 
     python -m benchmarks.memory_forms                                  # every arm, seed 0
-    python -m benchmarks.memory_forms --arms probe_rmt probe_none --seeds 0 1 2
+    python -m benchmarks.memory_forms --arms probe_rmt probe_none --seeds 0 1 2 --out runs/probe/seeds
 
 Runs lie in runs/probe/<arm>_<seed>; a finished one is not trained again and an interrupted one goes on, so the command
-can be stopped and repeated at any time. The table is made of the runs that are finished.
+can be stopped and repeated at any time. The table is made of the runs that were asked for.
 """
 
 import dataclasses
@@ -16,16 +16,19 @@ import sys
 
 import numpy as np
 import tyro
+from etils import epath
 
 from configs import probe, probe_titans
 from lm2_jax import cli
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation.recall import Result, measure
 from lm2_jax.runs import load_run
+from lm2_jax.training.workdir import check_owner
 
 RUNS = pathlib.Path("runs/probe")
 FORMS = tuple(probe.PRESETS)
-STEPS = {run.name: run.optim.steps for run in (*probe.ARMS, *probe_titans.ARMS)}
+RESULTS = pathlib.Path("benchmarks/results/memory_forms")
+ARMS = {run.name: run for run in (*probe.ARMS, *probe_titans.ARMS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +43,25 @@ class Command:
     """Lengths of the comparison: as in training, and four times that."""
     rows: int = 512
     """Held-out rows of each length."""
-    out: pathlib.Path = pathlib.Path("benchmarks/results/memory_forms")
-    """Where the table goes, as .json and .md."""
+    out: pathlib.Path | None = None
+    """Where the table goes, as .json and .md; None: benchmarks/results/memory_forms for every arm, else runs/probe."""
+
+    @property
+    def table(self) -> pathlib.Path:
+        """`out`, or what stands for None: a table of all arms is not overwritten by one of a few."""
+        return self.out or (RESULTS if set(FORMS) <= set(self.arms) else RUNS / "table")
 
 
 def train(arm: str, seed: int) -> pathlib.Path:
     """Trains one run to its end, unless that is done."""
     workdir = RUNS / f"{arm}_{seed}"
     words = ["train.py", arm, "--workdir", str(workdir), "--data.seed", str(seed), "--train.seed", str(seed)]
-    if not (workdir / "checkpoints" / str(STEPS[arm])).is_dir():
+    run = ARMS[arm]
+    seeded = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, seed=seed), train=dataclasses.replace(run.train, seed=seed)
+    )
+    check_owner(epath.Path(workdir), seeded)  # what lies there may be a run of the arm as it once was
+    if not (workdir / "checkpoints" / str(run.optim.steps)).is_dir():
         print(f"$ python {' '.join(words)}", flush=True)
         status = cli.run_program(*words)
         if status:
@@ -57,16 +70,16 @@ def train(arm: str, seed: int) -> pathlib.Path:
 
 
 def judge(workdir: pathlib.Path, segments: int, rows: int) -> Result:
-    """The comparison of one run, kept beside it."""
-    return measure(load_run(workdir), segments, rows)
+    """The comparison of one run."""
+    return measure(load_run(workdir), workdir, segments, rows)
 
 
 def main() -> None:
     """Trains what is missing and writes the table."""
     command = tyro.cli(Command, description=__doc__)
-    unknown = [arm for arm in command.arms if arm not in STEPS]
+    unknown = [arm for arm in command.arms if arm not in ARMS]
     if unknown:
-        raise UserError(f"unknown arms {unknown}; known: {list(STEPS)}")
+        raise UserError(f"unknown arms {unknown}; known: {list(ARMS)}")
     results: dict[tuple[str, int], list[Result]] = {}
     for seed in command.seeds:
         for arm in command.arms:
@@ -100,10 +113,10 @@ def _shown(values: list[float]) -> str:
 def write(results: dict[tuple[str, int], list[Result]], command: Command) -> None:
     """The table so far, with the machine."""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    command.out.parent.mkdir(parents=True, exist_ok=True)
+    command.table.parent.mkdir(parents=True, exist_ok=True)
     typed = " ".join(["python -m benchmarks.memory_forms", *sys.argv[1:]])
     text = f"Answers right, per cent; `{typed}`; {machine}.\n\n"
-    command.out.with_suffix(".md").write_text(text + table(results, command.segments))
+    command.table.with_suffix(".md").write_text(text + table(results, command.segments))
     rows = [
         {
             "arm": arm,
@@ -117,7 +130,7 @@ def write(results: dict[tuple[str, int], list[Result]], command: Command) -> Non
         for (arm, segments), per_seed in results.items()
         for index, result in enumerate(per_seed)
     ]
-    command.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
+    command.table.with_suffix(".json").write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ os.environ.setdefault("NPROC", "64")
 
 from pathlib import Path
 
-import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -33,10 +32,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Shapes and types in the annotations of lm2_jax are checked at each call; outside the tests they cost nothing.
 jaxtyping.install_import_hook("lm2_jax", "tests.annotations.check")
-
-# Compilation makes single examples slow, so there is no deadline; few examples, the same in each run.
-hypothesis.settings.register_profile("lm2_jax", deadline=None, max_examples=25, derandomize=True)
-hypothesis.settings.load_profile("lm2_jax")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

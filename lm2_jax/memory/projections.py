@@ -23,20 +23,21 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTHK: Float[Array, "B T H K"], tail_BWHK: Float[Array, "B W H K"], valid_BT: Bool[Array, "B T"]
+        self, x_BTHK: Float[Array, "B T H K"], tail_BWHK: Float[Array, "B W H K"] | None, valid_BT: Bool[Array, "B T"]
     ) -> Float[Array, "B T H K"]:
         """Convolves a piece of a text.
 
         Args:
           x_BTHK: inputs.
-          tail_BWHK: the taps - 1 inputs before them.
+          tail_BWHK: the taps - 1 inputs before them; None for a single tap.
           valid_BT: an input that is padding counts as zero.
         """
         shape = (self.taps, self.num_heads, self.head_width)
         init = named(nn.initializers.normal(1 / math.sqrt(self.taps)), ("window", "heads", "head"))
         kernel_WHK = self.param("w", init, shape, jnp.dtype(self.precision.params)).astype(x_BTHK.dtype)
         x_BTHK = jnp.where(valid_BT[:, :, None, None], x_BTHK, jnp.zeros_like(x_BTHK))
-        all_BSHK = jnp.concatenate([tail_BWHK.astype(x_BTHK.dtype), x_BTHK], axis=1)
+        before = [] if tail_BWHK is None else [tail_BWHK.astype(x_BTHK.dtype)]
+        all_BSHK = jnp.concatenate([*before, x_BTHK], axis=1)
         T, last = x_BTHK.shape[1], self.taps - 1
         parts = [all_BSHK[:, last - j : last - j + T] * kernel_WHK[j][None, None] for j in range(self.taps)]
         return functools.reduce(jnp.add, parts)
@@ -91,12 +92,12 @@ class Stream(nn.Module):
 
         Args:
           x_BTD: tokens.
-          tail_BWHK: the convolution's inputs before them, where there is one.
+          tail_BWHK: the convolution's inputs before them, where it has more than one tap.
           valid_BT: padding is not convolved.
           dtype: of the result.
         """
         y_BTHK = self.w("btd,dhk->bthk", x_BTD)
-        if tail_BWHK is not None:
+        if self.taps:
             # Taps reach over the border between two devices' tokens, and the chunks behind need all of them anyway.
             y_BTHK = constrain(y_BTHK, ("batch", None, "heads", "head"))
             y_BTHK = self.conv(y_BTHK, tail_BWHK, valid_BT)
@@ -117,7 +118,7 @@ class Stream(nn.Module):
         last_BWD = jnp.take_along_axis(x_BTD, jnp.maximum(index_BW, 0)[:, :, None], axis=1)
         new_BWHK = self.w("btd,dhk->bthk", last_BWD).astype(old_BWHK.dtype)
         index_BW11 = index_BW[:, :, None, None]
-        kept_BWHK = jnp.take_along_axis(old_BWHK, jnp.clip(index_BW11 + W, 0, max(W - 1, 0)), axis=1)
+        kept_BWHK = jnp.take_along_axis(old_BWHK, jnp.clip(index_BW11 + W, 0, W - 1), axis=1)
         return jnp.where(index_BW11 >= 0, new_BWHK, kept_BWHK)
 
 

@@ -196,7 +196,7 @@ class Titans(Memory):
         c, tail = self.config, ("batch", "window", "heads", "head")
         weights = (WEIGHT_AXES,) * len(c.network.shapes(self.head_width))
         momentum = None if c.momentum.per == "off" else weights
-        tails = (tail, tail, tail) if c.conv_tokens else None
+        tails = (tail, tail, tail) if c.conv_tokens > 1 else None
         return TitansState(weights, momentum, tails, ("batch",))  # pyright: ignore[reportArgumentType]
 
     def _begin(self, state: TitansState) -> TitansState:
@@ -255,8 +255,8 @@ class Titans(Memory):
         return self._answer(self._ask(weights, q_BTHK), q_BTD)
 
     def _no_tail(self, batch: int) -> Float[Array, "B W H K"] | None:
-        """The inputs of a convolution before a text's first token; None without convolutions."""
-        if not self.config.conv_tokens:
+        """The inputs of a convolution before a text's first token; None where it reaches back to none."""
+        if self.config.conv_tokens < 2:
             return None
         shape = (batch, self.config.conv_tokens - 1, self.config.num_heads, self.head_width)
         return jnp.zeros(shape, jnp.dtype(self.precision.compute))

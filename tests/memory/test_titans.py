@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork
+from lm2_jax.memory.projections import Stream
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig, TitansState
 from lm2_jax.precision import Precision
 from lm2_jax.state import reset_rows
@@ -123,6 +124,24 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-9) -> None:
 
 def assert_equal(got: Any, want: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_state_holds_no_empty_arrays(case):
+    """A checkpoint could not hold them; a convolution of one token needs no inputs of tokens before it."""
+    assert all(leaf.size for leaf in jax.tree.leaves(case.state))
+    assert (case.state.tails is None) == (case.config.conv_tokens < 2)
+
+
+def test_a_convolution_of_one_token_scales_its_input():
+    """Doubled kernels double q, k and v where no activation or norm comes behind them."""
+    config = dataclasses.replace(VARIANTS["plain"], silu=False, unit_keys=False)
+    stream = Stream(D, H, FLOAT64, config.conv_tokens, config.silu, config.unit_keys)
+    x, valid = variant("plain").x, variant("plain").valid
+    params = stream.init(jax.random.key(0), x, None, valid, jnp.dtype("float64"))
+    twice = nn.unbox(params)
+    twice["params"]["conv"]["w"] = 2 * twice["params"]["conv"]["w"]
+    y, z = (stream.apply(p, x, None, valid, jnp.dtype("float64")) for p in (nn.unbox(params), twice))
+    assert_close(2 * y, z)
 
 
 def without_remat(case: Case) -> Any:

@@ -168,8 +168,8 @@ PACKED = DataConfig(source=TokenShards(path="shards", packing="packed"))
         ),
         (lambda: mixed(), ["join.parts is empty"]),
         (lambda: mixed(Part((), BANK, GateJoin())), ["join.parts[0].layers is empty"]),
-        (lambda: mixed(Part((0,), BANK, GateJoin()), Part((0,), TITANS, GateJoin())), ["increasing", "(0, 0)"]),
-        (lambda: mixed(Part((3,), BANK, GateJoin())), ["(3,)", "num_layers=3"]),
+        (lambda: mixed(Part((0,), BANK, GateJoin()), Part((0,), TITANS, GateJoin())), ["join.parts[*].layers=(0, 0)"]),
+        (lambda: mixed(Part((3,), BANK, GateJoin())), ["join.parts[*].layers=(3,)", "num_layers=3"]),
         (lambda: mixed(Part((0,), BANK, GateJoin(layers=(1,)))), ["join.parts[0].join.layers", "None"]),
         (lambda: mixed(Part((0,), TITANS, GateJoin()), Part((1,), BANK, MixerJoin())), ["join.parts[1]", "'mixer'"]),
         (

@@ -1,7 +1,7 @@
 """What every block offers, whatever joins it: whole segments at once, or one segment in pieces."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class JoinConfig(Family):
     """Base of all joins; `model.join` of a run."""
+
+    layers_field: ClassVar[str] = "join.layers"  # where `memory_layers` come from, for messages
 
     def memory_kinds(self) -> tuple[str, ...]:
         """Kinds of memory that make sense in this join."""
@@ -63,7 +65,7 @@ class JoinConfig(Family):
             layers and not 0 <= layers[0] <= layers[-1] < model.decoder.num_layers
         ):
             raise ValueError(
-                f"join.layers={layers} must be increasing block numbers below decoder.num_layers="
+                f"{self.layers_field}={layers} must be increasing block numbers below decoder.num_layers="
                 f"{model.decoder.num_layers}"
             )
 

@@ -26,6 +26,7 @@ class MixedJoin(JoinConfig):
     """Parts with memories and joins of their own; blocks in no part have none. `model.memory` is 'none'."""
 
     kind: ClassVar[str] = "mixed"
+    layers_field: ClassVar[str] = "join.parts[*].layers"
     parts: tuple[Part, ...] = ()
     """The parts; no block may be in two."""
 

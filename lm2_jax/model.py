@@ -45,18 +45,16 @@ class Run(NamedTuple):
 
     first: int
     length: int
-    has_memory: bool
 
 
 def split_runs(config: ModelConfig) -> list[Run]:
     """The blocks as runs of equal ones."""
-    with_memory = set(config.join.memory_layers(config.decoder.num_layers))
     runs: list[Run] = []
     for layer in range(config.decoder.num_layers):
         if runs and config.block_of(runs[-1].first) == config.block_of(layer):
             runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
         else:
-            runs.append(Run(layer, 1, layer in with_memory))
+            runs.append(Run(layer, 1))
     return runs
 
 

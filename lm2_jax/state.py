@@ -65,8 +65,3 @@ def stop_where(cut: Bool[Array, ""], state: State) -> State:
 def state_floats(state: State) -> int:
     """Numbers of all arrays of floating type: what a comparison of memories has to state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def state_bytes(state: State) -> int:
-    """Bytes of all arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -113,7 +113,7 @@ def test_the_mix_by_hand():
 def test_runs_of_a_mixed_decoder_are_its_parts():
     bank, titans = Part((0, 1, 4), BANK, GateJoin()), Part((3,), TITANS, ContextJoin())
     config = ModelConfig(memory=NoMemory(), join=MixedJoin(parts=(bank, titans)), decoder=DecoderConfig(num_layers=5))
-    assert split_runs(config) == [Run(0, 2, True), Run(2, 1, False), Run(3, 1, True), Run(4, 1, True)]
+    assert split_runs(config) == [Run(0, 2), Run(2, 1), Run(3, 1), Run(4, 1)]
     assert config.has_memory
     assert config.block_of(3)[1].memory == TITANS
     assert config.block_of(2)[1].memory == NoMemory()

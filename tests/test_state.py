@@ -66,6 +66,5 @@ def test_a_cut_stops_the_gradient_and_keeps_the_value(cut, gradient):
     assert (float(value), bool(fresh[0]), float(grad)) == (6.0, True, gradient)
 
 
-def test_sizes():
+def test_the_size_counts_numbers_and_no_flags():
     assert state.state_floats(bank()) == 24
-    assert state.state_bytes(bank()) == 24 * 4 + 3

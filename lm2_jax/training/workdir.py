@@ -18,7 +18,7 @@ from lm2_jax.training.metrics import is_remote
 from lm2_jax.training.state import TrainState
 
 CONFIG = "config.json"
-# Fields, or whole sections, that change nothing of what a run computes; a resumed run may have them otherwise.
+# Fields that change nothing of what a run computes or reads back; a resumed run may have them otherwise.
 FREE_ON_RESUME = (
     "name",
     "data.prefetch",
@@ -26,13 +26,15 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.eval_batches",
     "train.max_loss_ratio",
-    "checkpoint",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.memory_every",
 )
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
     """The config of the run that a workdir holds; `UserError` where there is none or it is damaged."""
-    return from_dict(RunConfig, _read_plain(workdir))
+    return from_dict(RunConfig, _read_plain(workdir), f"{epath.Path(workdir) / CONFIG}: config")
 
 
 def _read_plain(workdir: epath.PathLike) -> Any:
@@ -61,7 +63,7 @@ def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
     lines = [
         f"  {name}: {theirs.get(name, '<absent>')!r} there, {ours.get(name, '<absent>')!r} now"
         for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name, "<absent>") != ours.get(name, "<absent>") and not _is_free(name)
+        if theirs.get(name, "<absent>") != ours.get(name, "<absent>") and name not in FREE_ON_RESUME
     ]
     if lines:
         raise UserError(
@@ -69,10 +71,6 @@ def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
             "Set them as they were to go on with that run, or choose another --workdir. Nothing was changed."
         )
     return True
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(free + ".") for free in FREE_ON_RESUME)
 
 
 def _flat(plain: Any, path: str = "") -> dict[str, Any]:

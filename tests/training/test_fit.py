@@ -11,10 +11,11 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from lm2_jax import load_run
 from lm2_jax.checkpoint import Checkpoints
-from lm2_jax.config import OptimConfig
+from lm2_jax.config import OptimConfig, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.watch import Watch
@@ -207,12 +208,22 @@ def test_fields_that_change_nothing_may_change(undisturbed, documents, tmp_path)
     assert train(config, workdir).step == STEPS
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}'])
+def test_the_type_of_a_saved_memory_may_not_change(documents, tmp_path):
+    """It is read back as it was written, and nothing else could."""
+    config = short(documents)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    other = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, memory_dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"checkpoint\.memory_dtype: None there, 'bfloat16' now"):
+        workdirs.check_owner(epath.Path(tmp_path), other)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"kind": ["x"]}'])
 def test_a_damaged_config_is_one_message(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config") as caught:
         load_run(tmp_path)
     assert caught.value.status == 1
+    assert str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_training(documents, tmp_path):

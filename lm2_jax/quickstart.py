@@ -11,8 +11,8 @@ import rich.console
 
 from lm2_jax import cli
 from lm2_jax.errors import UserError
-from lm2_jax.evaluation import report
 from lm2_jax.evaluation.recall import measure, show
+from lm2_jax.folders import prepare_folder
 from lm2_jax.runs import load_run
 
 RUNS = pathlib.Path("runs/quickstart")
@@ -40,8 +40,8 @@ def main() -> None:
     )
     for preset, workdir in PRESETS.items():
         command(console, "train.py", preset, "--workdir", str(workdir))
-    results = [measure(load_run(workdir), SEGMENTS, ROWS) for workdir in PRESETS.values()]
-    paths = show(results, report.prepare_folder(RUNS / "eval"), console)
+    results = [measure(load_run(workdir), workdir, SEGMENTS, ROWS) for workdir in PRESETS.values()]
+    paths = show(results, prepare_folder(RUNS / "eval"), console)
     lm2, twin = (result.counts.accuracy(1, 4) for result in results)
     if lm2 is None or twin is None:
         raise UserError(f"none of {ROWS} held-out rows asks for a fact of another segment: change ROWS", status=1)

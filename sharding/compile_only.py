@@ -14,6 +14,7 @@ from etils import epath
 
 from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
+from lm2_jax.folders import prepare_file
 from lm2_jax.model import LanguageModel
 from lm2_jax.training.flops import jaxpr_flops
 from lm2_jax.training.objective import batch_shapes
@@ -105,6 +106,9 @@ def compile_and_tell(config: RunConfig, mesh_for: Callable[[int], MeshConfig], c
     topology = parse_topology(compilation.topology or "")
     mesh = mesh_for(topology.devices)
     mesh.sizes(topology.devices)  # says what does not fit before anything is loaded
+    for field, file in (("--json", compilation.json), ("--hlo", compilation.hlo)):
+        if file is not None and (field, file) != ("--json", "-"):
+            prepare_file(file, field)
     report = compile_only(config, mesh, topology, compilation.hlo, compilation.quick)
     if compilation.json != "-":
         print(describe(report))

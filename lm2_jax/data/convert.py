@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from lm2_jax import cli
-from lm2_jax.data.shards import write_shards
+from lm2_jax.data.shards import empty_folder, write_shards
 from lm2_jax.data.text_source import TextFiles, TfdsDocuments, TfdsText, file_documents
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
@@ -43,6 +43,7 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     """Writes the shards and gives what their `dataset.json` holds."""
     if (conversion.text is None) == (conversion.tfds is None):
         raise UserError(f"give either --text or --tfds, got text={conversion.text!r} and tfds={conversion.tfds!r}")
+    empty_folder(conversion.out)  # before a tokenizer is trained
     texts: Iterable[str]
     if conversion.text is not None:
         texts = file_documents(conversion.text, conversion.field)

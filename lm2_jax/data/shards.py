@@ -22,6 +22,7 @@ from lm2_jax.data.base import Source, SourceConfig, Tokenizer
 from lm2_jax.data.documents import DocumentFields, DocumentSource, content_hash
 from lm2_jax.data.tokenizers import FileTokenizer, save_tokenizer
 from lm2_jax.errors import UserError
+from lm2_jax.folders import prepare_folder
 
 FORMAT = 1
 METADATA, INDEX = "dataset.json", "index.npz"
@@ -44,6 +45,14 @@ def decode_record(record: bytes) -> np.ndarray:
     return np.frombuffer(record, dtype, offset=4)
 
 
+def empty_folder(out: epath.PathLike) -> epath.Path:
+    """Makes the folder for a shard set; one that holds something or cannot be written to is a `UserError`."""
+    folder = epath.Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; shards go into a new or empty folder")
+    return prepare_folder(out)
+
+
 def write_shards(
     documents: Iterable[list[int]], tokenizer: FileTokenizer, out: epath.PathLike, tokens_per_shard: int
 ) -> dict[str, Any]:
@@ -57,10 +66,7 @@ def write_shards(
     Returns:
       What `dataset.json` holds.
     """
-    folder = epath.Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; shards go into a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = empty_folder(out)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     lengths, hashes, files, empty, max_id = [], [], [], 0, 0
     writer, written = None, 0

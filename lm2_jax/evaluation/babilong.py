@@ -20,6 +20,7 @@ from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.generate import greedy
 from lm2_jax.evaluation.suite import Suite
+from lm2_jax.folders import prepare_folder
 
 DEFAULT_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")  # of a run that was not trained on tasks
 DEFAULT_LENGTHS = ("0k", "1k", "2k", "4k")
@@ -210,7 +211,7 @@ def write_report(evaluation: Evaluation, out: epath.PathLike) -> list[epath.Path
     )
     picture = report.heat_map(official, strict, f"BABILong: {who}", f"accuracy in per cent; {note}", ("task", "length"))
     return report.write_files(
-        report.prepare_folder(out),
+        prepare_folder(out),
         {
             "babilong.json": report.to_json(document),
             "babilong.md": text.encode(),
@@ -306,7 +307,7 @@ class Babilong(Suite):
         run = lm2_jax.load_run(self.workdir)
         sets = self.sets(run)
         # A mistyped workdir or set has failed by now, so no folder is made for it.
-        out = report.prepare_folder(epath.Path(self.workdir) / "eval" if self.out is None else self.out)
+        out = prepare_folder(epath.Path(self.workdir) / "eval" if self.out is None else self.out)
         console = rich.console.Console(highlight=False)
 
         def show(result: SetResult) -> None:

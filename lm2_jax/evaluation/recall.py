@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from lm2_jax.data.pipeline import batches
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.suite import Suite
+from lm2_jax.folders import prepare_folder
 from lm2_jax.loss import token_losses
 from lm2_jax.state import state_floats
 
@@ -93,9 +95,11 @@ class Recall(Suite):
         """Evaluates all runs and writes the report."""
         import lm2_jax
 
-        runs = [lm2_jax.load_run(workdir) for workdir in self.workdirs]
-        out = report.prepare_folder(epath.Path(self.workdirs[0]) / "eval" if self.out is None else self.out)
-        results = [measure(run, segments, self.rows) for segments in self.segments for run in runs]
+        runs = {workdir: lm2_jax.load_run(workdir) for workdir in self.workdirs}
+        out = prepare_folder(epath.Path(self.workdirs[0]) / "eval" if self.out is None else self.out)
+        results = [
+            measure(run, workdir, segments, self.rows) for segments in self.segments for workdir, run in runs.items()
+        ]
         console = rich.console.Console(highlight=False)
         for path in show(results, out, console):
             console.print(f"wrote {path}", soft_wrap=True)
@@ -104,7 +108,8 @@ class Recall(Suite):
 class Result(NamedTuple):
     """One run at one length."""
 
-    name: str
+    name: str  # of the preset
+    workdir: str
     step: int
     params: int
     state_floats: int  # carried across a segment border, of one row
@@ -112,11 +117,12 @@ class Result(NamedTuple):
     counts: Counts
 
 
-def measure(run: Any, segments: int, rows: int) -> Result:
-    """`count_answers` with what a comparison has to state."""
+def measure(run: Any, workdir: epath.PathLike, segments: int, rows: int) -> Result:
+    """`count_answers` with what a comparison has to state; `workdir` is where the run was loaded from."""
     params = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     floats = state_floats(jax.eval_shape(lambda: run.model.init_state(1)))
-    return Result(run.config.name, int(run.step), params, floats, segments, count_answers(run, segments, rows))
+    counts = count_answers(run, segments, rows)
+    return Result(run.config.name, os.fspath(workdir), int(run.step), params, floats, segments, counts)
 
 
 def show(results: list[Result], out: epath.Path, console: rich.console.Console) -> list[epath.Path]:
@@ -124,7 +130,9 @@ def show(results: list[Result], out: epath.Path, console: rich.console.Console) 
     parts = []
     for segments in dict.fromkeys(result.segments for result in results):
         chosen = [result for result in results if result.segments == segments]
-        cells = {(result.name, name): value for result in chosen for name, value in _columns(result)}
+        cells = {
+            (label, name): value for label, result in _labelled(chosen).items() for name, value in _columns(result)
+        }
         console.print(f"\nAnswers by the age of the fact, in segments; rows of {segments} segments (per cent)")
         console.print(report.console_table(cells, "run", means=False))
         parts.append(f"Rows of {segments} segments:\n\n{_markdown(chosen)}")
@@ -135,6 +143,12 @@ def show(results: list[Result], out: epath.Path, console: rich.console.Console) 
         "recall.png": _picture(results),
     }
     return report.write_files(out, files)
+
+
+def _labelled(results: list[Result]) -> dict[str, Result]:
+    """Results of one length by the names of their presets; where a preset occurs twice, by their workdirs."""
+    names = [result.name for result in results]
+    return {result.workdir if names.count(result.name) > 1 else result.name: result for result in results}
 
 
 def _columns(result: Result) -> list[tuple[str, float]]:
@@ -148,10 +162,10 @@ def _columns(result: Result) -> list[tuple[str, float]]:
 def _markdown(results: list[Result]) -> str:
     names = [name for name, _ in _columns(results[0])]
     lines = ["| run | parameters | floats of state | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
-    for result in results:
+    for label, result in _labelled(results).items():
         values = dict(_columns(result))
         shown = " | ".join(f"{values[name]:.1f}" if name in values else "-" for name in names)
-        lines.append(f"| {result.name} | {result.params:,} | {result.state_floats:,} | {shown} |")
+        lines.append(f"| {label} | {result.params:,} | {result.state_floats:,} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -159,6 +173,7 @@ def _document(results: list[Result]) -> dict[str, Any]:
     rows = [
         {
             "preset": result.name,
+            "workdir": result.workdir,
             "step": result.step,
             "parameters": result.params,
             "state_floats": result.state_floats,
@@ -176,10 +191,9 @@ def _picture(results: list[Result]) -> bytes:
     """Curves of accuracy over distance, at the longest rows; where fewer than 20 questions were asked, none."""
     longest = max(result.segments for result in results)
     curves = {}
-    for result in results:
-        if result.segments == longest:
-            ages = np.flatnonzero(result.counts.asked >= 20)
-            curves[result.name] = (ages, 100 * result.counts.right[ages] / result.counts.asked[ages])
+    for label, result in _labelled([result for result in results if result.segments == longest]).items():
+        ages = np.flatnonzero(result.counts.asked >= 20)
+        curves[label] = (ages, 100 * result.counts.right[ages] / result.counts.asked[ages])
     return report.line_plot(
         curves,
         f"What is remembered, rows of {longest} segments",

@@ -9,24 +9,9 @@ from typing import Any
 import rich.table
 from etils import epath
 
-from lm2_jax.errors import UserError
-
 GOOD, POOR = 85.0, 30.0  # per cent: satisfactory above, a failure below (as on the BABILong leaderboard)
 
 Cells = Mapping[tuple[str, str], float]  # (row, column) -> per cent; a missing cell was not measured
-
-
-def prepare_folder(out: epath.PathLike) -> epath.Path:
-    """Makes the folder and writes a file there on trial, so that a bad `out` fails before the work, not after it."""
-    folder = epath.Path(out)
-    trial = folder / f".trial-{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        raise UserError(f"out={str(out)!r}: cannot write there: {error}", status=1) from error
-    return folder
 
 
 def write_files(folder: epath.Path, contents: Mapping[str, bytes]) -> list[epath.Path]:

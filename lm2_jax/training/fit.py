@@ -61,6 +61,7 @@ def fit(
     prepare_jax(config)
     workdir, steps = epath.Path(workdir), config.optim.steps
     plan, tokenizer, source = hosts.together(lambda: prepare(config, workdir, layout))
+    hosts.together(profile.prepare)
     train_step = jit_train_step(plan, layout)
     evaluate = hosts.together(lambda: make_evaluate(plan, source, layout))
     check_hosts(plan, workdir, layout, tokenizer)

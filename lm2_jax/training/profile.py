@@ -6,6 +6,8 @@ from typing import Self
 
 import jax
 
+from lm2_jax.folders import prepare_folder
+
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
@@ -23,6 +25,11 @@ class ProfileConfig:
             raise ValueError(
                 f"profile_steps={self.profile_steps} must be at least 1, profile_after={self.profile_after} at least 0"
             )
+
+    def prepare(self) -> None:
+        """Makes the folder: one that cannot be written to is a `UserError` before training, not in its midst."""
+        if self.profile is not None:
+            prepare_folder(self.profile, "--profile")
 
 
 class Profiler:

@@ -179,6 +179,13 @@ def test_converter_trains_a_bpe(tmp_path):
     assert "the garden and the kitchen" in tokenizer.decode(example.tokens.tolist())
 
 
+def test_converter_tries_the_folder_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    monkeypatch.setattr(convert, "build_tokenizer", None)
+    assert run_converter(monkeypatch, "--out", str(tmp_path / "a.txt" / "out"), "--text", str(tmp_path)) == 1
+    assert "a.txt/out': cannot write there" in capsys.readouterr().err
+
+
 def test_converter_wants_one_input_and_a_size_that_fits(tmp_path):
     with pytest.raises(UserError, match="give either --text or --tfds"):
         convert.convert(convert.Conversion(out=str(tmp_path / "out")))

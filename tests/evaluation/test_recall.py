@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import types
 
 import jax
@@ -68,14 +69,14 @@ def test_answers_are_counted_by_the_age_of_their_fact(monkeypatch):
 
 def test_a_run_on_text_without_questions_is_refused(tmp_path):
     for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text("It was a dark and stormy night. " * 200)
+        (tmp_path / f"{name}.txt").write_text(f"Chapter {name}. It was a dark and stormy night. " * 200)
     with pytest.raises(UserError, match=r"asks no question whose distance is known.*'interleaved'"):
         recall.count_answers(run_of(TextFiles(path=str(tmp_path))), 2, 2, batch_rows=2)
 
 
 def test_the_report_shows_single_distances_and_their_mean(tmp_path):
     counts = recall.Counts(np.array([10, 10, 10, 10, 10, 0, 0, 0, 4]), np.array([10, 8, 6, 4, 2, 0, 0, 0, 1]))
-    result = recall.Result("one", 5, 1000, 64, 9, counts)
+    result = recall.Result("one", "runs/one", 5, 1000, 64, 9, counts)
     console = rich.console.Console(file=io.StringIO(), width=100)
     paths = recall.show([result, result._replace(name="two")], epath.Path(tmp_path), console)
     assert "mean" not in console.file.getvalue(), "several runs have no mean"
@@ -83,3 +84,22 @@ def test_the_report_shows_single_distances_and_their_mean(tmp_path):
     assert lines[-4].split("|")[3:-1] == [f" {name} " for name in "floats of state/all/0/1/2/3/4/8/1-4".split("/")]
     assert lines[-2] == "| one | 1,000 | 64 | 57.4 | 100.0 | 80.0 | 60.0 | 40.0 | 20.0 | 25.0 | 50.0 |"
     assert {path.name for path in paths} == {"recall.json", "recall.md", "recall.png"}
+
+
+def test_two_runs_of_one_preset_are_told_apart(tmp_path, monkeypatch):
+    good, poor = (recall.Counts(np.array([30, 30]), np.array([right, right])) for right in (30, 3))
+    first = recall.Result("one", "runs/a", 5, 1000, 64, 2, good)
+    results = [first, first._replace(workdir="runs/b", counts=poor), first._replace(name="two", workdir="runs/c")]
+    curves = {}
+    monkeypatch.setattr(recall.report, "line_plot", lambda drawn, *texts: curves.update(drawn) or b"")
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    recall.show([*results, first._replace(segments=1)], epath.Path(tmp_path), console)
+    assert list(curves) == ["runs/a", "runs/b", "two"]
+    text = (tmp_path / "recall.md").read_text()
+    for shown in (text, console.file.getvalue()):
+        assert [shown.count(name) for name in ("runs/a", "runs/b", "two")] == [1, 1, 1]
+    document = json.loads((tmp_path / "recall.json").read_text())
+    assert [(row["preset"], row["workdir"]) for row in document["results"][:2]] == [
+        ("one", "runs/a"),
+        ("one", "runs/b"),
+    ]

@@ -2,14 +2,12 @@
 
 import io
 import json
-import os
 
 import matplotlib.image
 import pytest
 import rich.console
 from etils import epath
 
-from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 
 CELLS = {("qa1", "0k"): 100.0, ("qa1", "1k"): 50.0, ("qa2", "0k"): 20.0}
@@ -79,22 +77,6 @@ def test_a_failure_leaves_the_old_files(tmp_path):
     with pytest.raises(OSError, match="no-folder"):
         report.write_files(epath.Path(tmp_path), {"a.json": b"new", "no-folder/b.md": b"more"})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
-
-
-def test_folder(tmp_path):
-    folder = report.prepare_folder(tmp_path / "new" / "eval")
-    assert list(folder.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write there") as caught:
-        report.prepare_folder(tmp_path / "file" / "eval")
-    assert caught.value.status == 1
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write there"):
-        report.prepare_folder(tmp_path / "eval")
 
 
 def test_json():

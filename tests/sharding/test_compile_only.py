@@ -67,6 +67,15 @@ def test_a_mesh_or_slice_that_cannot_be_is_refused_before_libtpu_is_asked(monkey
     assert caught.value.status == 2
 
 
+@pytest.mark.parametrize("field", ["json", "hlo"])
+def test_a_file_that_cannot_be_written_is_found_out_before_compiling(monkeypatch, tmp_path, field):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compile_only, "compile_only", None)
+    config = CompileConfig(compile_only=True, topology="v5e:2x2", **{field: str(tmp_path / "file" / "x")})
+    with pytest.raises(UserError, match=f"--{field}=.*cannot write there"):
+        compile_and_tell(RUN, lambda devices: MeshConfig(), config)
+
+
 def test_the_table_names_every_number():
     text = describe(REPORT)
     for words in (
@@ -87,7 +96,7 @@ def test_the_table_names_every_number():
 @pytest.mark.parametrize(("fits", "status"), [(True, 0), (False, 1)])
 def test_json_and_exit_status(monkeypatch, capsys, tmp_path, fits, status):
     monkeypatch.setattr(compile_only, "compile_only", lambda *_: dataclasses.replace(REPORT, fits=fits))
-    file = tmp_path / "costs.json"
+    file = tmp_path / "new" / "costs.json"
     config = CompileConfig(compile_only=True, topology="v5e:2x2", json=str(file))
     assert compile_and_tell(RUN, lambda devices: MeshConfig(), config) == status
     assert "least time" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from lm2_jax.config import OptimConfig
+from lm2_jax.errors import UserError
 from lm2_jax.training.fit import fit
 from lm2_jax.training.profile import ProfileConfig, Profiler
 from sharding import Layout, MeshConfig, make_mesh
@@ -41,6 +42,16 @@ def test_a_run_that_ends_earlier_still_writes_its_trace(calls):
 
 def test_nothing_is_traced_unless_asked_for(calls):
     assert run(ProfileConfig(), 0, 9, calls) == list(range(9))
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_out_before_training(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    config = tiny_config(write_documents(tmp_path / "documents"))
+    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(UserError, match=r"--profile=.*file/x.*cannot write there") as caught:
+        fit(config, tmp_path / "run", layout, ProfileConfig(str(tmp_path / "file" / "x")))
+    assert caught.value.status == 1
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_numbers_that_make_no_sense():

@@ -18,6 +18,7 @@ PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
 SPECIALS = (PAD, EOS, ANSWER)
 EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 PAD_NAMES = (PAD, "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
+BLANKS = (" ", "\u2581")  # as they are, and as SentencePiece shows them
 SMALLEST_BPE = 256 + len(SPECIALS)
 
 
@@ -53,7 +54,11 @@ class FileTokenizer:
     answer_id: int | None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added, and no text turns into a special token."""
+        """Token ids of `text`; nothing is added, and no text turns into a special token.
+
+        Tokenizers of SentencePiece's kind write a blank before a text. It stands for the one that `text` begins with:
+        a sentence with its leading blank has the same tokens alone as behind another.
+        """
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
@@ -89,8 +94,14 @@ class JsonTokenizer(FileTokenizer):
         inner.no_padding()
         inner.encode_special_tokens = True  # "<eos>" written in a text stays text
         self._inner = inner
+        # Llama 2's writes its blank here, beside the text's own; what the library calls Metaspace does not double it.
+        normalizer = inner.normalizer
+        self._writes_blank = normalizer is not None and normalizer.normalize_str("a").startswith(BLANKS)
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"data.tokenizer.path={config.path!r}: its vocabulary is empty", status=1)
         # Ids may have holes, so their number is no bound.
-        self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(vocabulary.values())
         eos = _special(inner.token_to_id, config.eos, EOS_NAMES, "eos", config)
         if eos is None:
             raise UserError(
@@ -102,6 +113,7 @@ class JsonTokenizer(FileTokenizer):
         self.answer_id = inner.token_to_id(ANSWER)
 
     def encode(self, text: str) -> list[int]:
+        text = text.removeprefix(" ") if self._writes_blank else text
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -128,6 +140,7 @@ class SentencePieceTokenizer(FileTokenizer):
         inner = sentencepiece.SentencePieceProcessor()
         inner.LoadFromSerializedProto(model)
         self._inner, self._model = inner, model
+        self._writes_blank = inner.encode("a", out_type=str)[0].startswith(BLANKS)
         self.vocab_size = inner.vocab_size()
 
         def find(name: str) -> int | None:
@@ -146,7 +159,7 @@ class SentencePieceTokenizer(FileTokenizer):
         self.answer_id = find(ANSWER)
 
     def encode(self, text: str) -> list[int]:
-        return self._inner.encode(text)
+        return self._inner.encode(text.removeprefix(" ") if self._writes_blank else text)
 
     def decode(self, ids: list[int]) -> str:
         skipped = {self.pad_id, self.eos_id, self.answer_id}

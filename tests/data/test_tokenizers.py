@@ -121,6 +121,13 @@ def test_missing_and_broken_files(tmp_path, kind):
         build_tokenizer(TokenizerConfig(kind=kind, path=str(tmp_path / "broken")), no_corpus, 512)
 
 
+def test_an_empty_vocabulary(tmp_path):
+    Tokenizer(models.BPE()).save(str(tmp_path / "empty.json"))
+    with pytest.raises(UserError, match=r"empty\.json.*vocabulary is empty") as caught:
+        build_tokenizer(TokenizerConfig(kind="json", path=str(tmp_path / "empty.json")), no_corpus, 512)
+    assert caught.value.status == 1
+
+
 def test_a_path_goes_with_the_kinds_that_read_one():
     with pytest.raises(ValueError, match=r"set tokenizer\.path"):
         TokenizerConfig(kind="json")

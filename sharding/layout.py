@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -178,16 +179,22 @@ class Layout(layout.Layout):
 
     def _fields(self, name: str | None, size: int) -> list[str]:
         """Fields of the run that may have set a dimension's size: those of that value, if the run is known."""
-        fields = list(FIELDS.get(name or "", ()))
-        return [field for field in fields if _value(self._config, field) == size] or fields
+        fields = FIELDS.get(name or "", ())
+        values = {path: value for field in fields for path, value in _values(self._config, field).items()}
+        return [path for path, value in values.items() if value == size] or list(values or fields)
 
     def _split(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of one logical name."""
         return () if name is None else mesh_axes(self._table[name])
 
 
-def _value(config: Any, field: str) -> Any:
-    """The value of a field by its path, None where the config has no such field."""
-    for name in field.split("."):
-        config = getattr(config, name, None)
-    return config
+def _values(config: Any, field: str) -> dict[str, Any]:
+    """The values of a field by their paths in the config: as it is named, and in each part of a mixed join."""
+    parts = enumerate(getattr(config.model.join, "parts", ())) if config is not None else ()
+    name = field.removeprefix("model.")
+    owners = [(field, config, field), *((f"model.join.parts[{i}].{name}", part, name) for i, part in parts)]
+    values = {}
+    for path, owner, inside in owners:
+        with contextlib.suppress(AttributeError):  # other memories have other fields
+            values[path] = operator.attrgetter(inside)(owner)
+    return values

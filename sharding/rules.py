@@ -36,7 +36,8 @@ RULES: tuple[Rule, ...] = (
     ("state_embed", None),  # width of a memory row: its rows are split instead
 )
 
-# Fields of a run that set the size of a dimension, for messages.
+# Fields of a run that set the size of a dimension, for messages; `model.memory` stands for the memories of a mixed
+# join's parts too.
 FIELDS: dict[str, tuple[str, ...]] = {
     "batch": ("data.rows",),
     "copies": ("data.rows",),

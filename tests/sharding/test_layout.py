@@ -72,13 +72,17 @@ def test_what_cannot_be_split_is_refused(axes, shape, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_the_message_names_the_field_of_the_run():
-    run = lm2_jax.preset("lm2_tiny")
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("lm2_tiny", "model.memory.num_slots"), ("hybrid_tiny", "model.join.parts[0].memory.num_slots")],
+)
+def test_the_message_names_the_field_of_the_run(name, field):
+    run = lm2_jax.preset(name)
     layout = Layout(make_mesh(MeshConfig(slots=4)), config=run)
     with pytest.raises(UserError) as caught:
         layout.shardings({"slots": ("batch", "slots", None)}, {"slots": float32(8, 6, 32)})
-    assert str(caught.value).startswith("model.memory.num_slots=6 is not divisible by mesh.slots=4 ")
-    assert "change model.memory.num_slots, mesh.slots." in str(caught.value)
+    assert str(caught.value).startswith(f"{field}=6 is not divisible by mesh.slots=4 ")
+    assert f"change {field}, mesh.slots." in str(caught.value)
 
 
 def test_a_mesh_axis_that_nothing_lies_on_is_refused():

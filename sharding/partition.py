@@ -137,6 +137,7 @@ def _check_divides(size: int, name: str | None, sizes: dict[str, int]) -> None:
     if size % math.prod(sizes.values()):
         given = {f"mesh.{axis}": n for axis, n in sizes.items()}
         fields = ", ".join([*FIELDS.get(name or "", ()), *given])
+        what = "batch" if name == "copies" else name  # rows, cut in another way
         raise ValueError(
-            f"{name}={size} is not divisible by {' * '.join(f'{k}={v}' for k, v in given.items())}; change {fields}"
+            f"{what}={size} is not divisible by {' * '.join(f'{k}={v}' for k, v in given.items())}; change {fields}"
         )

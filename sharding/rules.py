@@ -39,8 +39,8 @@ RULES: tuple[Rule, ...] = (
 # Fields of a run that set the size of a dimension, for messages; `model.memory` stands for the memories of a mixed
 # join's parts too.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "batch": ("data.rows",),
-    "copies": ("data.rows",),
+    "batch": ("data.rows", "optim.accumulate"),
+    "copies": ("data.rows", "optim.accumulate"),
     "heads": ("model.decoder.num_heads", "model.memory.num_heads"),
     "kv_heads": ("model.decoder.num_kv_heads", "model.memory.num_heads"),
     "mlp": ("model.decoder.mlp_width", "model.memory.write.mlp_width"),

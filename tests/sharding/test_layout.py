@@ -60,7 +60,7 @@ def test_parameters_and_states_lie_as_the_table_says():
     [
         (("embed", "heads", "head"), (20, 3, 5), ["layer/w", "'heads'", "size 3", "mesh.model=2"]),
         (("batch", "slots", None), (8, 7, 20), ["layer/w", "'slots'", "size 7", "mesh.slots=2"]),
-        (("batch", None), (7, 3), ["layer/w", "'batch'", "data.rows=7", "mesh.data=1 * mesh.fsdp=2"]),
+        (("batch", None), (7, 3), ["layer/w", "'batch'", "size 7", "data.rows", "mesh.data=1 * mesh.fsdp=2"]),
         (("embed", "slotz"), (20, 8), ["layer/w", "unknown", "Did you mean 'slots'"]),
         (("mlp", "heads"), (8, 8), ["layer/w", "'mlp' and 'heads'", "'model'"]),
         (("embed", "embed"), (8, 8), ["layer/w", "'embed' and 'embed'", "'fsdp'"]),
@@ -118,7 +118,13 @@ def test_constraints_work_inside_the_context_and_only_there():
         assert double(x).sharding.shard_shape(x.shape) == (4, 8, 2)
         with pytest.raises(ValueError, match=r"unknown logical axis 'slotz'.*Did you mean 'slots'"):
             constrain(x, ("batch", "slotz", "heads"))
-    assert len(jax.jit(lambda x: 2 * x)(x).sharding.device_set) == 1
+    assert len(double(x).sharding.device_set) == 1
+
+
+def test_rows_of_a_part_of_a_step_are_told_by_what_cuts_them():
+    message = "^batch=2 is not divisible by mesh.data=4; change data.rows, optim.accumulate, mesh.data$"
+    with layout_of(MeshConfig(data=4, fsdp=2)).context(), pytest.raises(ValueError, match=message):
+        constrain(jnp.ones((2, 3)), ("copies", None))
 
 
 def test_what_is_one_for_all_rows_is_not_cut_by_rows():

@@ -13,7 +13,7 @@ from lm2_jax.dot_product import Keys, attend, attend_behind
 from lm2_jax.layers import Einsum, constrain, rope_frequencies, rotate
 from lm2_jax.partition import parts
 from lm2_jax.precision import Precision
-from lm2_jax.splash import LANES, PADDING, fits, platform, splash_attend
+from lm2_jax.splash import PADDING, obstacle, platform, splash_attend
 from lm2_jax.state import reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         R, T = flat.valid.shape
         q = constrain(rotate(flat.q, jnp.arange(T), self.frequencies), ("batch", "time", "heads", "head"))
         rows = None if always is None else Beside(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in always))
-        if own is None and self._fused(flat, rows):
+        if self._fused(flat, rows, own):
             y = self._splash(q, flat, rows)
         elif not self.has_window and flat.document is None and own is None and (rows is None or parts("time") == 1):
             y = _causal(q, flat.k, flat.v, flat.valid, rows)
@@ -203,17 +203,14 @@ class Attention(nn.Module):
         y = constrain(y, ("batch", "time", "heads", "head"))
         return Attended(self.o(y.reshape(asked.q.shape)), asked.q, asked.k, asked.v)
 
-    def _fused(self, flat: Asked, rows: Beside | None) -> bool:
-        """Whether the TPU kernel takes this; rows that all tokens see are keys without a document or a window."""
-        if self.decoder.attention_kernel == "plain" or flat.q.dtype == jnp.float64:
-            return False
-        can = fits(flat.valid.shape[1]) and (rows is None or (not self.has_window and flat.document is None))
-        if self.decoder.attention_kernel == "splash" and not can:
-            raise ValueError(
-                f"decoder.attention_kernel='splash' takes segments of multiples of {LANES} tokens on each device, "
-                f"got {flat.valid.shape[1]}, and no persistent tokens beside a window; set it to 'auto' or 'plain'"
-            )
-        return can and (platform() == "tpu" or self.decoder.attention_kernel == "splash")
+    def _fused(self, flat: Asked, rows: Beside | None, own: Beside | None) -> bool:
+        """Whether the TPU kernel does this."""
+        kernel, packed = self.decoder.attention_kernel, flat.document is not None
+        always, window = rows is not None, self.has_window
+        why_not = obstacle(flat.valid.shape[1], flat.q.dtype, always, own is not None, window, packed)
+        if kernel == "splash" and why_not is not None:
+            raise ValueError(f"decoder.attention_kernel='splash' {why_not}; set it to 'auto' or 'plain'")
+        return why_not is None and (kernel == "splash" or (kernel == "auto" and platform() == "tpu"))
 
     def _splash(self, q: Array, flat: Asked, rows: Beside | None) -> Float[Array, "R T H K"]:
         """Attention through the TPU kernel: what `meet` says, in blocks that stay on the chip."""

@@ -47,7 +47,8 @@ class DecoderConfig:
     memory and in join.combine always add 1e-5."""
     attention_kernel: Literal["auto", "plain", "splash"] = "auto"
     """How a segment attends: in plain operations, through the TPU kernel (splash attention), or the kernel on TPUs
-    where segments are long enough for it; on other machines the kernel is emulated, which is slow."""
+    wherever it takes what there is. Asked for, it is emulated on other machines, which is slow; what it does not take
+    (docs/tpu.md) is then an error."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width"):

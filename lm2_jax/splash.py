@@ -30,6 +30,32 @@ def fits(tokens: int) -> bool:
     return tokens % (LANES * parts("time")) == 0
 
 
+def obstacle(tokens: int, dtype: jnp.dtype, always: bool, own: bool, window: bool, packed: bool) -> str | None:
+    """What keeps the kernel from an attention, as the end of a sentence about it; None: nothing does.
+
+    Args:
+      tokens: of a segment, with memory tokens beside it.
+      dtype: of the queries.
+      always: whether there are rows that all tokens see: keys without a document or a place in a window.
+      own: whether there is a row per token, seen from that token on.
+      window: whether tokens see a window only.
+      packed: whether documents begin inside a segment.
+    """
+    if dtype == jnp.float64:
+        return "takes float32 and bfloat16, but precision.compute is float64"
+    if own:
+        return "takes no retrieved row per token, which join 'context' has with join.retrieve='tokens'"
+    if always and (window or packed):
+        beside = "an attention window (decoder.window_tokens)" if window else "packed documents"
+        return f"takes no persistent tokens and no rows of a bank (join.retrieve='rows') beside {beside}"
+    if not fits(tokens):
+        return (
+            f"takes a multiple of {LANES} tokens on each of {parts('time')} devices, got {tokens} in all "
+            "(model.segment_tokens and, with join 'tokens', twice memory.num_tokens)"
+        )
+    return None
+
+
 def splash_attend(
     q: Float[Array, "R T H K"],
     k: Float[Array, "R S G K"],

@@ -1,6 +1,7 @@
 """The TPU kernel, run as plain operations, against plain attention."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from flax import linen as nn
 import lm2_jax
 from lm2_jax import splash
 from lm2_jax.dot_product import attend
+from lm2_jax.precision import Precision
 from sharding import Layout, MeshConfig, make_mesh
+from tests.contract.subjects import FLOAT64, abstract_params, precise
 
 R, T, H, G, K = 2, 256, 4, 2, 8
 
@@ -102,6 +105,35 @@ def test_a_model_attends_alike_in_both_forms(window, packed):
     np.testing.assert_allclose(
         jnp.where(seen, hidden("splash"), 0), jnp.where(seen, hidden("plain"), 0), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "words"),
+    [
+        ("rmt_tiny", Precision(), r"multiple of 128 tokens .* got 134 in all \(.*twice memory.num_tokens\)"),
+        ("titans_mac_tiny", Precision(), "no retrieved row per token"),
+        ("none_window_tiny", Precision(), "no persistent tokens .* beside an attention window"),
+        ("lm2_tiny", FLOAT64, "precision.compute is float64"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_refused_where_it_is_asked_for(name, types, words):
+    config = dataclasses.replace(lm2_jax.preset(name).model, segment_tokens=128, precision=types)
+
+    def trace(kernel):
+        decoder = dataclasses.replace(config.decoder, attention_kernel=kernel)
+        return abstract_params(lm2_jax.build_model(dataclasses.replace(config, decoder=decoder)))
+
+    with precise(config):
+        assert trace("auto")
+        with pytest.raises(ValueError, match=f"'splash' takes .*{words}.*; set it to 'auto' or 'plain'"):
+            trace("splash")
+
+
+def test_rows_that_all_tokens_see_are_taken_alone():
+    takes = functools.partial(splash.obstacle, 128, jnp.dtype("float32"), True, False)
+    assert takes(False, False) is None
+    assert "beside packed documents" in takes(False, True)
+    assert "decoder.window_tokens" in takes(True, False)
 
 
 def test_short_segments_stay_with_plain_attention():

@@ -68,6 +68,11 @@ class ModelConfig:
         return bool(layers) or self.join.carrier(self.block_spec, parent=None) is not None
 
     @property
+    def learns_within_segment(self) -> bool:
+        """Whether all that is learned has a gradient within one segment already."""
+        return not self.has_memory or self.join.learns_within_segment(self.memory)
+
+    @property
     def takes_packed(self) -> bool:
         """Whether a document may begin inside a segment."""
         return self.join.takes_packed(self.memory) and self.join.carrier(self.block_spec, parent=None) is None
@@ -280,10 +285,10 @@ class RunConfig:
             f"memory {self.model.memory.kind!r} joined by {self.model.join.kind!r} takes no packed documents, as its "
             "state cannot begin anew inside a segment; set packing of data.source to 'ordered'",
         )
-        # A memory is read before it is written: within one segment no loss depends on a write.
+        # Where tokens see a memory as it stood before their segment, no loss within that depends on a write.
         reach = min(max(self.data.segments), self.train.bptt_segments or max(self.data.segments))
         _require(
-            reach > 1 or not self.model.has_memory,
+            reach > 1 or self.model.learns_within_segment,
             "the memory's writes would get no gradient: it has to cross a segment border, so data.segments and "
             "train.bptt_segments must both reach 2 at least",
         )

@@ -1,11 +1,13 @@
 """What joins add to a decoder: who sees whom, how two outputs become one, which pairs are refused."""
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import lm2_jax
 from lm2_jax.attention import Attention, Beside, Segments
@@ -19,19 +21,22 @@ from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
-from lm2_jax.config import DataConfig, ModelConfig, RunConfig
+from lm2_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lm2_jax.data.shards import TokenShards
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.inner import LinearNetwork
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.model import Run, split_runs
 from lm2_jax.precision import Precision
+from tests.contract.subjects import UNOPTIMIZED
 
 T, D = 4, 8
 BANK, TITANS = GatedBankConfig(num_slots=4, write=SlotsWrite()), TitansConfig(chunk_tokens=8)
+LINEAR = dataclasses.replace(TITANS, network=LinearNetwork(), conv_tokens=0, remat="none")
 
 
 def sight(window_tokens: int | None, with_own: bool, documents: list[int] | None = None) -> list[str]:
@@ -201,6 +206,52 @@ def test_pairs_that_make_no_sense_are_refused_with_the_field_to_change(make, wor
         make()
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, caught.value
+
+
+@pytest.mark.parametrize(
+    ("memory", "join", "learns"),
+    [
+        (TITANS, GateJoin(), True),
+        (TITANS, LayerJoin(), True),
+        (TITANS, MixerJoin(), True),
+        (TITANS, ContextJoin(), True),
+        (TITANS, ResidualJoin(read="own"), False),
+        (BANK, GateJoin(), False),
+        (BANK, ContextJoin(), False),
+        (NoMemory(), MixedJoin(parts=(Part((0,), TITANS, GateJoin()), Part((1,), TITANS, MixerJoin()))), True),
+        (NoMemory(), MixedJoin(parts=(Part((0,), TITANS, GateJoin()), Part((1,), BANK, GateJoin()))), False),
+    ],
+)
+def test_a_memory_that_shows_a_segment_its_own_writes_learns_within_it(memory, join, learns):
+    model = ModelConfig(memory=memory, join=join)
+    for one in ({"data": DataConfig(segments=(1,))}, {"train": TrainConfig(bptt_segments=1)}):
+        with contextlib.nullcontext() if learns else pytest.raises(ValueError, match="writes would get no gradient"):
+            RunConfig(model=model, **one)
+
+
+@pytest.mark.parametrize(
+    ("memory", "join"),
+    [
+        (LINEAR, MixerJoin()),
+        pytest.param(LINEAR, ContextJoin(), marks=pytest.mark.slow),
+        pytest.param(LINEAR, GateJoin(), marks=pytest.mark.slow),
+        pytest.param(LINEAR, LayerJoin(), marks=pytest.mark.slow),
+        pytest.param(LINEAR, ResidualJoin(read="own"), marks=pytest.mark.slow),
+        (BANK, GateJoin()),
+    ],
+)
+def test_writes_have_a_gradient_within_a_segment_where_the_join_says_so(memory, join):
+    """The loss of one segment, with respect to what only writes use: values of Titans, the bank's writer."""
+    decoder = DecoderConfig(width=D, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=8)
+    config = ModelConfig(vocab_size=8, segment_tokens=8, decoder=decoder, memory=memory, join=join)
+    model, tokens = lm2_jax.build_model(config), jnp.arange(8)[None]
+    state = model.init_state(1)
+    params = nn.unbox(jax.jit(model.init, compiler_options=UNOPTIMIZED)(jax.random.key(0), tokens, state))
+    weight = jnp.sin(jnp.arange(64.0)).reshape(1, 8, 8)
+    gradient = jax.grad(lambda p: jnp.sum(weight * model.apply(p, tokens, state)[0]))
+    grads = jax.jit(gradient, compiler_options=UNOPTIMIZED)(params)
+    grads = grads["params"]["blocks_0"]["memory"]["v" if isinstance(memory, TitansConfig) else "writer"]
+    assert (max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(grads)) > 0) == join.learns_within_segment(memory)
 
 
 def test_pairs_that_make_sense_may_be_packed_if_nothing_runs_along():

@@ -49,6 +49,10 @@ class JoinConfig(Family):
         """Whether a document may begin inside a segment."""
         return True
 
+    def learns_within_segment(self, memory: MemoryConfig) -> bool:
+        """Whether a loss depends on writes of its own segment; else only those of segments before it are learned."""
+        return False
+
     def carrier(self, spec: "BlockSpec", **linen: Any) -> "Carrier | None":
         """What travels through the whole stack with a segment, if anything does; `linen` passes on `parent`."""
         return None

@@ -53,6 +53,10 @@ class MixedJoin(JoinConfig):
         """If all parts do."""
         return all(part.join.takes_packed(part.memory) for part in self.parts)
 
+    def learns_within_segment(self, memory: MemoryConfig) -> bool:
+        """If all parts do."""
+        return all(part.join.learns_within_segment(part.memory) for part in self.parts)
+
     def check(self, model) -> None:
         """See the base class; every part is checked as if it were the whole model."""
         if not self.parts:

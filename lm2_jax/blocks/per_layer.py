@@ -41,6 +41,10 @@ class PerLayerJoin(JoinConfig, abstract=True):
         """A memory that runs along cannot begin anew inside a segment."""
         return False
 
+    def learns_within_segment(self, memory: MemoryConfig) -> bool:
+        """Where the memory runs along with the tokens."""
+        return memory.shows_own_segment
+
     def check(self, model) -> None:
         """See the base class."""
         super().check(model)

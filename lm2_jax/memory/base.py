@@ -31,6 +31,11 @@ class MemoryConfig(Family):
         """Whether a segment may hold several documents: if what a read says to a token depends on that token alone."""
         return False
 
+    @property
+    def shows_own_segment(self) -> bool:
+        """Whether a running call shows a token what the tokens of its segment up to it have written."""
+        return False
+
     def check_segment(self, segment_tokens: int) -> None:
         """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""
 

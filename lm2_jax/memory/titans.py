@@ -97,6 +97,11 @@ class TitansConfig(MemoryConfig):
             raise ValueError(f"decoder.width={width} is not a multiple of memory.num_heads={self.num_heads}")
         return Titans(self, width, precision, **linen)
 
+    @property
+    def shows_own_segment(self) -> bool:
+        """Each token asks the weights behind itself."""
+        return True
+
     def check_segment(self, segment_tokens: int) -> None:
         """Chunks must not cross a segment border, or decoding would not give what training gave."""
         if segment_tokens % self.chunk_tokens:

@@ -53,8 +53,10 @@ def main() -> None:
     presets = {name: (f"Trains {name}.", Command(run)) for name, run in PRESETS.items()}
     command = tyro.extras.overridable_config_cli(presets, description=__doc__)
 
+    is_said = any(word.startswith("--mesh.") for word in sys.argv[1:])  # a mesh may be asked for that is the default
+
     def mesh(devices: int) -> MeshConfig:
-        return mesh_for(command.run.name, devices) if command.mesh == MeshConfig() else command.mesh
+        return command.mesh if is_said else mesh_for(command.run.name, devices)
 
     if command.compilation.asked():
         status = compile_and_tell(command.run, mesh, command.compilation)

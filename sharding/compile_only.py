@@ -16,6 +16,7 @@ from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_file
 from lm2_jax.model import LanguageModel
+from lm2_jax.training.fit import check_trainable
 from lm2_jax.training.flops import jaxpr_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.progress import flops_per_token
@@ -138,6 +139,7 @@ def compile_only(
     state, batch = _arguments(plan, layout)
     started = time.monotonic()
     with layout.context():
+        check_trainable(plan)
         traced = jit_train_step(plan, layout).trace(state, batch)
         lowered = traced.lower()
         try:

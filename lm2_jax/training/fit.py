@@ -14,7 +14,6 @@ from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.data.base import Source
 from lm2_jax.data.tokenizers import FileTokenizer, build_tokenizer
-from lm2_jax.errors import UserError
 from lm2_jax.layout import Layout
 from lm2_jax.model import LanguageModel
 from lm2_jax.training import hosts
@@ -25,7 +24,7 @@ from lm2_jax.training.objective import batch_shapes, evaluate_batch
 from lm2_jax.training.profile import ProfileConfig, Profiler
 from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
 from lm2_jax.training.signals import StopSignals
-from lm2_jax.training.state import Plan, TrainState, make_plan
+from lm2_jax.training.state import Plan, TrainState, make_plan, refusals
 from lm2_jax.training.step import jit_train_step
 from lm2_jax.training.watch import Watch
 
@@ -132,7 +131,7 @@ def prepare(config: RunConfig, workdir: epath.Path, layout: Layout) -> tuple[Pla
     plan = make_plan(config, LanguageModel(config.model))
     plan.shardings(layout)  # what does not divide is said before anything is made
     with layout.context():
-        _check_trainable(plan)
+        check_trainable(plan)
     workdirs.check_space(workdir, config, plan.shapes)
     return plan, tokenizer, source
 
@@ -146,20 +145,22 @@ def check_hosts(plan: Plan, workdir: epath.Path, layout: Layout, tokenizer: File
     workdirs.check_shared(workdir)
 
 
-def _check_trainable(plan: Plan) -> None:
-    """Runs the model on shapes: what model, data and mesh refuse of each other is said before training begins."""
+def check_trainable(plan: Plan) -> None:
+    """Runs the model on shapes, inside a layout's context.
+
+    Raises:
+      UserError: model, data and mesh refuse each other; it is said before training begins.
+    """
     rows, segments = plan.config.data.rows // plan.config.optim.accumulate, plan.config.data.segments[0]
     batch = batch_shapes(rows, segments, plan.config.model.segment_tokens)
     memory = jax.eval_shape(lambda: plan.model.init_state(rows))
-    try:
+    with refusals():
         jax.eval_shape(
             lambda params, memory, batch: evaluate_batch(plan.model, plan.config, params, memory, batch),
             plan.shapes.params,
             memory,
             batch,
         )
-    except ValueError as error:
-        raise UserError(f"This run cannot be trained: {error}") from error
 
 
 def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainState, int, float | None]:

@@ -1,6 +1,8 @@
 """Everything a run carries from step to step, and where each array of it lies."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from flax.core import meta
 
 from lm2_jax import partition
 from lm2_jax.config import RunConfig
+from lm2_jax.errors import UserError
 from lm2_jax.layout import Layout, axes_of
 from lm2_jax.model import LanguageModel
 from lm2_jax.training.optim import make_optimizer
@@ -51,14 +54,26 @@ class Plan:
         return jax.jit(first, out_shardings=self.shardings(layout))()
 
 
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the model refuses inside it is a `UserError`: a field of the run has to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"This run cannot be trained: {error}") from error
+
+
 def make_plan(config: RunConfig, model: LanguageModel) -> Plan:
     """Plans a run; nothing is computed.
 
     Args:
       config: of the run.
       model: `lm2_jax.build_model(config.model)`.
+    Raises:
+      UserError: the model refuses its segments.
     """
-    params = jax.eval_shape(lambda: _first_params(config, model))  # in boxes that name their axes
+    with refusals():
+        params = jax.eval_shape(lambda: _first_params(config, model))  # in boxes that name their axes
     optimizer = make_optimizer(config, axes_of(params))
     boxed = jax.eval_shape(lambda params: _first_state(config, model, optimizer, params), params)
     memory_axes = model.state_axes()

@@ -8,7 +8,7 @@ import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
-from lm2_jax.training.fit import _check_trainable
+from lm2_jax.training.fit import check_trainable
 from lm2_jax.training.state import make_plan
 from sharding import Layout, MeshConfig, assert_sharded, make_mesh
 from sharding.mesh import planned_mesh
@@ -60,8 +60,16 @@ def test_tokens_that_do_not_divide_are_refused_before_training():
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, segment_tokens=30))
     layout = Layout(make_mesh(MeshConfig(slots=4)), config=run)
     with layout.context(), pytest.raises(UserError) as caught:
-        _check_trainable(make_plan(run, lm2_jax.build_model(run.model)))
+        check_trainable(make_plan(run, lm2_jax.build_model(run.model)))
     assert "time=30 is not divisible by mesh.slots=4; change model.segment_tokens, mesh.slots" in str(caught.value)
+
+
+def test_what_the_model_refuses_of_its_segments_is_refused_of_a_plan():
+    run = lm2_jax.preset("none_tiny")
+    decoder = dataclasses.replace(run.model.decoder, attention_kernel="splash")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+    with pytest.raises(UserError, match=r"This run cannot be trained: decoder.attention_kernel='splash'"):
+        describe_plan(run, MeshConfig())
 
 
 def test_a_plan_that_cannot_be_is_refused():

@@ -5,10 +5,12 @@ import importlib.util
 import json
 import re
 
+import jax
 import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
+from lm2_jax.memory.tokens import TokensConfig
 from sharding import MeshConfig, compile_only, make_mesh
 from sharding.compile_only import CompileConfig, Report, compile_and_tell, describe
 from sharding.topology import parse_topology
@@ -74,6 +76,14 @@ def test_a_file_that_cannot_be_written_is_found_out_before_compiling(monkeypatch
     config = CompileConfig(compile_only=True, topology="v5e:2x2", **{field: str(tmp_path / "file" / "x")})
     with pytest.raises(UserError, match=f"--{field}=.*cannot write there"):
         compile_and_tell(RUN, lambda devices: MeshConfig(), config)
+
+
+def test_what_training_refuses_is_refused_before_compiling(monkeypatch):
+    monkeypatch.setattr(compile_only, "compile_only_devices", lambda topology: jax.devices()[:4])
+    run = lm2_jax.preset("rmt_tiny")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, memory=TokensConfig(num_tokens=4)))
+    with pytest.raises(UserError, match=r"join 'tokens' puts memory tokens beside a segment.*mesh\.slots to 1"):
+        compile_only.compile_only(run, MeshConfig(data=2, slots=2), parse_topology("v5e:2x2"))
 
 
 def test_the_table_names_every_number():

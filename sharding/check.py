@@ -47,8 +47,8 @@ def unsharded(shapes: Any, shardings: Any, least_bytes: int = 2**20) -> list[Pla
 
     Copies along `data` are what that axis is for: on a mesh of nothing else, all parameters are whole on purpose.
     """
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    if all(size == 1 for axis, size in mesh.shape.items() if axis != "data"):
+    meshes = [sharding.mesh for sharding in jax.tree.leaves(shardings)[:1]]  # none where there is no array
+    if all(size == 1 for mesh in meshes for axis, size in mesh.shape.items() if axis != "data"):
         return []
     return [array for array in placed(shapes, shardings) if array.bytes == array.device_bytes >= least_bytes]
 

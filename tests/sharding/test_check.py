@@ -55,6 +55,10 @@ def test_the_plan_says_where_each_array_would_lie():
     assert "whole on every device: nothing" in text
 
 
+def test_a_decoder_without_a_state_has_a_plan_too():
+    assert "recurrent state, 8 rows: 0 arrays, 0 bytes" in describe_plan(lm2_jax.preset("none_tiny"), MeshConfig())
+
+
 def test_tokens_that_do_not_divide_are_refused_before_training():
     run = lm2_jax.preset("none_tiny")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, segment_tokens=30))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 FloatName = Literal["float32", "bfloat16", "float64"]
@@ -22,6 +23,12 @@ class Precision:
     """Adam's first moment (the second is always float32 at least)."""
     logits: FloatName = "float32"
     """Logits and the loss."""
+
+
+def prepare_numbers(precision: Precision) -> None:
+    """Switches float64 on for the whole process where it is asked for, for without that jax makes float32 of it."""
+    if "float64" in dataclasses.astuple(precision):
+        jax.config.update("jax_enable_x64", True)
 
 
 def safe(dtype: jnp.dtype | str) -> jnp.dtype:

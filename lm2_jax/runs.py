@@ -10,6 +10,7 @@ from lm2_jax.config import RunConfig
 from lm2_jax.data.tokenizers import FileTokenizer, load_tokenizer
 from lm2_jax.layout import Layout
 from lm2_jax.model import LanguageModel
+from lm2_jax.precision import prepare_numbers
 from lm2_jax.training.state import make_plan
 from lm2_jax.training.workdir import read_config
 
@@ -27,6 +28,8 @@ class Run(NamedTuple):
 def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
     """Reads a run with the parameters of its newest intact checkpoint; the workdir is only read.
 
+    A run in float64 switches float64 on for the whole process.
+
     Args:
       workdir: folder or bucket that train.py wrote.
       layout: where the parameters lie; None: on the first device.
@@ -34,6 +37,7 @@ def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
       UserError: no such run, a damaged config, tokenizer or checkpoint.
     """
     config = read_config(workdir)
+    prepare_numbers(config.model.precision)
     model = LanguageModel(config.model)
     plan = make_plan(config, model)
     if layout is None:

@@ -16,6 +16,7 @@ from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_file
 from lm2_jax.model import LanguageModel
+from lm2_jax.precision import prepare_numbers
 from lm2_jax.training.fit import check_trainable
 from lm2_jax.training.flops import jaxpr_flops
 from lm2_jax.training.objective import batch_shapes
@@ -133,6 +134,7 @@ def compile_only(
     Raises:
       UserError: libtpu is absent, or mesh, model and slice do not go together.
     """
+    prepare_numbers(config.model.precision)
     devices = compile_only_devices(topology)
     layout = Layout(make_mesh(mesh, devices), config=config)
     plan = make_plan(config, LanguageModel(config.model))

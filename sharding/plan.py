@@ -8,6 +8,7 @@ import jax
 
 from lm2_jax.config import RunConfig
 from lm2_jax.model import LanguageModel
+from lm2_jax.precision import prepare_numbers
 from lm2_jax.training.state import make_plan
 from sharding.check import Placed, placed, unsharded
 from sharding.layout import Layout
@@ -26,6 +27,7 @@ def describe_plan(config: RunConfig, mesh: MeshConfig) -> str:
     Raises:
       UserError: mesh and run do not go together.
     """
+    prepare_numbers(config.model.precision)
     layout = Layout(planned_mesh(mesh), config=config)
     plan = make_plan(config, LanguageModel(config.model))
     shardings = plan.shardings(layout)

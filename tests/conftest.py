@@ -5,6 +5,7 @@ top and not in fixtures.
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA, see docs/sharding.md: with one for each device, devices that begin independent collectives in
@@ -45,3 +46,10 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist; set LM2_JAX_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture
+def wide_numbers() -> Iterator[None]:
+    """What works on a run in float64 switches it on for the whole process, as a program should."""
+    yield
+    jax.config.update("jax_enable_x64", False)

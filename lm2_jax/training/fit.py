@@ -16,6 +16,7 @@ from lm2_jax.data.base import Source
 from lm2_jax.data.tokenizers import FileTokenizer, build_tokenizer
 from lm2_jax.layout import Layout
 from lm2_jax.model import LanguageModel
+from lm2_jax.precision import prepare_numbers
 from lm2_jax.training import hosts
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.evaluate import host_batches, make_evaluate
@@ -112,9 +113,7 @@ def prepare_jax(config: RunConfig) -> None:
     """Settings of the process: compiled programs are kept on disk, and float64 only where the config asks for it."""
     if jax.config.values["jax_compilation_cache_dir"] is None:  # $JAX_COMPILATION_CACHE_DIR sets it, too
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "lm2_jax" / "xla"))
-    precision = config.model.precision
-    if "float64" in (precision.params, precision.compute, precision.state, precision.moments, precision.logits):
-        jax.config.update("jax_enable_x64", True)
+    prepare_numbers(config.model.precision)
 
 
 def prepare(config: RunConfig, workdir: epath.Path, layout: Layout) -> tuple[Plan, FileTokenizer, Source]:

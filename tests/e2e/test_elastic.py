@@ -72,13 +72,6 @@ def copy_of(workdir, step):
     return copy
 
 
-@pytest.fixture
-def wide_numbers():
-    """`fit` switches float64 on for the whole process, as a program should."""
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.usefixtures("wide_numbers")

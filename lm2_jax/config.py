@@ -123,7 +123,7 @@ class DataConfig:
     """Whether each step draws its number of segments from 1 to the stage's."""
     fill_rows: bool = False
     """Whether rows always have the longest stage's segments, filled with several documents of the stage's length: as
-    many tokens at every step, and one program."""
+    many tokens at every step, and one program. Not with a text, whose rows are full or go on."""
     alone_steps: int = 0
     """First steps in which every segment begins with a fresh memory: the decoder learns what it can do alone. A memory
     that is there from the start offers a first guess at everything, and what a segment itself tells is learned late."""
@@ -243,7 +243,7 @@ class CheckpointConfig:
     memory_every: int = 1
     """Every how many checkpoints the carried memory state is saved too (it can outweigh the parameters)."""
     memory_dtype: FloatName | None = None
-    """Type the carried memory is saved in; None: as it is."""
+    """Type the carried memory is saved in, the same for the whole run; None: as it is."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")

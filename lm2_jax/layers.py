@@ -51,13 +51,13 @@ class Einsum(nn.Module):
         w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
         dtype = jnp.dtype(self.precision.compute)
         kernel_axes, axes = _without(GATHERED, self.axes), _without(WHOLE, self.axes)
-        w, x = _gather(w.astype(dtype), self.axes, kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
+        w, x = gathered(w.astype(dtype), self.axes, kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
         if kernel_axes != axes:  # each device takes its part of what is summed; without this, all would sum the whole
             x = pin(x, kernel_axes[: self.in_dims])
         return pin(_flat_einsum(equation, x, w, self.in_dims), axes[self.in_dims :])
 
 
-def _gather(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
+def gathered(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
     """The kernel as it is used; its gradient is summed right into the parts that devices keep.
 
     A constraint alone would hold for the gradient too: an all-reduce, of which each device then takes its part.
@@ -168,7 +168,7 @@ class Embed(nn.Module):
     def attend(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Logits under the tied head, in the logits' type."""
         logits = jnp.dtype(self.precision.logits)
-        table_VD = _gather(self.table_VD.astype(hidden_BSD.dtype), TABLE, _without(GATHERED, TABLE))
+        table_VD = gathered(self.table_VD.astype(hidden_BSD.dtype), TABLE, _without(GATHERED, TABLE))
         return jnp.einsum("bsd,vd->bsv", hidden_BSD, table_VD, preferred_element_type=logits)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.dot_product import Keys, attend_behind
-from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, constrain, named, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, gathered, named, rope_frequencies, rotate
 from lm2_jax.memory.bank_reads import BankKeys, tokens_to_slots
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.precision import Precision, safe
@@ -222,9 +222,10 @@ class SlotCode(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute type."""
-        init = named(nn.initializers.normal(1.0), ("slots", "row_width"))
+        axes = ("slots", "row_width")
+        init = named(nn.initializers.normal(1.0), axes)
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
-        return constrain(code_ND.astype(jnp.dtype(self.precision.compute)), ("slots", None))[None]
+        return gathered(code_ND.astype(jnp.dtype(self.precision.compute)), axes, ("slots", None))[None]
 
 
 class BlockWriter(nn.Module):

@@ -6,10 +6,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.layers import named
+from lm2_jax.layers import gathered, named
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
+
+START_AXES = ("slots", "row_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Tokens(Memory):
 
     def setup(self) -> None:
         # As in the released code: the start has the embedding's scale.
-        init = named(nn.initializers.normal(self.width**-0.5), ("slots", "row_width"))
+        init = named(nn.initializers.normal(self.width**-0.5), START_AXES)
         self.start_ND = self.param(
             "start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params)
         )
@@ -61,7 +63,7 @@ class Tokens(Memory):
 
     def rows(self, state: TokensState) -> Float[Array, "B N D"]:
         """The m rows, in the compute type."""
-        start_1ND = self.start_ND[None].astype(state.tokens.dtype)
+        start_1ND = gathered(self.start_ND.astype(state.tokens.dtype), START_AXES, ("slots", None))[None]
         rows_BND = jnp.where(state.fresh[:, None, None], start_1ND, state.tokens)
         return rows_BND.astype(jnp.dtype(self.precision.compute))
 

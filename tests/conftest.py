@@ -28,11 +28,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A second run of the suite finds its programs compiled, in another clone too: an entry's name says all it depends on.
 if jax.config.values["jax_compilation_cache_dir"] is None:  # $JAX_COMPILATION_CACHE_DIR
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lm2_jax" / "tests"))
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lm2_jax" / "tests_of_one_device"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Shapes and types in the annotations of lm2_jax are checked at each call; outside the tests they cost nothing.
 jaxtyping.install_import_hook("lm2_jax", "tests.annotations.check")
+
+
+# Where programs run on several devices.
+SPLIT = ("sharding", "parity", "e2e/test_elastic.py", "training/test_step.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_split_is_cached(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs of several CPU devices are compiled each time.
+
+    XLA keeps such a program without the order of its collectives: read back, it stands still until XLA aborts.
+    """
+    here = request.path.relative_to(ROOT / "tests").as_posix()
+    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9 if here.startswith(SPLIT) else seconds)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

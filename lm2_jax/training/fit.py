@@ -111,7 +111,9 @@ def _with_memory(step: int, config: RunConfig) -> bool:
 
 def prepare_jax(config: RunConfig) -> None:
     """Settings of the process: compiled programs are kept on disk, and float64 only where the config asks for it."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:  # $JAX_COMPILATION_CACHE_DIR sets it, too
+    # XLA keeps a program of several CPU devices without the order of its collectives: read back, it stands still.
+    several = jax.default_backend() == "cpu" and jax.device_count() > 1
+    if not several and jax.config.values["jax_compilation_cache_dir"] is None:  # or $JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "lm2_jax" / "xla"))
     prepare_numbers(config.model.precision)
 

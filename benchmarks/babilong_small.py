@@ -4,20 +4,18 @@
 
 Trains the presets of configs/babilong_small.py, asks each the same questions, and writes one table. Runs lie in
 runs/<preset>; a finished one is not trained again and an interrupted one goes on, so the command can be stopped and
-repeated at any time. Each run takes about an hour of one core, Titans three.
+repeated at any time; what the table's .json holds of other presets stays. Each run takes about an hour of one core.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import sys
 from typing import Any
 
 import tyro
 from etils import epath
 
+from benchmarks import origin
 from configs import babilong_small
 from lm2_jax import cli
 from lm2_jax.errors import UserError
@@ -69,19 +67,22 @@ def evaluate(workdir: pathlib.Path, command: Command) -> dict[str, Any]:
     data = ("--babi-dir", str(command.babi_dir), "--books-dir", str(command.books_dir))
     lengths, samples = ("--lengths", *command.lengths), ("--samples", str(command.samples))
     run("eval.py", "babilong", "--workdir", str(workdir), *data, *lengths, *samples)
-    return json.loads((workdir / "eval" / "babilong.json").read_text())
+    report = json.loads((workdir / "eval" / "babilong.json").read_text())
+    return {"command": origin.typed("benchmarks.babilong_small"), "machine": origin.cores(), **report}
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one line for a preset and task, official and strict verdict."""
+    """Markdown: one line for a preset and task, official and strict verdict, with steps and questions."""
     lengths = list(dict.fromkeys(cell["length"] for report in reports.values() for cell in report["results"]))
-    lines = [f"| preset | task | {' | '.join(lengths)} |", "|---" * (len(lengths) + 2) + "|"]
+    head = ["preset", "steps", "task", "questions", *lengths]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for preset, report in reports.items():
         cells = {(cell["task"], cell["length"]): cell for cell in report["results"]}
         for task in dict.fromkeys(task for task, _ in cells):
             here = [cells[task, length] for length in lengths]
             shown = [f"{100 * c['accuracy']:.1f} / {100 * c['accuracy_strict']:.1f}" for c in here]
-            lines.append(f"| {preset} | {task} | {' | '.join(shown)} |")
+            first = [preset, f"{report['step']:,}", task, str(here[0]["samples"])]
+            lines.append(f"| {' | '.join([*first, *shown])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,21 +91,22 @@ def main() -> None:
     command = tyro.cli(Command, description=__doc__)
     if unknown := sorted(set(command.presets) - set(babilong_small.PRESETS)):
         raise UserError(f"unknown presets {unknown}; known: {list(babilong_small.PRESETS)}")
-    reports: dict[str, dict[str, Any]] = {}
+    file = command.out.with_suffix(".json")
+    held = json.loads(file.read_text())["reports"] if file.exists() else {}
     for preset in command.presets:
-        reports[preset] = evaluate(train(preset, command), command)
-        write(reports, command)
-    print(table(reports))
+        held[preset] = evaluate(train(preset, command), command)
+        reports = {name: held[name] for name in babilong_small.PRESETS if name in held}
+        write(reports, command.out)
+    print(table(held))
 
 
-def write(reports: dict[str, dict[str, Any]], command: Command) -> None:
-    """The table so far, with command and machine."""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    typed = " ".join(["python -m benchmarks.babilong_small", *sys.argv[1:]])
-    head = f"Answers right in per cent, official verdict / strict verdict, {command.samples} questions a cell"
-    command.out.parent.mkdir(parents=True, exist_ok=True)
-    command.out.with_suffix(".md").write_text(f"{head}; `{typed}`; {machine}.\n\n{table(reports)}")
-    command.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "reports": reports}, indent=1) + "\n")
+def write(reports: dict[str, dict[str, Any]], out: pathlib.Path) -> None:
+    """The table so far, with what made each part of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = origin.told([(report["command"], report["machine"]) for report in reports.values()])
+    text = f"Answers right in per cent, official verdict / strict verdict.\n\n{table(reports)}\n{made}"
+    out.with_suffix(".md").write_text(text)
+    out.with_suffix(".json").write_text(json.dumps({"reports": reports}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

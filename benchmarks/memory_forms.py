@@ -4,20 +4,19 @@
     python -m benchmarks.memory_forms --arms probe_rmt probe_none --seeds 0 1 2 --out runs/probe/seeds
 
 Runs lie in runs/probe/<arm>_<seed>; a finished one is not trained again and an interrupted one goes on, so the command
-can be stopped and repeated at any time. The table is made of the runs that were asked for.
+can be stopped and repeated at any time. What the table's .json holds of other arms and seeds stays in the table.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import sys
+from typing import Any
 
 import numpy as np
 import tyro
 from etils import epath
 
+from benchmarks import origin
 from configs import probe, probe_titans
 from lm2_jax import cli
 from lm2_jax.errors import UserError
@@ -29,6 +28,7 @@ RUNS = pathlib.Path("runs/probe")
 FORMS = tuple(probe.PRESETS)
 RESULTS = pathlib.Path("benchmarks/results/memory_forms")
 ARMS = {run.name: run for run in (*probe.ARMS, *probe_titans.ARMS)}
+Row = dict[str, Any]  # of the .json: one arm, seed and length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,8 @@ class Command:
     """Lengths of the comparison: as in training, and four times that."""
     rows: int = 512
     """Held-out rows of each length."""
-    out: pathlib.Path | None = None
-    """Where the table goes, as .json and .md; None: benchmarks/results/memory_forms for every arm, else runs/probe."""
-
-    @property
-    def table(self) -> pathlib.Path:
-        """`out`, or what stands for None: a table of all arms is not overwritten by one of a few."""
-        return self.out or (RESULTS if set(FORMS) <= set(self.arms) else RUNS / "table")
+    out: pathlib.Path = pathlib.Path("benchmarks/results/memory_forms")
+    """Where the table goes, as .json and .md."""
 
 
 def train(arm: str, seed: int) -> pathlib.Path:
@@ -69,9 +64,26 @@ def train(arm: str, seed: int) -> pathlib.Path:
     return workdir
 
 
-def judge(workdir: pathlib.Path, segments: int, rows: int) -> Result:
+def judge(arm: str, seed: int, workdir: pathlib.Path, segments: int, rows: int) -> Row:
     """The comparison of one run."""
-    return measure(load_run(workdir), workdir, segments, rows)
+    result: Result = measure(load_run(workdir), workdir, segments, rows)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "segments": segments,
+        "command": origin.typed("benchmarks.memory_forms"),
+        "machine": origin.cores(),
+        "parameters": result.params,
+        "state_floats": result.state_floats,
+        "asked": result.counts.asked.tolist(),
+        "right": result.counts.right.tolist(),
+    }
+
+
+def identity(row: Row) -> tuple[int, str, int, int]:
+    """What a row is of, in the table's order."""
+    known = list(ARMS)
+    return known.index(row["arm"]), row["arm"], row["seed"], row["segments"]
 
 
 def main() -> None:
@@ -80,57 +92,54 @@ def main() -> None:
     unknown = [arm for arm in command.arms if arm not in ARMS]
     if unknown:
         raise UserError(f"unknown arms {unknown}; known: {list(ARMS)}")
-    results: dict[tuple[str, int], list[Result]] = {}
+    file = command.out.with_suffix(".json")
+    held = json.loads(file.read_text())["results"] if file.exists() else []
+    rows = {identity(row): row for row in held if row["arm"] in ARMS}
     for seed in command.seeds:
         for arm in command.arms:
             workdir = train(arm, seed)
             for segments in command.segments:
-                results.setdefault((arm, segments), []).append(judge(workdir, segments, command.rows))
-            write(results, command)
-    print(table(results, command.segments))
+                row = judge(arm, seed, workdir, segments, command.rows)
+                rows[identity(row)] = row
+            write([rows[key] for key in sorted(rows)], command.out)
+    print(table(list(rows.values())))
 
 
-def table(results: dict[tuple[str, int], list[Result]], lengths: tuple[int, ...]) -> str:
+def share(row: Row, first: int | None = None, last: int | None = None) -> float | None:
+    """Per cent right of the questions about facts told `first` to `last` segments ago; None where there are none."""
+    span = slice(first, None if last is None else last + 1)
+    asked = sum(row["asked"][span])
+    return 100 * sum(row["right"][span]) / asked if asked else None
+
+
+def table(rows: list[Row]) -> str:
     """Markdown: one line an arm, mean and range over seeds."""
+    lengths = sorted({row["segments"] for row in rows})
     head = [f"all, {length} segments" for length in lengths] + [f"told 1-4 back, {length}" for length in lengths]
     lines = [f"| arm | parameters | floats of state | seeds | {' | '.join(head)} |", "|---" * (len(head) + 4) + "|"]
-    for arm in dict.fromkeys(arm for arm, _ in results):
-        first = results[arm, lengths[0]]
-        values = [[r.counts.accuracy() for r in results[arm, length]] for length in lengths]
-        values += [[r.counts.accuracy(1, 4) for r in results[arm, length]] for length in lengths]
-        shown = " | ".join(_shown([100 * value for value in column if value is not None]) for column in values)
-        lines.append(f"| {arm} | {first[0].params:,} | {first[0].state_floats:,} | {len(first)} | {shown} |")
+    for arm in dict.fromkeys(row["arm"] for row in sorted(rows, key=identity)):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        spans = [(length, *span) for span in ((None, None), (1, 4)) for length in lengths]
+        shown = [_shown([share(r, *span) for r in of_arm if r["segments"] == length]) for length, *span in spans]
+        first, seeds = of_arm[0], len({row["seed"] for row in of_arm})
+        lines.append(f"| {arm} | {first['parameters']:,} | {first['state_floats']:,} | {seeds} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(values: list[float]) -> str:
+def _shown(found: list[float | None]) -> str:
+    values = [value for value in found if value is not None]
     if not values:
         return "-"
     spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
 
-def write(results: dict[tuple[str, int], list[Result]], command: Command) -> None:
-    """The table so far, with the machine."""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    command.table.parent.mkdir(parents=True, exist_ok=True)
-    typed = " ".join(["python -m benchmarks.memory_forms", *sys.argv[1:]])
-    text = f"Answers right, per cent; `{typed}`; {machine}.\n\n"
-    command.table.with_suffix(".md").write_text(text + table(results, command.segments))
-    rows = [
-        {
-            "arm": arm,
-            "seed": command.seeds[index],
-            "segments": segments,
-            "parameters": result.params,
-            "state_floats": result.state_floats,
-            "asked": result.counts.asked.tolist(),
-            "right": result.counts.right.tolist(),
-        }
-        for (arm, segments), per_seed in results.items()
-        for index, result in enumerate(per_seed)
-    ]
-    command.table.with_suffix(".json").write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
+def write(rows: list[Row], out: pathlib.Path) -> None:
+    """The table so far, with what made each part of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = origin.told([(row["command"], row["machine"]) for row in rows])
+    out.with_suffix(".md").write_text(f"Answers right, per cent; mean and range over seeds.\n\n{table(rows)}\n{made}")
+    out.with_suffix(".json").write_text(json.dumps({"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ ratio.
 
 import dataclasses
 import json
-import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import numpy as np
 import tyro
 
 import lm2_jax
+from benchmarks import origin
 from lm2_jax import cli, streaming
 
 
@@ -84,8 +83,8 @@ def main() -> None:
     whole, one = (statistics.median(column) for column in zip(*times, strict=True))
     peaks = {str(length): peak_bytes(model, params, text_BS[:, :length]) for length in command.lengths}
     figures = {
-        "command": f"python -m benchmarks.streaming --preset {command.preset} --segment-tokens {T}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "command": origin.typed("benchmarks.streaming"),
+        "machine": f"{origin.cores()}, {jax.devices()[0].device_kind}",
         "segment_seconds": whole,
         "token_seconds": one,
         "token_over_segment": one / whole,

@@ -34,7 +34,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from benchmarks import origin
 from lm2_jax import cli
 from lm2_jax.errors import UserError
 
@@ -327,8 +327,8 @@ def write(command: Command, rows: list[dict[str, Any]]) -> None:
         "chunk": [row for row in rows if row["tokens"] == command.chunk_length],
     }
     figures = {
-        "command": f"python -m benchmarks.titans_memory {' '.join(sys.argv[1:])}".strip(),
-        "machine": f"{machine()}, {command.threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        "command": origin.typed("benchmarks.titans_memory"),
+        "machine": f"{origin.machine()}, {command.threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "titans-pytorch")),
         "time": "of the processor" if command.threads == 1 else "of the clock",
         "rows": rows,
@@ -344,14 +344,6 @@ def write(command: Command, rows: list[dict[str, Any]]) -> None:
     command.out.write_text(json.dumps(figures, indent=1) + "\n")
     command.out.with_suffix(".md").write_text(table(figures))
     print(table(figures), flush=True)
-
-
-def machine() -> str:
-    """The processor, as the system names it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0]} ({platform.machine()})" if named else platform.machine()
 
 
 def version(name: str) -> str:

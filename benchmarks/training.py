@@ -10,9 +10,7 @@ hide costs time. Step is the compiled step, again and again on one batch that li
 
 import dataclasses
 import json
-import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +22,7 @@ import tyro
 from etils import epath
 
 import lm2_jax
+from benchmarks import origin
 from lm2_jax import cli
 from lm2_jax.config import RunConfig
 from lm2_jax.data.pipeline import read_row, stack
@@ -108,8 +107,8 @@ def main() -> None:
             ]
     data, step, loop = (statistics.median(column) for column in zip(*times, strict=True))
     figures = {
-        "command": f"python -m benchmarks.training --preset {command.preset}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "command": origin.typed("benchmarks.training"),
+        "machine": f"{origin.cores()}, {jax.devices()[0].device_kind}",
         "tokens_per_second": blocks.batch.tokens.size / loop,
         "seconds_of_a_step": loop,
         "data_over_step": data / step,

@@ -14,6 +14,7 @@ the same run with Titans as context, with memory tokens of RMT and without memor
 import dataclasses
 
 from configs.tiny import replace_model
+from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
@@ -60,14 +61,18 @@ LM2 = RunConfig(
     train=TrainConfig(eval_every=200, eval_batches=4),
     checkpoint=CheckpointConfig(every_steps=200, keep=1),
 )
+# A step of MAC takes more than twice as long, so there are fewer; and its memory is slower to be found, so the first
+# stage is longer.
 MAC = dataclasses.replace(
     replace_model(
         LM2,
-        decoder=dataclasses.replace(DECODER, mlp_width=104),
+        decoder=dataclasses.replace(DECODER, mlp_width=64),
         memory=TitansConfig(num_heads=4, chunk_tokens=16),
-        join=ContextJoin(num_persistent=4),
+        join=ContextJoin(num_persistent=4, combine=Mix()),
     ),
     name="babilong_small_mac",
+    data=dataclasses.replace(LM2.data, source=dataclasses.replace(LM2.data.source, asked_steps=(1000, 1800, 2400))),
+    optim=dataclasses.replace(LM2.optim, steps=4500),
 )
 RMT = dataclasses.replace(
     replace_model(LM2, decoder=WIDER, memory=TokensConfig(num_tokens=16), join=TokensJoin()), name="babilong_small_rmt"

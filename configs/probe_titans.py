@@ -11,6 +11,7 @@ import dataclasses
 
 from configs.probe import arm, bank
 from configs.tiny import replace_model
+from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.gate import GateJoin
 from lm2_jax.blocks.layer import LayerJoin
@@ -40,6 +41,7 @@ HYBRID = MixedJoin(
 )
 ARMS = (
     arm("mac", 104, TITANS, ContextJoin(num_persistent=PERSISTENT)),
+    arm("mac_mix", 64, TITANS, ContextJoin(num_persistent=PERSISTENT, combine=Mix())),
     windowed(arm("mag", 104, TITANS, GateJoin(num_persistent=PERSISTENT))),
     windowed(arm("mal", 104, TITANS, LayerJoin(num_persistent=PERSISTENT))),
     arm("lmm", 192, TITANS, MixerJoin(num_persistent=PERSISTENT)),

@@ -25,9 +25,7 @@ from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 
-# Without the network's norm: weights that are forgotten get small, gradients through a norm behind them then large, and
-# within a hundred tokens rounding grows by 1e4, too much to compare one call with many in float32.
-TITANS = TitansConfig(num_heads=2, chunk_tokens=4, network=MlpNetwork(expansion=2, norm=False))
+TITANS = TitansConfig(num_heads=2, chunk_tokens=4, network=MlpNetwork(expansion=2))
 
 MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "lm2": (GatedBankConfig(num_slots=6), ResidualJoin()),

@@ -19,7 +19,10 @@ from lm2_jax.types import Array, Bool, Float, State
 
 @dataclasses.dataclass(frozen=True)
 class ContextJoin(PerLayerJoin):
-    """y = Attention([P; retrieved; n(x)]), h = x + combine(y, M(y)) (arXiv:2501.00663, equations 21-25).
+    """y = Attention([P; retrieved; n(x)]), h = x + combine(y, M(n(x + y))) (arXiv:2501.00663, equations 21-25).
+
+    The paper writes y and does not say where its residual connections run; with y alone (`source`) the memory of a
+    small model learned nothing in the time in which it learned nearly all with x + y (docs/design.md).
 
     Two readings of the paper would show a token its future, and are not taken:
 
@@ -31,6 +34,8 @@ class ContextJoin(PerLayerJoin):
     retrieve: Literal["tokens", "rows"] = "tokens"
     """What attention sees of the memory as it stood before the segment: its answer to each token, standing where the
     token stands (the paper), or all rows of a memory that has such, standing at the segment's start."""
+    source: Literal["stream", "attention"] = "stream"
+    """What the memory is written with and asked: n(x + y), in which a token still is what it was, or n(y) alone."""
     combine: CombineConfig = Product()
     """How attention and what is read back become one."""
 
@@ -57,6 +62,7 @@ class ContextJoin(PerLayerJoin):
 class Step(NamedTuple):
     """Inputs of one segment."""
 
+    x: Float[Array, "B T D"]
     normed: Float[Array, "B T D"]
     asked: Asked
     valid: Bool[Array, "B T"]
@@ -68,7 +74,7 @@ class ContextBlock(PerLayerBlock):
 
     def setup_join(self) -> None:
         d, precision = self.spec.decoder, self.spec.precision
-        self.retrieved_norm = RMSNorm(precision, d.norm_epsilon)
+        self.retrieved_norm, self.written_norm = (RMSNorm(precision, d.norm_epsilon) for _ in range(2))
         self.combine = self.join.combine.build(d.width, precision)
 
     @property
@@ -90,6 +96,10 @@ class ContextBlock(PerLayerBlock):
         beside = zip(persistent, rows, strict=True)
         return Beside(*(jnp.concatenate([jnp.broadcast_to(p, (len(r), *p.shape[1:])), r], axis=1) for p, r in beside))
 
+    def written(self, x: Float[Array, "*lead D"], y: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        """What the memory is given of a token and of what attention made of it."""
+        return self.written_norm(x + y if self.join.source == "stream" else y)
+
     def forward(
         self, carry: Carry, state: LayerState, context: Context
     ) -> tuple[Carry, tuple[LayerState, dict[str, Array]]]:
@@ -107,12 +117,12 @@ class ContextBlock(PerLayerBlock):
                 retrieved_BTD = block.memory.read(asking_BTD, memory, notes=notes)
                 own = block.attention.beside(block.retrieved_norm(retrieved_BTD), here)
             y_BTD = block.attention.meet(segment.asked, block.always(memory), own).y
-            m_BTD, after = block.memory(y_BTD, memory, segment.valid, notes)
+            m_BTD, after = block.memory(block.written(segment.x, y_BTD), memory, segment.valid, notes)
             memory = select_rows(any_valid(segment.valid), after, memory, block._memory_axes())
             return memory, (block.combine(y_BTD, m_BTD, notes), notes)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        per_segment = by_segment(Step(normed_BJTD, asked, segments.valid, segments.reset))
+        per_segment = by_segment(Step(carry.x, normed_BJTD, asked, segments.valid, segments.reset))
         memory, (o_JBTD, notes) = scan(self, state.memory, (per_segment, segments.cut))
         x_BJTD = self.feed_forward(carry.x + by_segment(o_JBTD))
         x_BJTD = constrain(x_BJTD, ("batch", "segments", "time", "embed"))
@@ -136,5 +146,5 @@ class ContextBlock(PerLayerBlock):
             retrieved_BSD, memory = self.memory.ask(normed_BSD, place.buffer, memory)
             own = self.attention.beside(self.retrieved_norm(retrieved_BSD), place.position)
         attended, attention = self.attention.extend(normed_BSD, place.position, place.slot, state.attention, own)
-        m_BSD, memory = self.memory.extend(attended.y, place.buffer, memory)
+        m_BSD, memory = self.memory.extend(self.written(x_BSD, attended.y), place.buffer, memory)
         return self.feed_forward(x_BSD + self.combine(attended.y, m_BSD, {})), OpenLayer(attention, memory)

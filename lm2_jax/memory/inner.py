@@ -27,10 +27,10 @@ class NormWeights(NamedTuple):
     shift: Float[Array, "*H K"]
 
 
-def layer_norm(z: Float[Array, "C K"], norm: NormWeights) -> Float[Array, "C K"]:
-    """(z - mean) / sqrt(var + 1e-6) * scale + shift."""
+def layer_norm(z: Float[Array, "C K"], norm: NormWeights, epsilon: float) -> Float[Array, "C K"]:
+    """(z - mean) / sqrt(var + epsilon) * scale + shift."""
     centered = z - jnp.mean(z, axis=-1, keepdims=True)
-    unit = centered * jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + 1e-6)
+    unit = centered * jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + epsilon)
     return unit * norm.scale[None] + norm.shift[None]
 
 
@@ -91,6 +91,9 @@ class MlpNetwork(InnerNetwork):
     """Whether layers have biases, which are trained at test time too."""
     norm: bool = True
     """Whether the output of the last layer is normalised, with a slow scale and shift."""
+    norm_epsilon: float = 1.0
+    """Added to the variance by the norm. With 1 it is nearly the identity for small outputs and bounds large ones; with
+    TTT's 1e-6 the output does not depend on the weights' size, and gradients grow as forgetting shrinks them."""
     residual: bool = True
     """Whether x is added."""
 
@@ -119,7 +122,7 @@ class MlpNetwork(InnerNetwork):
         z = linear(0, x)
         for layer in range(1, self.depth):
             z = linear(layer, jax.nn.gelu(z))
-        return _finish(z, x, norm, self.residual)
+        return _finish(z, x, norm, self.norm_epsilon, self.residual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,9 @@ class SwigluNetwork(InnerNetwork):
     """Hidden width, in widths of a head."""
     norm: bool = True
     """Whether the output of the last layer is normalised, with a slow scale and shift."""
+    norm_epsilon: float = 1.0
+    """Added to the variance by the norm. With 1 it is nearly the identity for small outputs and bounds large ones; with
+    TTT's 1e-6 the output does not depend on the weights' size, and gradients grow as forgetting shrinks them."""
     residual: bool = True
     """Whether x is added."""
 
@@ -150,12 +156,12 @@ class SwigluNetwork(InnerNetwork):
 
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
         """See the base class."""
-        return _finish(linear(2, jax.nn.silu(linear(0, x)) * linear(1, x)), x, norm, self.residual)
+        return _finish(linear(2, jax.nn.silu(linear(0, x)) * linear(1, x)), x, norm, self.norm_epsilon, self.residual)
 
 
-def _finish(z: Array, x: Array, norm: NormWeights | None, residual: bool) -> Array:
+def _finish(z: Array, x: Array, norm: NormWeights | None, epsilon: float, residual: bool) -> Array:
     """The last layer's output, normalised and added to x as configured."""
-    z = z if norm is None else layer_norm(z, norm)
+    z = z if norm is None else layer_norm(z, norm, epsilon)
     return x + z if residual else z
 
 

@@ -10,7 +10,7 @@ from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
 
 def ttt_linear(head_width: int, **fields: Any) -> TitansConfig:
     """f(x) = x + LN(x W + b), steps of at most 1 / head_width; see `ttt_mlp`."""
-    return _ttt(MlpNetwork(depth=1, bias=True), 1.0, head_width, fields)
+    return _ttt(MlpNetwork(depth=1, bias=True, norm_epsilon=1e-6), 1.0, head_width, fields)
 
 
 def ttt_mlp(head_width: int, **fields: Any) -> TitansConfig:
@@ -29,7 +29,7 @@ def ttt_mlp(head_width: int, **fields: Any) -> TitansConfig:
       head_width: width of a head.
       fields: of `TitansConfig`, in place of TTT's own.
     """
-    return _ttt(MlpNetwork(depth=2, bias=True), 0.1, head_width, fields)
+    return _ttt(MlpNetwork(depth=2, bias=True, norm_epsilon=1e-6), 0.1, head_width, fields)
 
 
 def _ttt(network: MlpNetwork, base: float, head_width: int, fields: dict[str, Any]) -> TitansConfig:
@@ -37,7 +37,7 @@ def _ttt(network: MlpNetwork, base: float, head_width: int, fields: dict[str, An
     config = TitansConfig(
         network=network,
         loss=SquaredError(factor=0.5),
-        step=StepConfig(maximum=base / head_width, by_place=True),
+        step=StepConfig(maximum=base / head_width, bias=0.0, by_place=True),
         momentum=off,
         forget=off,
         conv_tokens=0,

@@ -329,7 +329,9 @@ VARIANTS: dict[str, ModelConfig] = {
     "silent_learned": _variant(_bank(start="learned"), ResidualJoin(silent_start=True, source="attention")),
     "persistent_window": _variant(NoMemory(), PlainJoin(num_persistent=3), _decoder(window_tokens=7)),
     "context_window": _variant(
-        _bank(write=SlotsWrite()), ContextJoin(num_persistent=2), _decoder(window_tokens=5, num_kv_heads=1)
+        _bank(write=SlotsWrite()),
+        ContextJoin(num_persistent=2, source="attention"),
+        _decoder(window_tokens=5, num_kv_heads=1),
     ),
     "context_rows_mix": _variant(
         _bank(write=PaperWrite()), ContextJoin(retrieve="rows", num_persistent=2, combine=Mix(bias=0.5))

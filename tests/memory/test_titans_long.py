@@ -1,14 +1,19 @@
 """Long texts: weights stay bounded, and the backward pass keeps about the root of all chunks."""
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from lm2_jax.memory.chunk_form import Fast, Rates
-from lm2_jax.memory.inner import LinearNetwork, SquaredError
-from lm2_jax.memory.titans import TitansConfig
+from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, SquaredError
+from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
 from lm2_jax.memory.titans_chunks import Rules, Tokens, run
 from lm2_jax.precision import Precision
 
@@ -39,13 +44,45 @@ def test_memory_of_the_backward_pass_grows_with_the_root():
     assert backward_bytes(256, remat="chunks") > 3 * many
 
 
+def outer_gradient(config: TitansConfig, T: int = 1024, D: int = 64) -> float:
+    """Norm of the gradient of mean square answers by all parameters, where training starts; words come again."""
+    memory, rng = config.build(D, Precision()), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((50, D), np.float32)[rng.integers(0, 50, (1, T))])
+    valid, state = jnp.ones((1, T), bool), memory.init_state(1)
+    params = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x[:, :16], state, valid[:, :16]))
+    grads = jax.jit(jax.grad(lambda params: jnp.mean(memory.apply(params, x, state, valid)[0] ** 2)))(params)
+    return float(optax.tree.norm(grads))
+
+
+def test_gradients_through_many_chunks_stay_moderate():
+    """With a norm that knows no size, and half of the weights forgotten every 38 tokens, they grow with each chunk."""
+    config = TitansConfig()
+    assert outer_gradient(config) < 3
+    scale_free = dataclasses.replace(
+        config, network=MlpNetwork(norm_epsilon=1e-6), step=StepConfig(bias=0.0), forget=GateConfig(bias=-4.0)
+    )
+    assert outer_gradient(scale_free) > 300
+
+
+def noise(T: int, D: int, folder: Callable[[], Path]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((1, T, D), np.float32)
+
+
+def book(T: int, D: int, folder: Callable[[], Path]) -> np.ndarray:
+    """Characters, each a random row: keys come again and again, and are much alike."""
+    text = next(path for path in sorted((folder() / "books").glob("*.txt")) if path.stat().st_size > 2 * T)
+    table = np.random.default_rng(0).standard_normal((256, D), np.float32)
+    return table[np.frombuffer(text.read_bytes()[T // 2 :][:T], np.uint8)][None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_weights_stay_bounded_over_64k_tokens_of_noise(compute):
+@pytest.mark.parametrize("text", [noise, book])
+def test_weights_stay_bounded_over_64k_tokens(text, compute, request):
     """At the parameters that training starts from, state and gates in float32."""
     T, D = 65_536, 32
     memory = TitansConfig(num_heads=2).build(D, Precision(compute=compute))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, T, D), np.float32), compute)
+    x = jnp.asarray(text(T, D, lambda: request.getfixturevalue("data_dir")), compute)
     valid, state = jnp.ones((1, T), bool), memory.init_state(1)
     params = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x[:, :16], state, valid[:, :16]))
 

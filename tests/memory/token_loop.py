@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def norm(z, scale, shift):
-    return (z - z.mean()) / jnp.sqrt(z.var() + 1e-6) * scale + shift
+    return (z - z.mean()) / jnp.sqrt(z.var() + 1) * scale + shift
 
 
 def linear_map(weights, x, slow):

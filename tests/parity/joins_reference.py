@@ -69,7 +69,8 @@ class JoinsReference(Reference):
         else:
             own = self.normed(p, "retrieved", self.asked(p, n_TD, bank))
         y_TD = self.attention(p, n_TD, begin, past, always, own)
-        return x_TD + self.combined(p, y_TD, self.asked(p, y_TD, bank)), self.written(p, y_TD, bank)
+        given_TD = self.normed(p, "written", x_TD + y_TD if self.config.join.source == "stream" else y_TD)
+        return x_TD + self.combined(p, y_TD, self.asked(p, given_TD, bank)), self.written(p, given_TD, bank)
 
     def persistent(self, p: dict[str, Any]) -> Rows:
         return list(self.normed(p, "attention", p["persistent"]["start"])) if "persistent" in p else []

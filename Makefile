@@ -15,9 +15,10 @@ PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --dura
 
 FAST := not slow and not long and not tpu_backend and not gpu
 SLOW := slow and not long and not tpu_backend and not gpu
+TPU := tpu_backend and not long
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-long test-lowest lint format clean
+.PHONY: help quickstart test test-all test-long test-tpu test-lowest lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +39,10 @@ test-all: test ## the same, then the slow tests
 
 test-long: $(VENV)/.requirements-dev ## every join in every contract test, every preset on every mesh: for hours
 	$(PYTEST) -m "long"
+
+test-tpu: $(VENV)/.requirements-dev ## compiles for TPU slices, without TPUs; installs libtpu
+	$(PIP) -r requirements-tpu.txt
+	$(PYTEST) -m "$(TPU)"
 
 lint: $(VENV)/.requirements-dev ## ruff and pyright
 	@status=0; \

@@ -18,11 +18,11 @@ from lm2_jax.folders import prepare_file
 from lm2_jax.model import LanguageModel
 from lm2_jax.precision import prepare_numbers
 from lm2_jax.training.fit import check_trainable
-from lm2_jax.training.flops import jaxpr_flops
+from lm2_jax.training.flops import traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.progress import flops_per_token
 from lm2_jax.training.state import Plan, make_plan
-from lm2_jax.training.step import jit_train_step
+from lm2_jax.training.step import jit_train_step, make_train_step
 from sharding.costs import Costs, floor, program_costs
 from sharding.early import Early, optimised
 from sharding.hlo import parse
@@ -142,12 +142,11 @@ def compile_only(
     started = time.monotonic()
     with layout.context():
         check_trainable(plan)
-        traced = jit_train_step(plan, layout).trace(state, batch)
-        lowered = traced.lower()
+        lowered = jit_train_step(plan, layout).lower(state, batch)
         try:
             compiled = optimised(lowered.compile) if quick else lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(plan, layout, topology, jaxpr_flops(traced.jaxpr.jaxpr), str(error), started)
+            return _too_large(plan, layout, topology, str(error), started)
     placed: Any = layout.mesh.devices
     slices = [getattr(device, "slice_index", None) or 0 for device in placed.flat]
     text = compiled.text if isinstance(compiled, Early) else compiled.as_text()
@@ -155,7 +154,19 @@ def compile_only(
         epath.Path(hlo).write_text(text)
     costs = program_costs(parse(text), slices.__getitem__)
     extra = _besides(compiled, _device_bytes(state) + _device_bytes(batch))
-    return _report(plan, layout, topology, extra, jaxpr_flops(traced.jaxpr.jaxpr), costs, started)
+    return _report(plan, layout, topology, extra, costs, started)
+
+
+def _asked_flops(plan: Plan, layout: Layout) -> float:
+    """Operations of a step as one device of this kind would be asked for them, so that nothing counts twice."""
+    one: Any = layout.mesh.devices
+    with Layout(make_mesh(MeshConfig(), one.flat[:1]), config=plan.config).context():
+        return traced_flops(make_train_step(plan), plan.shapes, _batch_shapes(plan.config))
+
+
+def _batch_shapes(config: RunConfig) -> Any:
+    """A batch of the longest stage."""
+    return batch_shapes(config.data.rows, max(config.data.segments), config.model.segment_tokens)
 
 
 def _besides(compiled: Any, kept: int) -> dict[str, int]:
@@ -175,8 +186,7 @@ def _arguments(plan: Plan, layout: Layout) -> tuple[Any, Any]:
     def placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    config = plan.config
-    batch = batch_shapes(config.data.rows, max(config.data.segments), config.model.segment_tokens)
+    batch = _batch_shapes(plan.config)
     rows = layout.shardings(jax.tree.map(lambda leaf: ("batch", *[None] * (leaf.ndim - 1)), batch), batch)
     return jax.tree.map(placed, plan.shapes, plan.shardings(layout)), jax.tree.map(placed, batch, rows)
 
@@ -186,7 +196,6 @@ def _report(
     layout: Layout,
     topology: Topology,
     extra: dict[str, int],
-    traced_flops: float,
     costs: Costs | None,
     started: float,
 ) -> Report:
@@ -202,7 +211,7 @@ def _report(
     sizes["total"] = sum(sizes.values())
     hbm = chip.hbm_bytes // chip.devices
     tokens = config.data.rows * max(config.data.segments) * config.model.segment_tokens
-    flops = {"model": tokens * flops_per_token(config.model, plan.shapes.params), "traced": traced_flops}
+    flops = {"model": tokens * flops_per_token(config.model, plan.shapes.params), "traced": _asked_flops(plan, layout)}
     times: dict[str, float] = {}
     if costs is not None:
         flops["compiled"] = costs.flops * topology.devices
@@ -243,9 +252,7 @@ def _collectives(costs: Costs | None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -(row["ici_bytes"] + row["dcn_bytes"]))
 
 
-def _too_large(
-    plan: Plan, layout: Layout, topology: Topology, traced_flops: float, message: str, started: float
-) -> Report:
+def _too_large(plan: Plan, layout: Layout, topology: Topology, message: str, started: float) -> Report:
     """The report where the compiler gives up for want of memory; any other failure is passed on in one line."""
     state, batch = _arguments(plan, layout)
     kept = _device_bytes(state) + _device_bytes(batch)
@@ -256,7 +263,7 @@ def _too_large(
     else:
         raise UserError(f"XLA cannot compile {plan.config.name} for {topology}: {message.strip()}", status=1)
     extra = {"temporaries": temporaries, "program": 0}
-    return _report(plan, layout, topology, extra, traced_flops, None, started)
+    return _report(plan, layout, topology, extra, None, started)
 
 
 def _advice(config: RunConfig, sizes: dict[str, int]) -> str:

@@ -45,9 +45,19 @@ def decode_record(record: bytes) -> np.ndarray:
     return np.frombuffer(record, dtype, offset=4)
 
 
+def local_folder(folder: epath.PathLike) -> epath.Path:
+    """A folder of a file system; a bucket is a `UserError`."""
+    if "://" in str(folder):
+        raise UserError(
+            f"{folder}: token shards are read and written in a file system (ArrayRecord); copy them between it and "
+            "the bucket (`gcloud storage cp -r`), or mount the bucket"
+        )
+    return epath.Path(folder)
+
+
 def empty_folder(out: epath.PathLike) -> epath.Path:
     """Makes the folder for a shard set; one that holds something or cannot be written to is a `UserError`."""
-    folder = epath.Path(out)
+    folder = local_folder(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{out}: exists and is not empty; shards go into a new or empty folder")
     return prepare_folder(out)
@@ -111,7 +121,7 @@ class ShardDocuments:
     """The `Documents` of a shard set; what cannot be read is a `UserError` with the file's name."""
 
     def __init__(self, folder: epath.PathLike, eos_id: int, pad_id: int):
-        self._folder = epath.Path(folder)
+        self._folder = local_folder(folder)
         self.eos_id, self.pad_id = eos_id, pad_id
         self.metadata = _read_metadata(self._folder)
         try:

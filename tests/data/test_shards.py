@@ -92,6 +92,13 @@ def test_ids_beyond_the_vocabulary_are_a_message(shard_set):
         TokenShards(path=str(shard_set)).build(BYTES, 8, 0)
 
 
+def test_a_bucket_is_refused_with_what_to_do():
+    with pytest.raises(UserError, match=r"gs://bucket/set: .*gcloud storage cp"):
+        TokenShards(path="gs://bucket/set").build(BYTES, 8, 0)
+    with pytest.raises(UserError, match=r"gs://bucket/set: .*gcloud storage cp"):
+        write_shards([[3, 4]], BYTES, "gs://bucket/set", tokens_per_shard=9)
+
+
 def test_missing_things_are_named(shard_set, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         TokenShards(path=str(tmp_path / "nowhere")).build(BYTES, 8, 0)

@@ -21,6 +21,8 @@ MESHES = {
 }
 CORE = ("lm2_tiny", "titans_mac_tiny")
 OTHERS = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny") and name not in CORE)
+# Pairs of a memory and a join that no preset has: a bank with `gate`, `layer`, and `context` by tokens.
+PAIRS = ("gate_mix_middle_layer", "layer_learned", "context_window")
 
 pytestmark = pytest.mark.parity
 
@@ -88,8 +90,8 @@ def test_a_sharded_run_equals_the_run_on_one_device(name, mesh, float64):
 
 @pytest.mark.long
 @pytest.mark.parametrize("mesh", ["data2_fsdp2_model2", "fsdp2_model2_slots2"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_other_preset_too(name, mesh):
+@pytest.mark.parametrize("name", [*OTHERS, *PAIRS])
+def test_every_other_memory_and_join_too(name, mesh):
     if name == "rmt_tiny" and MESHES[mesh].slots > 1:
         mesh = "fsdp8"  # refused with split segments, see the next test
     here = case(name, MESHES[mesh], False)

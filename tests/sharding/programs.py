@@ -21,7 +21,7 @@ from lm2_jax.precision import Precision
 from sharding import Layout, MeshConfig, make_mesh
 from sharding.hlo import Program, parse
 from sharding.mesh import AXES
-from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, generic_params, precise
+from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, config_of, generic_params, precise
 
 ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64
 SLOTS = 40  # a number that no other dimension has, whole or in parts
@@ -48,8 +48,8 @@ class Arguments(NamedTuple):
 
 
 def small(name: str, float64: bool) -> ModelConfig:
-    """The model of a tiny preset with sizes that every mesh of the tests divides."""
-    config = lm2_jax.preset(name).model
+    """The model of a tiny preset or a variant with sizes that every mesh of the tests divides."""
+    config = config_of(name)
     sizes = {"num_slots": SLOTS, "num_tokens": 4, "chunk_tokens": 8, "mlp_width": 48, "vocab_size": VOCABULARY}
     sizes |= {"segment_tokens": TOKENS, "window_tokens": TOKENS // 2}
     return _replaced(config, sizes | {"step": CALM, "precision": FLOAT64 if float64 else Precision()})

@@ -1,7 +1,7 @@
 """The probe of configs/probe.py with Titans' memories and with both memories in one decoder.
 
-    python -m benchmarks.memory_forms --arms probe_block_threaded probe_rmt probe_none probe_mac probe_mag probe_mal \
-        probe_lmm probe_titans_residual probe_hybrid --out benchmarks/results/recall
+    python -m benchmarks.memory_forms --arms probe_block probe_rmt probe_none probe_mac --seeds 0 1 2
+    python -m benchmarks.memory_forms --arms probe_mag probe_mal probe_lmm probe_hybrid probe_none_window
 
 Parameters equal those of the other arms within 3%; the state, a network per head and layer, is far larger than LM2's
 eight slots (the table prints both). Gate and layer have the window they are published with, here half a segment.

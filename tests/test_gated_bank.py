@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import lm2_jax
 from lm2_jax.memory.bank_reads import BankKeys, attend_slots, slot_weights
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite, gated_update
 from lm2_jax.memory.gated_bank import GatedBankConfig, identity_rows
@@ -36,6 +38,18 @@ def test_no_two_slots_are_equal_after_one_segment(slots, write):
     rows = np.asarray(state.slots[0])
     gaps = [np.linalg.norm(a - b) for a, b in itertools.combinations(rows, 2)]
     assert min(gaps) > 1e-2
+
+
+def test_no_two_slots_are_equal_after_one_segment_of_the_default_write():
+    """Through the decoder block, with more slots than the width."""
+    config = lm2_jax.preset("lm2_tiny").model
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, num_slots=config.decoder.width + 8))
+    model, tokens = lm2_jax.build_model(config), jnp.arange(config.segment_tokens)[None] % 7
+    params = jax.jit(model.init)(jax.random.key(0), tokens, model.init_state(1))
+    _, state = jax.jit(model.apply)(params, tokens, model.init_state(1))
+    for slots_ND in state.runs[0].memory.slots[:, 0]:
+        distances = np.linalg.norm(slots_ND[:, None] - slots_ND[None], axis=-1)
+        assert distances[~np.eye(len(slots_ND), dtype=bool)].min() > 1e-2
 
 
 def test_gated_update_by_hand():

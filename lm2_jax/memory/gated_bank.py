@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lm2_jax.layers import Einsum, RMSNorm, constrain, named
+from lm2_jax.layers import Einsum, RMSNorm, constrain, gathered, named
 from lm2_jax.memory.bank_reads import BankKeys, attend_slots
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
 
-SLOT_AXES = ("batch", "slots", None)
+SLOT_AXES, START_AXES = ("batch", "slots", None), ("slots", "row_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class GatedBank(Memory):
         c, D, H = self.config, self.width, self.config.num_heads
         if c.start == "learned":
             rows_ND = identity_rows(c.num_slots, D)
-            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), ("slots", "row_width"))
+            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), START_AXES)
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")
@@ -120,11 +120,10 @@ class GatedBank(Memory):
     def slots(self, state: BankState) -> Float[Array, "B N D"]:
         """The bank, with the start in fresh rows."""
         if self.config.start == "learned":
-            start_ND = self.start_ND
+            start_ND = gathered(self.start_ND.astype(state.slots.dtype), START_AXES, ("slots", None))
         else:
             start_ND = jnp.asarray(identity_rows(self.config.num_slots, self.width), state.slots.dtype)
-        start_1ND = start_ND[None].astype(state.slots.dtype)
-        return constrain(jnp.where(state.fresh[:, None, None], start_1ND, state.slots), SLOT_AXES)
+        return constrain(jnp.where(state.fresh[:, None, None], start_ND[None], state.slots), SLOT_AXES)
 
     def rows(self, state: BankState) -> Float[Array, "B N D"]:
         """The slots as they are projected: normalised if configured, in the compute type."""

@@ -295,7 +295,7 @@ def _bank(**changes: Any) -> GatedBankConfig:
     return dataclasses.replace(_BASE.memory, **changes)
 
 
-# Nothing is forgotten: see configs/tiny.py on the norm of a network whose weights get small.
+# Nothing is forgotten, which no preset has.
 _TITANS = TitansConfig(num_heads=2, chunk_tokens=4, forget=GateConfig(per="off"))
 
 # Options that no preset has, several to a model; in float64, so that each comparison is exact to 1e-9.

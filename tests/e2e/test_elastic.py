@@ -10,12 +10,14 @@ import pytest
 
 from lm2_jax.checkpoint import Checkpoints
 from lm2_jax.config import OptimConfig
+from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.model import LanguageModel
 from lm2_jax.training.fit import begin, fit
 from lm2_jax.training.state import make_plan
 from sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import FLOAT64, precise
-from tests.e2e.tiny_run import arrays, tiny_config, write_documents
+from tests.e2e.tiny_run import MODELS, arrays, tiny_config, write_documents
 
 STEPS = 10
 MESHES = {
@@ -25,10 +27,15 @@ MESHES = {
 }
 
 
-def config_of(documents):
+# By memory: the mesh axis that the third dimension of its first array lies on, and that dimension.
+SPLIT = {GatedBankConfig: ("slots", 8), TitansConfig: ("model", 2)}
+
+
+def config_of(documents, model):
     """The tiny run whose memory goes on from step to step, its sizes such that every mesh divides them."""
-    run = tiny_config(documents, keep=3)
-    memory = dataclasses.replace(run.model.memory, num_slots=8)
+    run = tiny_config(documents, model, keep=3)
+    memory = run.model.memory
+    memory = dataclasses.replace(memory, num_slots=8) if isinstance(memory, GatedBankConfig) else memory
     decoder = dataclasses.replace(run.model.decoder, width=16)
     return dataclasses.replace(
         run,
@@ -56,15 +63,18 @@ def restored(config, workdir, devices):
         plan, layout = make_plan(config, LanguageModel(config.model)), layout_of(devices)
         with layout.context(), Checkpoints(workdir, config) as checkpoints:
             state, step, _ = begin(plan, layout, checkpoints)
-        bank = state.memory.runs[0].memory.slots
-        assert bank.sharding.shard_shape(bank.shape)[2] == 8 // layout.mesh.shape["slots"]
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(plan.shardings(layout)), strict=True):
+            assert leaf.sharding.shard_shape(leaf.shape) == sharding.shard_shape(leaf.shape)
+        axis, most = SPLIT[type(config.model.memory)]
+        memory = jax.tree.leaves(state.memory.runs[0].memory)[0]
+        assert memory.sharding.shard_shape(memory.shape)[2] == most // layout.mesh.shape[axis]
         leaves = jax.tree_util.tree_leaves_with_path(state)
         return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def copy_of(workdir, step):
     """The workdir as it was after a step."""
-    copy = workdir.parent / f"behind_{step}"
+    copy = workdir.parent / f"{workdir.name}_behind_{step}"
     shutil.copytree(workdir, copy)
     for folder in (copy / "checkpoints").iterdir():
         if int(folder.name) > step:
@@ -75,8 +85,9 @@ def copy_of(workdir, step):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.usefixtures("wide_numbers")
-def test_a_run_goes_on_on_other_devices(tmp_path):
-    config = config_of(write_documents(tmp_path / "documents"))
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_goes_on_on_other_devices(tmp_path, model):
+    config = config_of(write_documents(tmp_path / "documents"), model)
     losses, end = train(config, tmp_path / "eight", 8)
     assert sorted(losses) == list(range(1, STEPS + 1))
 
@@ -94,8 +105,10 @@ def test_a_run_goes_on_on_other_devices(tmp_path):
         for path, array in state.items():
             np.testing.assert_array_equal(array, end[path], err_msg=f"{path} on {devices} devices")
 
-    # 8 -> 1 behind step 4, 8 -> 4 behind step 8: the losses that were to come.
+    # 8 -> 1 behind step 4, and 1 -> 4 behind step 8 of that: the losses that were to come.
+    workdir = tmp_path / "eight"
     for step, devices in ((4, 1), (8, 4)):
-        resumed, _ = train(config, copy_of(tmp_path / "eight", step), devices)
+        workdir = copy_of(workdir, step)
+        resumed, _ = train(config, workdir, devices)
         for later in range(step + 1, STEPS + 1):
             assert resumed[later] == pytest.approx(losses[later], rel=1e-6), (devices, later)

@@ -17,23 +17,17 @@ import jax
 import numpy as np
 
 import lm2_jax
-from configs.tiny import replace_model
 from lm2_jax.checkpoint import Checkpoints, Restored
 from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.data.tokenizers import TokenizerConfig
-from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.training.fit import Outcome, fit
 from lm2_jax.training.watch import Watch
 from sharding import Layout, MeshConfig, make_mesh
 
 STEPS, SAVE_EVERY = 20, 4
 ROWS = 4
-MODELS = {
-    "lm2": lm2_jax.preset("lm2_tiny"),
-    # With the network's norm, unlike the tiny preset: a text that repeats itself drives weights without it to infinity.
-    "titans": replace_model(lm2_jax.preset("titans_mac_tiny"), memory=TitansConfig(num_heads=2, chunk_tokens=4)),
-}
+MODELS = {"lm2": lm2_jax.preset("lm2_tiny"), "titans": lm2_jax.preset("titans_mac_tiny")}
 
 
 def write_documents(folder: pathlib.Path) -> pathlib.Path:

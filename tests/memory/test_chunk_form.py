@@ -50,7 +50,7 @@ def weighted(y, weights, momentum):
     return sum(jnp.sum(jnp.sin(jnp.arange(a.size)).reshape(a.shape) * a) for a in parts), (y, weights, momentum)
 
 
-def in_chunks(tree, valid, *, name, chunk, momentum, forget):
+def in_chunks(tree, valid, *, name, chunk, momentum, forget, held=(False, False, False)):
     """By the form under test."""
     network, gates = NETWORKS[name][0], tree["gates"]
     rates = Rates(
@@ -60,7 +60,7 @@ def in_chunks(tree, valid, *, name, chunk, momentum, forget):
     )
     norm = NormWeights(*tree["slow"]) if tree["slow"] else None
     fast = Fast(tuple(tree["fast"]), tuple(tree["speed"]) if momentum else None)
-    rules = Rules(network, SquaredError(), chunk, (False, False, False))
+    rules = Rules(network, SquaredError(), chunk, held)
     fast, y, _ = run(
         rules,
         norm,
@@ -123,6 +123,26 @@ def assert_equals_the_token_loop(name, chunk, momentum, forget):
     else:
         grads["speed"], want["speed"] = None, None
     jax.tree.map(compare, grads, want)
+
+
+def test_rates_of_a_chunk_equal_the_token_loop():
+    """Each token of the loop is given the rates of the first valid token of its chunk; so are their gradients."""
+    (tree, valid), chunk = example("linear"), 4
+    first_BT = np.zeros((B, T), int)
+    for b, t in np.ndindex(B, T):
+        members = range(t // chunk * chunk, min(t // chunk * chunk + chunk, T))
+        first_BT[b, t] = next((i for i in members if valid[b, i]), members[0])
+
+    def loop(tree):
+        gates = {n: jnp.take_along_axis(g, first_BT[:, :, None], axis=1) for n, g in tree["gates"].items()}
+        return one_by_one(tree | {"gates": gates}, valid, chunk, True, True, name="linear")
+
+    def form(tree):
+        return in_chunks(tree, valid, name="linear", chunk=chunk, momentum=True, forget=True, held=(True, True, True))
+
+    got, want = (jax.jit(jax.grad(fn, has_aux=True), compiler_options=UNOPTIMIZED)(tree) for fn in (form, loop))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 def one_head(k, v, q, chunk, log_momentum):

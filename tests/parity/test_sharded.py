@@ -21,8 +21,8 @@ MESHES = {
 }
 CORE = ("lm2_tiny", "titans_mac_tiny")
 OTHERS = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny") and name not in CORE)
-# Pairs of a memory and a join that no preset has: a bank with `gate`, `layer`, and `context` by tokens.
-PAIRS = ("gate_mix_middle_layer", "layer_learned", "context_window")
+# Pairs of a memory and a join that no preset has: a bank with `gate`, and one with a learned start with `layer`.
+PAIRS = ("gate_mix_middle_layer", "layer_learned")
 
 pytestmark = pytest.mark.parity
 

@@ -101,6 +101,7 @@ class MlpNetwork(InnerNetwork):
         for name in ("depth", "expansion"):
             if getattr(self, name) < 1:
                 raise ValueError(f"memory.network.{name} must be at least 1, got {getattr(self, name)}")
+        _check_epsilon(self.norm_epsilon)
 
     @property
     def has_bias(self) -> bool:
@@ -143,6 +144,7 @@ class SwigluNetwork(InnerNetwork):
     def __post_init__(self) -> None:
         if self.expansion < 1:
             raise ValueError(f"memory.network.expansion must be at least 1, got {self.expansion}")
+        _check_epsilon(self.norm_epsilon)
 
     @property
     def has_norm(self) -> bool:
@@ -157,6 +159,11 @@ class SwigluNetwork(InnerNetwork):
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
         """See the base class."""
         return _finish(linear(2, jax.nn.silu(linear(0, x)) * linear(1, x)), x, norm, self.norm_epsilon, self.residual)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if epsilon <= 0:
+        raise ValueError(f"memory.network.norm_epsilon must be positive, got {epsilon}")
 
 
 def _finish(z: Array, x: Array, norm: NormWeights | None, epsilon: float, residual: bool) -> Array:

@@ -109,6 +109,8 @@ def test_a_network_must_call_each_layer_once():
     [
         (functools.partial(MlpNetwork, depth=0), "memory.network.depth"),
         (functools.partial(SwigluNetwork, expansion=0), "memory.network.expansion"),
+        (functools.partial(MlpNetwork, norm_epsilon=0.0), "memory.network.norm_epsilon"),
+        (functools.partial(SwigluNetwork, norm_epsilon=-1.0), "memory.network.norm_epsilon"),
         (functools.partial(HuberLoss, 0.0), "memory.loss.delta"),
         (functools.partial(PowerLoss, 0.5), "memory.loss.p"),
         (functools.partial(PowerLoss, 2.0, 0.0), "memory.loss.smoothing"),

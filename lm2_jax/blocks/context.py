@@ -21,8 +21,8 @@ from lm2_jax.types import Array, Bool, Float, State
 class ContextJoin(PerLayerJoin):
     """y = Attention([P; retrieved; n(x)]), h = x + combine(y, M(n(x + y))) (arXiv:2501.00663, equations 21-25).
 
-    The paper writes y and does not say where its residual connections run; with y alone (`source`) the memory of a
-    small model learned nothing in the time in which it learned nearly all with x + y (docs/design.md).
+    The paper writes y and does not say where its residual connections run. Here the memory is given x + y, so that a
+    token does not lose what it was; y alone is `source`, and the two have not been compared to the end.
 
     Two readings of the paper would show a token its future, and are not taken:
 

@@ -4,13 +4,17 @@
     python -m benchmarks.streaming --preset rmt_tiny --segment-tokens 256
 
 Writes benchmarks/results/streaming.json. Times are medians of alternating runs on this machine; what counts is their
-ratio.
+ratio. Memory is what `eval.py` takes to answer after a text: the most bytes of live arrays (the device), and what it
+adds to the resident memory of a process of its own (the device's work space too, where the device is the CPU; the text
+itself lies there as well).
 """
 
 import dataclasses
 import json
 import pathlib
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +24,12 @@ import numpy as np
 import tyro
 
 import lm2_jax
-from benchmarks import origin
+from benchmarks import origin, resident
 from lm2_jax import cli, streaming
+from lm2_jax.errors import UserError
+from lm2_jax.evaluation.generate import greedy
+
+ROWS = 4  # prompts read side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +43,13 @@ class Command:
     width: int = 256
     """Model width."""
     lengths: tuple[int, ...] = (4_096, 65_536)
-    """Texts, in tokens, whose peak of device memory is compared."""
+    """Texts, in tokens, whose peak of memory is compared."""
     runs: int = 5
     """Alternating runs of each time."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/streaming.json")
     """Where the figures go."""
+    only: int | None = None
+    """One length, whose peak this process measures; used by the benchmark itself."""
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -49,39 +59,86 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def live_bytes() -> int:
-    """Bytes of all arrays on the device."""
-    return sum(array.nbytes for array in jax.live_arrays())
+class Characters:
+    """A tokenizer for prompts that are tokens already; no answer ends early."""
+
+    pad_id, eos_id, answer_id = 0, -1, None
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """A token a character."""
+        return [ord(character) % self.vocab_size for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        """The tokens, as numbers."""
+        return " ".join(map(str, ids))
 
 
-def peak_bytes(model: Any, params: Any, tokens_BS: np.ndarray) -> int:
-    """Most bytes of live arrays while a text is absorbed segment by segment."""
-    state, most, T = model.init_state(tokens_BS.shape[0]), 0, model.config.segment_tokens
-    for first in range(0, tokens_BS.shape[1], T):
-        logits, state = streaming.absorb(model, params, tokens_BS[:, first : first + T], state)
-        jax.block_until_ready(logits)
-        most = max(most, live_bytes())
+def answer(model: Any, params: Any, tokens: int) -> int:
+    """Answers after a text of so many tokens, as `eval.py` does; gives the most bytes of live arrays on the way."""
+    vocab_size, most = model.config.vocab_size, 0
+
+    def absorb(*given: Any) -> Any:
+        nonlocal most
+        result = jax.block_until_ready(streaming.absorb(*given))
+        most = max(most, sum(array.nbytes for array in jax.live_arrays()))
+        return result
+
+    prompts = np.random.default_rng(0).integers(0, vocab_size, (ROWS, tokens)).tolist()
+    greedy(model, params, Characters(vocab_size), prompts, max_new_tokens=4, absorb=absorb)
     return most
+
+
+def measure_one(command: Command, tokens: int) -> None:
+    """In a process of its own: prints what one length of text takes."""
+    model, params = build(command)
+    answer(model, params, min(command.lengths))  # all programs are compiled
+    most = 0
+
+    def call() -> None:
+        nonlocal most
+        most = answer(model, params, tokens)
+
+    print(json.dumps({"resident_bytes": resident.peak(call), "device_bytes": most}))
+
+
+def peaks(command: Command, tokens: int) -> dict[str, int]:
+    """What one length of text takes, measured in a process of its own."""
+    line = [sys.executable, "-m", "benchmarks.streaming", *sys.argv[1:], "--only", str(tokens)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(line)} failed: {done.stderr[-2000:]}", status=1)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def build(command: Command) -> tuple[Any, Any]:
+    """The model and new parameters."""
+    config = lm2_jax.preset(command.preset).model
+    decoder = dataclasses.replace(config.decoder, width=command.width, mlp_width=3 * command.width)
+    model = lm2_jax.build_model(dataclasses.replace(config, segment_tokens=command.segment_tokens, decoder=decoder))
+    tokens = np.zeros((1, command.segment_tokens), np.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens, model.init_state(1))["params"]
 
 
 def main() -> None:
     """Measures and writes the figures."""
     command = tyro.cli(Command, description=__doc__)
-    config = lm2_jax.preset(command.preset).model
-    decoder = dataclasses.replace(config.decoder, width=command.width, mlp_width=3 * command.width)
-    config = dataclasses.replace(config, segment_tokens=command.segment_tokens, decoder=decoder)
-    model, T = lm2_jax.build_model(config), command.segment_tokens
-    text_BS = np.random.default_rng(0).integers(0, config.vocab_size, (1, max(command.lengths)), np.int32)
-    params = jax.jit(model.init)(jax.random.key(0), text_BS[:, :T], model.init_state(1))["params"]
+    if command.only is not None:
+        return measure_one(command, command.only)
+    (model, params), T = build(command), command.segment_tokens
+    text_BS = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, T), np.int32)
     border = model.init_state(1)
     half = streaming.absorb(model, params, text_BS[:, : T // 2], border)[1]
-    segment = lambda: streaming.absorb(model, params, text_BS[:, :T], border)  # noqa: E731 (two calls of one kind)
+    segment = lambda: streaming.absorb(model, params, text_BS, border)  # noqa: E731 (two calls of one kind)
     token = lambda: streaming.absorb(model, params, text_BS[:, :1], half)  # noqa: E731
     segment(), token()
     programs = streaming._advance._cache_size()
     times = [(seconds(segment), seconds(token)) for _ in range(command.runs)]
     whole, one = (statistics.median(column) for column in zip(*times, strict=True))
-    peaks = {str(length): peak_bytes(model, params, text_BS[:, :length]) for length in command.lengths}
+    taken = {length: peaks(command, length) for length in command.lengths}
+    longest, shortest = taken[max(taken)], taken[min(taken)]
     figures = {
         "command": origin.typed("benchmarks.streaming"),
         "machine": f"{origin.cores()}, {jax.devices()[0].device_kind}",
@@ -89,8 +146,8 @@ def main() -> None:
         "token_seconds": one,
         "token_over_segment": one / whole,
         "programs_compiled_after_warm_up": streaming._advance._cache_size() - programs,
-        "peak_bytes": peaks,
-        "peak_ratio": max(peaks.values()) / min(peaks.values()),
+        "evaluation": taken,
+        "longest_over_shortest": {key: longest[key] / shortest[key] for key in longest},
     }
     command.out.parent.mkdir(parents=True, exist_ok=True)
     command.out.write_text(json.dumps(figures, indent=1) + "\n")

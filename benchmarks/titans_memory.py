@@ -37,14 +37,13 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from benchmarks import origin
+from benchmarks import origin, resident
 from lm2_jax import cli
 from lm2_jax.errors import UserError
 
@@ -227,30 +226,6 @@ def peak_bytes(command: Command, side: str, name: str, tokens: int, chunk: int) 
     return int(done.stdout.split()[-1])
 
 
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status: VmRSS, resident memory, or VmHWM, its peak."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def resident_peak(call: Call) -> int:
-    """Most resident memory while it runs, less what there was before; sampled, as not every system resets its peak."""
-    before, most, done = status_bytes("VmRSS"), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, status_bytes("VmRSS"))
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    call()
-    done.set()
-    thread.join()
-    return most - before
-
-
 def measure_one(command: Command) -> None:
     """In a process of its own: prints the bytes that one call adds to its memory."""
     assert command.only is not None
@@ -258,7 +233,7 @@ def measure_one(command: Command) -> None:
     SIDES[side](command, chunk, chunk)[name].call()  # what libraries set up once
     prepare, call = SIDES[side](command, tokens, chunk)[name]
     prepare()
-    print(resident_peak(call))
+    print(resident.peak(call))
 
 
 def growth(rows: list[dict[str, Any]], side: str, name: str, key: str, by: str) -> float | None:

@@ -3,10 +3,10 @@
     make quickstart
 
 Both read the same stories of qa1's world, a fifth of it background prose, with questions all along; segments hold 32
-tokens, four or five sentences. The twin answers from the segment at hand only. LM2's bank is threaded here: every block
-reads it as it stood before the segment and writes what the blocks below left. Questions are about one person first, and
-in the end about four: asked about all from the start, a memory learns places, but not whose (docs/design.md). Rows have
-four segments in training; the comparison also asks on rows of sixteen.
+tokens, four or five sentences. The twin answers from the segment at hand only; LM2 also from its banks, one in each of
+its two blocks. Questions are about one person first, and in the end about four: asked about all from the start, a memory
+learns places, but not whose (docs/design.md). Rows have four segments in training; the comparison also asks on rows of
+sixteen.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ LM2 = RunConfig(
         segment_tokens=32,
         decoder=DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=192),
         memory=GatedBankConfig(num_slots=8, write=BlockWrite()),
-        join=ResidualJoin(topology="threaded"),
+        join=ResidualJoin(),
         remat="full",
     ),
     data=DataConfig(

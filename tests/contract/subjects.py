@@ -105,6 +105,7 @@ class Subject:
         self.float64 = config.precision.compute == "float64"
         self.optimized = config.precision.compute == "float32"
         self.tolerance = 1e-9 if self.float64 else 1e-4
+        self.stream_tolerance = 1e-9 if self.float64 else 1e-5
 
     @functools.cached_property
     def params(self) -> Any:

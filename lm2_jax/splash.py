@@ -47,7 +47,7 @@ def obstacle(tokens: int, dtype: jnp.dtype, always: bool, own: bool, window: boo
         return "takes no retrieved row per token, which join 'context' has with join.retrieve='tokens'"
     if always and (window or packed):
         beside = "an attention window (decoder.window_tokens)" if window else "packed documents"
-        return f"takes no persistent tokens and no rows of a bank (join.retrieve='rows') beside {beside}"
+        return f"takes no persistent tokens and no rows of a memory (join.retrieve 'rows' or 'queries') beside {beside}"
     if not fits(tokens):
         return (
             f"takes a multiple of {LANES} tokens on each of {parts('time')} devices, got {tokens} in all "

@@ -158,6 +158,8 @@ PACKED = DataConfig(source=TokenShards(path="shards", packing="packed"))
             lambda: ModelConfig(memory=dataclasses.replace(BANK, top_k=2), join=ContextJoin(retrieve="rows")),
             ["join.retrieve='rows'", "memory.top_k"],
         ),
+        (lambda: ModelConfig(memory=BANK, join=ContextJoin(retrieve="queries")), ["join.num_queries=0", "'queries'"]),
+        (lambda: ModelConfig(memory=BANK, join=ContextJoin(num_queries=2)), ["join.num_queries=2", "'tokens'"]),
         (lambda: ModelConfig(memory=BANK, join=GateJoin(num_persistent=33)), ["join.num_persistent=33", "=32"]),
         (lambda: ModelConfig(memory=NoMemory(), join=PlainJoin(num_persistent=-1)), ["join.num_persistent", "-1"]),
         (lambda: ModelConfig(memory=BANK, join=LayerJoin(layers=())), ["join.layers is empty"]),

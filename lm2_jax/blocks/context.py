@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.attention import Asked, Beside
-from lm2_jax.blocks.base import Carry, Context, LayerState, OpenLayer, Place, any_valid, by_segment
+from lm2_jax.blocks.base import (
+    Carry,
+    Context,
+    LayerState,
+    OpenLayer,
+    PersistentTokens,
+    Place,
+    any_valid,
+    by_segment,
+)
 from lm2_jax.blocks.combine import CombineConfig, Product
 from lm2_jax.blocks.per_layer import PerLayerBlock, PerLayerJoin
 from lm2_jax.layers import RMSNorm, constrain
@@ -31,9 +40,12 @@ class ContextJoin(PerLayerJoin):
     """
 
     kind: ClassVar[str] = "context"
-    retrieve: Literal["tokens", "rows"] = "tokens"
+    retrieve: Literal["tokens", "rows", "queries"] = "tokens"
     """What attention sees of the memory as it stood before the segment: its answer to each token, standing where the
-    token stands (the paper), or all rows of a memory that has such, standing at the segment's start."""
+    token stands (the paper); or, standing at the segment's start, all rows of a memory that has such, or its answers
+    to learned queries, the same for all texts."""
+    num_queries: int = 0
+    """Learned queries, with retrieve='queries'."""
     source: Literal["stream", "attention"] = "stream"
     """What the memory is written with and asked: n(x + y), in which a token still is what it was, or n(y) alone."""
     combine: CombineConfig = Product()
@@ -46,7 +58,12 @@ class ContextJoin(PerLayerJoin):
     def check(self, model) -> None:
         """See the base class."""
         super().check(model)
-        if self.retrieve == "tokens":
+        if (self.num_queries > 0) != (self.retrieve == "queries"):
+            raise ValueError(
+                f"join.num_queries={self.num_queries} does not go with join.retrieve={self.retrieve!r}: it must be at "
+                "least 1 with 'queries', and 0 else"
+            )
+        if self.retrieve != "rows":
             return
         memory = model.memory.build(model.decoder.width, model.precision, parent=None)
         if type(memory).rows is Memory.rows:
@@ -76,6 +93,8 @@ class ContextBlock(PerLayerBlock):
         d, precision = self.spec.decoder, self.spec.precision
         self.retrieved_norm, self.written_norm = (RMSNorm(precision, d.norm_epsilon) for _ in range(2))
         self.combine = self.join.combine.build(d.width, precision)
+        if self.join.retrieve == "queries":
+            self.queries = PersistentTokens(self.join.num_queries, d.width, precision)
 
     @property
     def join(self) -> ContextJoin:
@@ -84,11 +103,16 @@ class ContextBlock(PerLayerBlock):
         return self.spec.join
 
     def always(self, memory: State) -> Beside | None:
-        """Persistent tokens, and the memory's rows where they are what is retrieved."""
+        """Persistent tokens, and what is retrieved for all tokens alike: the memory's rows, or answers to queries."""
         persistent = self.visible()
         if self.join.retrieve == "tokens":
             return persistent
-        rows_BND = self.memory.rows(memory)
+        if self.join.retrieve == "rows":
+            rows_BND = self.memory.rows(memory)
+        else:
+            queries_1ND = self.attention_norm(self.queries())
+            shape = (self.memory.rows_of(memory), *queries_1ND.shape[1:])
+            rows_BND = self.memory.read(jnp.broadcast_to(queries_1ND, shape), memory)
         assert rows_BND is not None
         rows = self.attention.beside(self.retrieved_norm(rows_BND))
         if persistent is None:

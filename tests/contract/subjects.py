@@ -105,6 +105,7 @@ class Subject:
         self.float64 = config.precision.compute == "float64"
         self.optimized = config.precision.compute == "float32"
         self.tolerance = 1e-9 if self.float64 else 1e-4
+        self.stream_tolerance = 1e-9 if self.float64 else 1e-5
 
     @functools.cached_property
     def params(self) -> Any:
@@ -248,7 +249,8 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 TINY = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny"))
 
-# Each of these shares its memory, and most of its join, with a faster one.
+# Each of these shares its memory, and most of its join, with a faster one: the slow lane holds their promises
+# (`conftest`), all other tests of them are long.
 _LONG_TINY = (
     "hybrid_tiny",
     "lm2_context_tiny",
@@ -336,6 +338,11 @@ VARIANTS: dict[str, ModelConfig] = {
     "context_rows_mix": _variant(
         _bank(write=PaperWrite()), ContextJoin(retrieve="rows", num_persistent=2, combine=Mix(bias=0.5))
     ),
+    "context_queries": _variant(
+        _TITANS,
+        ContextJoin(retrieve="queries", num_queries=3, num_persistent=2, source="attention"),
+        _decoder(window_tokens=7),
+    ),
     "gate_mix_middle_layer": _variant(
         _bank(write=PaperWrite(), top_k=2),
         GateJoin(layers=(1,), num_persistent=3, combine=Mix()),
@@ -362,6 +369,7 @@ VARIANTS: dict[str, ModelConfig] = {
 _SLOW = (
     "block_write_own_no_gates",
     "block_write_window",
+    "context_queries",
     "middle_layer_learned_window",
     "more_slots_than_width",
     "no_gates",
@@ -384,8 +392,7 @@ LONG_WHERE_SLOW = frozenset({"titans_mac_tiny"})
 assert {*_SLOW, *LONG, *LONG_WHERE_SLOW} <= {*VARIANTS, *TINY}
 
 NAMES = [
-    pytest.param(name, marks=pytest.mark.long if name in LONG else pytest.mark.slow if name in _SLOW else ())
-    for name in [*TINY, *VARIANTS]
+    pytest.param(name, marks=pytest.mark.slow if name in _SLOW or name in LONG else ()) for name in [*TINY, *VARIANTS]
 ]
 
 # Their pieces take longest to compile.

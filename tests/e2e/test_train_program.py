@@ -16,13 +16,13 @@ from lm2_jax.config import to_dict
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str, program: str = "train.py") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "COLUMNS": "200",
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
     }
-    command = [sys.executable, "train.py", *arguments]
+    command = [sys.executable, program, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 

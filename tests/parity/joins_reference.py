@@ -1,32 +1,31 @@
-"""The joins `context`, `gate` and `layer` with a bank, and persistent tokens, in numpy float64; see `reference`."""
+"""The joins `context`, `gate`, `layer` and `mixer`, here with a bank, and persistent tokens; see `reference`."""
 
 from typing import Any
 
 import numpy as np
 
-from lm2_jax.config import ModelConfig
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
 from tests.parity.reference import Past, Reference, attended, heads, merged, rms_norm, rotated, sigmoid, swiglu
 
 Rows = list[np.ndarray]  # [D] each
 
-
-def knows(config: ModelConfig) -> bool:
-    """Whether this reference or its base has the model."""
-    return config.memory.kind in ("none", "tokens", "gated_bank") and config.join.kind != "mixed"
+# Joins whose persistent tokens begin a document's memory, and the norm that they go through.
+OPENING = {"gate": "attention", "layer": "memory", "mixer": "memory"}
 
 
 class JoinsReference(Reference):
-    """Blocks that keep a bank each; all other models are left to the base."""
+    """Blocks that keep a memory each; all other models are left to the base."""
 
-    def first_memory(self, p: dict[str, Any]) -> np.ndarray:
-        """With `gate` and `layer`, as persistent tokens leave it."""
-        bank_ND, kind = super().first_memory(p), self.config.join.kind
-        if "persistent" not in p or kind not in ("gate", "layer"):
-            return bank_ND
-        return self.written(
-            p, self.normed(p, "attention" if kind == "gate" else "memory", p["persistent"]["start"]), bank_ND
-        )
+    def fresh(self, p: dict[str, Any]) -> Any:
+        """The memory before anything was written."""
+        return super().first_memory(p)
+
+    def first_memory(self, p: dict[str, Any]) -> Any:
+        """As persistent tokens leave it, where they are written."""
+        norm = OPENING.get(self.config.join.kind)
+        if "persistent" not in p or norm is None:
+            return self.fresh(p)
+        return self.written(p, self.normed(p, norm, p["persistent"]["start"]), self.fresh(p))
 
     def normed(self, p: dict[str, Any], name: str, x: np.ndarray) -> np.ndarray:
         return rms_norm(x, p[f"{name}_norm"]["scale"], self.config.decoder.norm_epsilon)
@@ -34,10 +33,10 @@ class JoinsReference(Reference):
     def block(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any, written: Any) -> Any:
         """See the base class."""
         kind = "plain" if bank is None else self.config.join.kind
-        joins = {"plain": self.plain, "context": self.context, "gate": self.gate, "layer": self.layer}
-        if kind not in joins:
+        join = getattr(self, kind, None)
+        if join is None:
             return super().block(p, x_TD, begin, past, bank, written)
-        h_TD, bank = joins[kind](p, x_TD, begin, past, bank)
+        h_TD, bank = join(p, x_TD, begin, past, bank)
         return h_TD + swiglu(self.normed(p, "mlp", h_TD), p["mlp"]), bank
 
     def plain(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
@@ -47,30 +46,39 @@ class JoinsReference(Reference):
         """Equations 26-28."""
         n_TD = self.normed(p, "attention", x_TD)
         y_TD = self.attention(p, n_TD, begin, past, self.persistent(p))
-        return x_TD + self.combined(p, y_TD, self.asked(p, n_TD, bank)), self.written(p, n_TD, bank)
+        m_TD, bank = self.running(p, n_TD, bank)
+        return x_TD + self.combined(p, y_TD, m_TD), bank
 
     def layer(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
         """Equations 29-31, with residual connections."""
         n_TD, always = self.normed(p, "memory", x_TD), []
         if "persistent" in p:
             rows_ND = p["persistent"]["start"]
-            first_ND = super().first_memory(p)
-            rows_ND = rows_ND + self.asked(p, self.normed(p, "memory", rows_ND), first_ND)
+            rows_ND = rows_ND + self.running(p, self.normed(p, "memory", rows_ND), self.fresh(p))[0]
             always = list(self.normed(p, "attention", rows_ND))
-        h_TD = x_TD + self.asked(p, n_TD, bank)
-        y_TD = self.attention(p, self.normed(p, "attention", h_TD), begin, past, always)
-        return h_TD + y_TD, self.written(p, n_TD, bank)
+        m_TD, bank = self.running(p, n_TD, bank)
+        h_TD = x_TD + m_TD
+        return h_TD + self.attention(p, self.normed(p, "attention", h_TD), begin, past, always), bank
+
+    def mixer(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
+        """Section 4.3."""
+        m_TD, bank = self.running(p, self.normed(p, "memory", x_TD), bank)
+        return x_TD + m_TD, bank
 
     def context(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
         """Equations 21-25; row j of what was retrieved is seen by tokens from j on."""
         n_TD, always, own = self.normed(p, "attention", x_TD), self.persistent(p), None
         if self.config.join.retrieve == "rows":
             always = always + list(self.normed(p, "retrieved", self.rows(p, bank)))
+        elif self.config.join.retrieve == "queries":
+            queries_ND = self.normed(p, "attention", p["queries"]["start"])
+            always = always + list(self.normed(p, "retrieved", self.asked(p, queries_ND, bank)))
         else:
             own = self.normed(p, "retrieved", self.asked(p, n_TD, bank))
         y_TD = self.attention(p, n_TD, begin, past, always, own)
         given_TD = self.normed(p, "written", x_TD + y_TD if self.config.join.source == "stream" else y_TD)
-        return x_TD + self.combined(p, y_TD, self.asked(p, given_TD, bank)), self.written(p, given_TD, bank)
+        m_TD, bank = self.running(p, given_TD, bank)
+        return x_TD + self.combined(p, y_TD, m_TD), bank
 
     def persistent(self, p: dict[str, Any]) -> Rows:
         return list(self.normed(p, "attention", p["persistent"]["start"])) if "persistent" in p else []
@@ -114,6 +122,10 @@ class JoinsReference(Reference):
         keys, values = ([heads(row, p["memory"][name]["w"]) for row in self.rows(p, bank_ND)] for name in ("k", "v"))
         top_k = self.config.memory.top_k
         return np.array([attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in x_TD])
+
+    def running(self, p: dict[str, Any], x_TD: np.ndarray, bank: Any) -> tuple[np.ndarray, Any]:
+        """What each row is told, and the memory behind them: of a bank, as it stood before them."""
+        return self.asked(p, x_TD, bank), self.written(p, x_TD, bank)
 
     def written(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
         write = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper}[type(self.config.memory.write)]

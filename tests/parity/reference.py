@@ -112,7 +112,7 @@ class Reference:
         layers: list[dict[str, Any]] = []
         for first in sorted(stacks):
             assert first == len(layers)
-            depth = len(stacks[first]["attention_norm"]["scale"])
+            depth = len(stacks[first]["mlp_norm"]["scale"])
             layers += [_pick(stacks[first], i) for i in range(depth)]
         return layers
 

@@ -43,6 +43,16 @@ class Layout(Protocol):
         """
         ...
 
+    def left_whole(self, arrays: Any) -> list[str]:
+        """Large arrays of which every device holds all, though there are devices that could each hold a part.
+
+        Args:
+          arrays: tree of arrays where they lie.
+        Returns:
+          A line for each, the largest first, with its bytes.
+        """
+        ...
+
     def batch(self, arrays: Any) -> Any:
         """Global arrays from this process's rows of a batch.
 

@@ -42,6 +42,11 @@ def describe_spec(sharding: Any) -> str:
     return ", ".join("+".join(axis for axis in axes if shape[axis] > 1) or "-" for axes in parts)
 
 
+def describe_whole(array: Placed) -> str:
+    """The line of an array of which each device has all."""
+    return f"{array.path} {array.shape}: {array.bytes:,} bytes on each device"
+
+
 def unsharded(shapes: Any, shardings: Any, least_bytes: int = 2**20) -> list[Placed]:
     """Arrays of `least_bytes` or more that every device holds whole, though the mesh has an axis to split them on.
 
@@ -65,7 +70,7 @@ def assert_sharded(shapes: Any, shardings: Any, least_bytes: int = 2**20) -> Non
     """
     whole = unsharded(shapes, shardings, least_bytes)
     if whole:
-        lines = "".join(f"\n  {array.path} {array.shape}: {array.bytes:,} bytes on each device" for array in whole)
+        lines = "".join(f"\n  {describe_whole(array)}" for array in whole)
         raise UserError(
             f"{len(whole)} arrays would lie whole on every device:{lines}\nName their dimensions by axes that "
             "sharding/rules.py splits."

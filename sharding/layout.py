@@ -15,6 +15,7 @@ from lm2_jax.errors import UserError
 from lm2_jax.registry import near_misses
 from lm2_jax.state import is_axes
 from lm2_jax.types import Axes
+from sharding.check import describe_whole, unsharded
 from sharding.partition import MeshPartition
 from sharding.rules import FIELDS, RULES, Rule, check_rules, mesh_axes
 
@@ -107,6 +108,15 @@ class Layout(layout.Layout):
                     f"mesh.{axis}={size}, but no array of this run lies on that axis: its devices would all do the "
                     f"same. Set mesh.{axis} to 1; axes in use: {sorted(used)}."
                 )
+
+    def left_whole(self, arrays: Any) -> list[str]:
+        """Arrays of a mebibyte or more that every device holds whole though this mesh could split them, largest first.
+
+        Args:
+          arrays: tree of arrays where they lie.
+        """
+        whole = unsharded(arrays, jax.tree.map(lambda array: array.sharding, arrays))
+        return [describe_whole(array) for array in sorted(whole, key=lambda array: -array.bytes)]
 
     def batch(self, arrays: Any) -> Any:
         """Global arrays from this process's rows of a batch, split over the devices that `batch` names.

@@ -11,10 +11,11 @@ from flax import linen as nn
 
 import lm2_jax
 from lm2_jax import splash
+from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.dot_product import attend
 from lm2_jax.precision import Precision
 from sharding import Layout, MeshConfig, make_mesh
-from tests.contract.subjects import FLOAT64, abstract_params, precise
+from tests.contract.subjects import FLOAT64, abstract_params, generic_params, precise
 
 R, T, H, G, K = 2, 256, 4, 2, 8
 
@@ -41,7 +42,11 @@ def inputs(past: int):
 
 def visible(past, window, valid, document):
     place = np.arange(past + T)[None] - past - np.arange(T)[:, None]  # of keys, relative to the query
-    return ((place <= 0) & (place >= -(window or T))) & valid[:, None] & (document[:, past:, None] == document[:, None])
+    return (
+        ((place <= 0) & (place >= -(window or past + T)))
+        & valid[:, None]
+        & (document[:, past:, None] == document[:, None])
+    )
 
 
 def fused(past, window, valid, document, q, k, v):
@@ -49,7 +54,7 @@ def fused(past, window, valid, document, q, k, v):
     return splash.splash_attend(q, k, v, jnp.asarray(document[:, past:]), keys, window, interpret=True)
 
 
-@pytest.mark.parametrize(("past", "window"), [(0, None), (40, 40)])
+@pytest.mark.parametrize(("past", "window"), [(0, None), (40, 40), (6, None)], ids=["segment", "window", "rows"])
 def test_it_equals_plain_attention_forward_and_backward(past, window):
     arrays, dy, valid, document = inputs(past)
     mask = visible(past, window, valid, document)
@@ -105,6 +110,42 @@ def test_a_model_attends_alike_in_both_forms(window, packed):
     np.testing.assert_allclose(
         jnp.where(seen, hidden("splash"), 0), jnp.where(seen, hidden("plain"), 0), rtol=1e-4, atol=1e-4
     )
+
+
+def beside(name):
+    """A layer with persistent tokens beside a segment, alone or with a bank's rows."""
+    run = lm2_jax.preset(name).model
+    if name == "none_tiny":
+        run = dataclasses.replace(run, join=PlainJoin(num_persistent=3))
+    return dataclasses.replace(run, decoder=dataclasses.replace(run.decoder, num_layers=1), segment_tokens=T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none_tiny", "lm2_context_tiny"])
+def test_persistent_tokens_and_rows_of_a_bank_are_seen_alike_in_both_forms(name):
+    """Over two segments, the second of which meets a written bank; with padding; value and gradient."""
+    config, rng = beside(name), np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 2 * T)), jnp.int32)
+    valid = jnp.ones(tokens.shape, bool).at[0, T + 100 :].set(False)
+    weights = jnp.asarray(rng.standard_normal((2, 2 * T, config.decoder.width)), jnp.float32)
+
+    def run(kernel):
+        decoder = dataclasses.replace(config.decoder, attention_kernel=kernel)
+        model = lm2_jax.build_model(dataclasses.replace(config, decoder=decoder))
+        state = model.init_state(2)
+
+        def loss(params):
+            hidden = model.apply({"params": params}, tokens, state, None, valid, method="forward").hidden
+            hidden = jnp.where(valid[:, :, None], hidden, 0)
+            return jnp.sum(weights * hidden), hidden
+
+        (_, hidden), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(generic_params(model))
+        return hidden, gradient
+
+    here, there = run("splash"), run("plain")
+    assert jnp.abs(there[1]["blocks_0"]["persistent"]["start"]).max() > 0
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize(

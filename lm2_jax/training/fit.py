@@ -28,6 +28,7 @@ from lm2_jax.training.signals import StopSignals
 from lm2_jax.training.state import Plan, TrainState, make_plan, refusals
 from lm2_jax.training.step import jit_train_step
 from lm2_jax.training.watch import Watch
+from lm2_jax.types import PyTree
 
 
 class Outcome(NamedTuple):
@@ -68,7 +69,7 @@ def fit(
     with layout.context(), Checkpoints(workdir, config) as checkpoints, ProgressLine(steps) as progress:
         state, start, first_loss = begin(plan, layout, checkpoints)
         workdirs.claim(workdir, config, tokenizer)
-        progress.say(describe(plan, layout, workdir, start))
+        progress.say(describe(plan, layout, workdir, start) + whole_arrays(state, layout))
         throughput = Throughput(
             flops_per_token(config.model, plan.shapes.params), steps, state.step.sharding.device_set
         )
@@ -175,6 +176,18 @@ def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainSt
     if restored is None:
         return plan.init(layout), 0, None
     return restored.state, int(restored.state.step), restored.first_loss
+
+
+def whole_arrays(state: PyTree, layout: Layout) -> str:
+    """A warning about the largest arrays that lie whole on each of several devices, empty where there are none.
+
+    It is no error: a mesh may have no axis for a dimension, as one of heads alone has none for a bank's slots.
+    """
+    lines, most = layout.left_whole(state), 5
+    if not lines:
+        return ""
+    more = [f"and {len(lines) - most} more; see --plan"] if len(lines) > most else []
+    return "\n  ".join([f"\nwarning: {len(lines)} arrays lie whole on every device:", *lines[:most], *more])
 
 
 def describe(plan: Plan, layout: Layout, workdir: epath.Path, start: int) -> str:

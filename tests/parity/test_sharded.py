@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import lm2_jax
+from lm2_jax.memory.titans import TitansConfig
 from sharding import MeshConfig
-from tests.sharding.programs import ROWS, SLOTS, Case, Outcome, case
+from tests.sharding.programs import EXPANSION, ROWS, SLOTS, Case, Outcome, case
 
 MESHES = {
     "data8": MeshConfig(data=8),
@@ -52,10 +53,24 @@ def assert_sharded_as_planned(here: Case) -> None:
             bank = jax.tree.leaves(here.outcome.state)[0]  # one, or one for each layer
             assert bank.shape[-3:] == (ROWS, SLOTS, width)
             assert bank.sharding.shard_shape(bank.shape)[-3:] == (rows, slots, width)
-        text = here.compiled.as_text()
-        assert f"[{rows},{slots},{width}]" in text
+        assert (rows, slots, width) in set().union(*here.carried.values()), "the loop over segments"
         if shape["slots"] > 1:
-            assert f"[{rows},{SLOTS},{width}]" not in text, "a whole bank"
+            assert f"[{rows},{SLOTS},{width}]" not in here.compiled.as_text(), "a whole bank"
+    if isinstance(here.config.memory, TitansConfig):
+        assert_heads_stay(here, here.config.memory, rows)
+
+
+def assert_heads_stay(here: Case, memory: TitansConfig, rows: int) -> None:
+    """A device's loops carry weights and momentum of its own rows and heads: those over segments, and over chunks."""
+    layers, width = here.config.decoder.num_layers, here.config.decoder.width // memory.num_heads
+    heads, matrices = memory.num_heads // here.shape["model"], set(memory.network.shapes(width))
+    assert all(EXPANSION * width in shape for shape in matrices), "nothing else has such dimensions"
+    carried = {shape for shapes in here.carried.values() for shape in shapes if shape[-2:] in matrices}
+    assert {(rows, heads, *shape) for shape in matrices} <= carried, "over segments"
+    assert {(rows * heads, *shape) for shape in matrices} <= carried, "over chunks, where rows and heads are one axis"
+    starts = {(heads,), (layers, heads)}
+    others = {shape[:-2] for shape in carried} - starts
+    assert all(lead[-2:] == (rows, heads) or lead[-1] == rows * heads for lead in others), others
 
 
 def assert_equal_runs(here: Outcome, there: Outcome, value: float, gradient: float) -> None:

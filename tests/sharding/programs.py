@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,12 +20,13 @@ from lm2_jax.layout import axes_of
 from lm2_jax.memory.titans import StepConfig
 from lm2_jax.precision import Precision
 from sharding import Layout, MeshConfig, make_mesh
-from sharding.hlo import Program, parse
+from sharding.hlo import Instruction, Program, parse
 from sharding.mesh import AXES
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, config_of, generic_params, precise
 
 ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64
 SLOTS = 40  # a number that no other dimension has, whole or in parts
+EXPANSION = 5  # of Titans' networks: the hidden width of 5 x 16 is such a number too
 # With large steps on random parameters an inner memory is chaotic: float32 runs part that differ in one rounding.
 CALM = StepConfig(maximum=0.01)
 
@@ -51,7 +53,7 @@ def small(name: str, float64: bool) -> ModelConfig:
     """The model of a tiny preset or a variant with sizes that every mesh of the tests divides."""
     config = config_of(name)
     sizes = {"num_slots": SLOTS, "num_tokens": 4, "chunk_tokens": 8, "mlp_width": 48, "vocab_size": VOCABULARY}
-    sizes |= {"segment_tokens": TOKENS, "window_tokens": TOKENS // 2}
+    sizes |= {"segment_tokens": TOKENS, "window_tokens": TOKENS // 2, "expansion": EXPANSION}
     return _replaced(config, sizes | {"step": CALM, "precision": FLOAT64 if float64 else Precision()})
 
 
@@ -154,6 +156,11 @@ class Case:
         """Its collectives by the depth of the loop they stand in."""
         return collectives_in(parse(self.compiled.as_text()))
 
+    @functools.cached_property
+    def carried(self) -> "Carried":
+        """What its loops carry by their depth, from 1."""
+        return carried_in(parse(self.compiled.as_text()))
+
 
 case = functools.cache(Case)
 
@@ -164,21 +171,45 @@ _COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|coll
 _CALLS = ("to_apply", "calls", "true_computation", "false_computation")
 
 
-def collectives_in(program: Program) -> Loops:
-    """Every array that a collective returns, each loop body once; what is combined into one counts singly."""
-    found: Loops = collections.defaultdict(collections.Counter)
+Carried = dict[int, set[tuple[int, ...]]]  # by depth of a loop: shapes of what it carries, takes and makes
 
-    def walk(name: str, depth: int) -> None:
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    """Dimensions of each array of an HLO shape."""
+    found = re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", text))
+    return [tuple(map(int, dimensions.split(","))) if dimensions else () for dimensions in found]
+
+
+def _instructions(program: Program) -> Iterator[tuple[int, Instruction]]:
+    """Every instruction with the number of loops around it, each loop body once."""
+
+    def walk(name: str, depth: int) -> Iterator[tuple[int, Instruction]]:
         for instruction in program.computations[name].instructions.values():
+            yield depth, instruction
             if instruction.opcode == "while":
-                walk(program.called(instruction, "body").name, depth + 1)
-            elif match := _COLLECTIVE.fullmatch(instruction.opcode):
-                for dimensions in re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", instruction.shape)):
-                    found[depth][match[1], tuple(map(int, dimensions.split(","))) if dimensions else ()] += 1
-            else:
-                for attribute in _CALLS:
-                    if (called := instruction.attribute(attribute)) in program.computations:
-                        walk(called, depth)
+                yield from walk(program.called(instruction, "body").name, depth + 1)
+                continue
+            for attribute in _CALLS:
+                if (called := instruction.attribute(attribute)) in program.computations:
+                    yield from walk(called, depth)
 
-    walk(program.entry, 0)
+    return walk(program.entry, 0)
+
+
+def collectives_in(program: Program) -> Loops:
+    """Every array that a collective returns; what is combined into one counts singly."""
+    found: Loops = collections.defaultdict(collections.Counter)
+    for depth, instruction in _instructions(program):
+        if match := _COLLECTIVE.fullmatch(instruction.opcode):
+            for shape in _shapes(instruction.shape):
+                found[depth][match[1], shape] += 1
+    return found
+
+
+def carried_in(program: Program) -> Carried:
+    """The arrays of every loop's state, as one device has them."""
+    found: Carried = collections.defaultdict(set)
+    for depth, instruction in _instructions(program):
+        if instruction.opcode == "while":
+            found[depth + 1] |= set(_shapes(instruction.shape))
     return found

@@ -8,9 +8,9 @@ import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
-from lm2_jax.training.fit import check_trainable
+from lm2_jax.training.fit import check_trainable, fit, whole_arrays
 from lm2_jax.training.state import make_plan
-from sharding import Layout, MeshConfig, assert_sharded, make_mesh
+from sharding import RULES, Layout, MeshConfig, assert_sharded, make_mesh
 from sharding.mesh import planned_mesh
 from sharding.plan import describe_plan
 
@@ -41,6 +41,37 @@ def test_no_matrix_of_lm2_is_replicated(mesh):
     assert_sharded(plan.shapes, plan.shardings(layout), least_bytes=run.model.decoder.width**2)
     state = jax.eval_shape(lambda: model.init_state(run.data.rows))
     assert_sharded(state, layout.shardings(model.state_axes(), state), least_bytes=1)
+
+
+def whole_vocabulary(mesh: MeshConfig) -> Layout:
+    """A table that forgets to split the embedding."""
+    rules = tuple((name, None if name in ("vocab", "row_width", "copies") else axes) for name, axes in RULES)
+    return Layout(make_mesh(mesh, jax.devices()[:4]), rules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "warns"), [(MeshConfig(fsdp=2, model=2), True), (MeshConfig(data=4), False)])
+def test_training_tells_what_lies_whole(tmp_path, capsys, mesh, warns):
+    run = lm2_jax.preset("none_tiny")
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, vocab_size=8192),  # times 32 times 4 bytes: a mebibyte
+        optim=dataclasses.replace(run.optim, steps=1, warmup_steps=0),
+        train=dataclasses.replace(run.train, eval_batches=0),
+    )
+    fit(run, tmp_path / "run", whole_vocabulary(mesh))
+    said = capsys.readouterr().out
+    assert said.count("params/embed/table (8192, 32): 1,048,576 bytes on each device") == warns
+    assert said.count("warning: 3 arrays lie whole on every device:") == warns  # with both moments
+
+
+def test_a_long_list_is_cut():
+    state = {f"array_{i}": jax.device_put(jnp.zeros((i + 1, 2**18)), jax.devices()[0]) for i in range(7)}
+    layout = whole_vocabulary(MeshConfig(fsdp=2, model=2))
+    state = jax.device_put(state, layout.shardings({name: (None, None) for name in state}, state))
+    lines = whole_arrays(state, layout).strip().splitlines()
+    assert lines[1].strip() == "array_6 (7, 262144): 7,340,032 bytes on each device"
+    assert (len(lines), lines[-1].strip()) == (7, "and 2 more; see --plan")
 
 
 def test_the_plan_says_where_each_array_would_lie():

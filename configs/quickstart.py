@@ -4,9 +4,9 @@
 
 Both read the same stories of qa1's world, a fifth of it background prose, with questions all along; segments hold 32
 tokens, four or five sentences. The twin answers from the segment at hand only; LM2 also from its banks, one in each of
-its two blocks. Questions are about one person first, and in the end about four: asked about all from the start, a memory
-learns places, but not whose (docs/design.md). Rows have four segments in training; the comparison also asks on rows of
-sixteen.
+its two blocks. Questions are about one person first, and in the end about four: asked about all from the start, a
+memory learns places, but not whose (docs/design.md). Rows have four segments in training; the comparison also asks on
+rows of sixteen.
 """
 
 import dataclasses

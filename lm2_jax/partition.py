@@ -33,6 +33,18 @@ class Shards:
         """The sum over shards, of which each keeps its part of dimension `axis`."""
         return x
 
+    def enter(self, x: Any) -> Any:
+        """A tree that is the same on all shards, of which each makes its own part: gradients are summed over shards."""
+        return x
+
+    def leave(self, x: Any) -> Any:
+        """The sum of what each shard has of a tree, the same on all: gradients go to each as they are."""
+        return x
+
+    def receive(self, x: Any) -> Any:
+        """An argument that no shard has its own part of, for an `fn` that enters and leaves."""
+        return x
+
     def turn(self, x: Any) -> Any:
         """A tree of the arrays of the next shard, in a ring."""
         return x

@@ -34,6 +34,18 @@ class MeshShards(Shards):
         """See the base class."""
         return jax.lax.psum_scatter(x, self._axes, scatter_dimension=axis, tiled=True)
 
+    def enter(self, x: Any) -> Any:
+        """See the base class."""
+        return _enter(x, self._axes)
+
+    def leave(self, x: Any) -> Any:
+        """See the base class."""
+        return _leave(x, self._axes)
+
+    def receive(self, x: Any) -> Any:
+        """jax sums the gradient of such an argument over shards, which all have all of it."""
+        return _receive(x, self.size)
+
     def turn(self, x: Any) -> Any:
         """See the base class."""
         ring = [((shard + 1) % self.size, shard) for shard in range(self.size)]
@@ -43,6 +55,27 @@ class MeshShards(Shards):
         """exp(score - L), L the log-sum-exp of all shards, made of that of each."""
         part = jax.nn.logsumexp(score, axis=-1, keepdims=True)
         return jnp.exp(score - jax.nn.logsumexp(self.gather(part, score.ndim - 1), axis=-1, keepdims=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _enter(x: Any, axes: tuple[str, ...]) -> Any:
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _leave(x: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(x, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _receive(x: Any, size: int) -> Any:
+    return x
+
+
+# Each is the derivative of the other, of any order.
+_enter.defvjp(lambda x, axes: (_enter(x, axes), None), lambda axes, _, dy: (_leave(dy, axes),))
+_leave.defvjp(lambda x, axes: (_leave(x, axes), None), lambda axes, _, dy: (_enter(dy, axes),))
+_receive.defvjp(lambda x, size: (x, None), lambda size, _, dy: (jax.tree.map(lambda a: a / size, dy),))
 
 
 class MeshPartition:

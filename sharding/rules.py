@@ -31,7 +31,8 @@ RULES: tuple[Rule, ...] = (
     ("layers", None),  # stacked layers: the loop takes them one by one
     ("head", None),  # width of one head: too small to split, and contracted in every score
     ("chunk", None),  # chunks of an inner memory: a loop
-    ("inner", None),  # width of an inner memory's weights: its heads are split instead
+    ("hidden", "slots"),  # hidden width of an inner memory, whose tokens are read one after the other
+    ("inner", None),  # width of an inner memory's rows: its heads are split instead
     ("norm", None),  # scales of a norm: a few kilobytes
     ("state_embed", None),  # width of a memory row: its rows are split instead
 )
@@ -48,6 +49,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "vocab": ("model.vocab_size",),
     "slots": ("model.memory.num_slots", "model.memory.num_tokens"),
     "time": ("model.segment_tokens",),
+    "hidden": ("model.memory.network.expansion", "model.memory.num_heads"),
     "embed": ("model.decoder.width",),
     "row_width": ("model.decoder.width",),
 }

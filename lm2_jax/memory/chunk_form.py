@@ -15,6 +15,10 @@ derivative by its output, so that a read with the weights of its own token, z_t 
     A_t z_t W_0 + b_t z_t S_0 - ((P . (z X^T)) G)_t
 
 and no token ever has weights of its own. All g come from one backward pass at the start weights.
+
+Devices may share the hidden width of the network (`Shards` of `hidden`). Each then has its part of the weights, of X
+behind a layer from it and of G before a layer to it; whatever else is used to make such a part `enter`s first, so that
+its gradient is summed over devices, and what a layer from the hidden width gives is summed (`leave`).
 """
 
 from collections.abc import Callable
@@ -23,8 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.memory.inner import InnerLoss, InnerNetwork, NormWeights, Weights
+from lm2_jax.memory.inner import FROM_HIDDEN, TO_HIDDEN, WHOLE, InnerLoss, InnerNetwork, NormWeights, Weights
 from lm2_jax.memory.matmul import t_times, times, times_t
+from lm2_jax.partition import Shards
 from lm2_jax.types import Array, Bool, Float
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (carry, inputs) -> (carry, outputs), of a scan
@@ -118,20 +123,45 @@ def rows_of(there: Presence, place: Any) -> Presence:
     return jax.tree.map(lambda a: a[place], there)
 
 
-def plain(network: InnerNetwork, weights: Weights, x: Float[Array, "R K"], norm: NormWeights | None) -> Array:
+class Network(NamedTuple):
+    """An inner network and the devices that share its hidden width."""
+
+    inner: InnerNetwork
+    shards: Shards = Shards()
+
+    def rows(self, i: int, z: Float[Array, "R I"]) -> Float[Array, "R _"]:
+        """Inputs of layer i, with a last column of ones where the layer's last row is its bias."""
+        z = self.shards.enter(z) if self.inner.axes()[i] == TO_HIDDEN else z
+        return jnp.concatenate([z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1) if self.inner.has_bias else z
+
+    def result(self, i: int, y: Float[Array, "R O"]) -> Float[Array, "R O"]:
+        """Outputs of layer i, of which each device has made what its part adds."""
+        return self.shards.leave(y) if self.inner.axes()[i] == FROM_HIDDEN else y
+
+    def received(self, weights: Weights) -> Weights:
+        """Weights as a program by hand gets them; see `Shards.receive`."""
+        return self._whole(self.shards.receive, weights)
+
+    def returned(self, weights: Weights) -> Weights:
+        """Weights as a program by hand returns them."""
+        return self._whole(self.shards.enter, weights)
+
+    def _whole(self, fn: Callable[[Array], Array], weights: Weights) -> Weights:
+        return tuple(fn(w) if axes == WHOLE else w for w, axes in zip(weights, self.inner.axes(), strict=True))
+
+    def share(self, whole: Any) -> list[Any]:
+        """What is the same on all devices, as each layer uses it."""
+        entered = self.shards.enter(whole)
+        return [whole if axes == WHOLE else entered for axes in self.inner.axes()]
+
+
+def plain(network: Network, weights: Weights, x: Float[Array, "R K"], norm: NormWeights | None) -> Array:
     """f(x; W) at fixed weights, rows [R K]."""
-    return network(lambda i, z: times(with_bias(network, z), weights[i]), x, norm)
-
-
-def with_bias(network: InnerNetwork, z: Float[Array, "R I"]) -> Float[Array, "R _"]:
-    """The rows with a last column of ones, where a layer's last row is its bias."""
-    if not network.has_bias:
-        return z
-    return jnp.concatenate([z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1)
+    return network.inner(lambda i, z: network.result(i, times(network.rows(i, z), weights[i])), x, norm)
 
 
 def linearise(
-    network: InnerNetwork,
+    network: Network,
     loss: InnerLoss,
     weights: Weights,
     k_CK: Float[Array, "C K"],
@@ -149,15 +179,17 @@ def linearise(
 
         def linear(i: int, z: Array) -> Array:
             if i in inputs:
-                raise ValueError(f"{type(network).__name__} calls layer {i} twice")
-            inputs[i] = with_bias(network, z)
-            return times(inputs[i], weights[i]) + taps[i]
+                raise ValueError(f"{type(network.inner).__name__} calls layer {i} twice")
+            inputs[i] = network.rows(i, z)
+            return network.result(i, times(inputs[i], weights[i])) + taps[i]
 
-        loss_C = loss(network(linear, k_CK, norm), v_CK)
+        loss_C = loss(network.inner(linear, k_CK, norm), v_CK)
         return loss_C.sum(), (tuple(inputs[i] for i in range(len(weights))), loss_C)
 
     taps = tuple(jnp.zeros((k_CK.shape[0], w.shape[1]), k_CK.dtype) for w in weights)
     outputs, (inputs, loss_C) = jax.grad(total, has_aux=True)(taps)
+    whole = [axes == FROM_HIDDEN for axes in network.inner.axes()]
+    outputs = tuple(network.shards.enter(g) if enters else g for g, enters in zip(outputs, whole, strict=True))
     return Gradients(inputs, outputs), loss_C
 
 
@@ -176,7 +208,7 @@ def outer(x_CI: Float[Array, "C I"], a_C: Float[Array, " C"], g_CO: Float[Array,
 
 
 def recall(
-    network: InnerNetwork,
+    network: Network,
     fast: Fast,
     gradients: Gradients,
     there: Presence,
@@ -193,34 +225,35 @@ def recall(
       q_RK: queries.
       norm: the network's slow parameters.
     """
+    present = network.share(there)
 
     def linear(i: int, z: Array) -> Array:
-        z = with_bias(network, z)
+        z, there = network.rows(i, z), present[i]
         y = scaled(z, there.start, fast.weights[i])
         if fast.momentum is not None:
-            assert there.momentum is not None
             y = y + scaled(z, there.momentum, fast.momentum[i])
-        return y - times(there.gradient * times_t(z, gradients.inputs[i]), gradients.outputs[i])
+        y = y - times(there.gradient * times_t(z, gradients.inputs[i]), gradients.outputs[i])
+        return network.result(i, y)
 
-    return network(linear, q_RK, norm)
+    return network.inner(linear, q_RK, norm)
 
 
-def advance(fast: Fast, gradients: Gradients, weights: Presence, momentum: Presence) -> Fast:
+def advance(network: Network, fast: Fast, gradients: Gradients, weights: Presence, momentum: Presence) -> Fast:
     """W_C and S_C, behind the whole chunk.
 
     Args:
+      network: whose they are.
       fast: W_0 and S_0.
       gradients: of the chunk's tokens at W_0.
       weights: all rows of A, b and P.
       momentum: the same of the momentum.
     """
-    end, end_momentum = rows_of(weights, -1), rows_of(momentum, -1)
+    ends = network.share((rows_of(weights, -1), rows_of(momentum, -1)))
     new, new_momentum = [], []
     for i, (x_CI, g_CO) in enumerate(zip(gradients.inputs, gradients.outputs, strict=True)):
+        end, end_momentum = ends[i]
         w = end.start * fast.weights[i] - outer(x_CI, end.gradient, g_CO)
         if fast.momentum is not None:
-            assert end.momentum is not None
-            assert end_momentum.momentum is not None
             w = w + end.momentum * fast.momentum[i]
             kept = end_momentum.momentum * fast.momentum[i]
             new_momentum.append(kept - outer(x_CI, end_momentum.gradient, g_CO))
@@ -228,13 +261,13 @@ def advance(fast: Fast, gradients: Gradients, weights: Presence, momentum: Prese
     return Fast(tuple(new), None if fast.momentum is None else tuple(new_momentum))
 
 
-def surprise(gradients: Gradients) -> Float[Array, "*lead C"]:
+def surprise(network: Network, gradients: Gradients) -> Float[Array, "*lead C"]:
     """Norm of each token's gradient by all weights: the outer product's norm is the product of the norms."""
-    squares = [
-        jnp.sum(x * x, axis=-1) * jnp.sum(g * g, axis=-1)
-        for x, g in zip(gradients.inputs, gradients.outputs, strict=True)
-    ]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+    layers = zip(gradients.inputs, gradients.outputs, network.inner.axes(), strict=True)
+    squares = [(jnp.sum(x * x, axis=-1) * jnp.sum(g * g, axis=-1), axes) for x, g, axes in layers]
+    whole = [square for square, axes in squares if axes == WHOLE]
+    parts = [square for square, axes in squares if axes != WHOLE]
+    return jnp.sqrt(sum([network.shards.leave(sum(parts[1:], parts[0]))] if parts else [], sum(whole)))
 
 
 def plain_scan(step: Step, carry: Any, inputs: Any, group: int) -> tuple[Any, Any]:

@@ -19,6 +19,9 @@ from lm2_jax.types import Array, Float
 Linear = Callable[[int, Float[Array, "_ _"]], Float[Array, "_ _"]]
 Weights = tuple[Float[Array, "... _ _"], ...]  # one matrix per layer; its last row is the bias, where there is one
 
+# Logical axes of a layer's inputs and outputs: to a hidden width that devices share, and back with one sum over them.
+WHOLE, TO_HIDDEN, FROM_HIDDEN = ("inner", "head"), ("inner", "hidden"), ("hidden", "head")
+
 
 class NormWeights(NamedTuple):
     """Scale and shift of the network's normalised output: slow parameters, trained outside."""
@@ -51,6 +54,10 @@ class InnerNetwork(Family):
     def shapes(self, width: int) -> tuple[tuple[int, int], ...]:
         """Inputs and outputs of each layer, without biases."""
         raise NotImplementedError
+
+    def axes(self) -> tuple[tuple[str, str], ...]:
+        """`WHOLE`, `TO_HIDDEN` or `FROM_HIDDEN` of each layer; where the last row is a bias, inputs are whole."""
+        return (WHOLE,) * len(self.shapes(1))
 
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
         """f(x), row by row.
@@ -118,6 +125,13 @@ class MlpNetwork(InnerNetwork):
         sizes = (width, *(self.depth - 1) * (self.expansion * width,), width)
         return tuple(itertools.pairwise(sizes))
 
+    def axes(self) -> tuple[tuple[str, str], ...]:
+        """To the hidden width and from it by turns; a last layer without a pair is whole."""
+        if self.bias:
+            return super().axes()
+        pairs = self.depth // 2
+        return (TO_HIDDEN, FROM_HIDDEN) * pairs + (WHOLE,) * (self.depth - 2 * pairs)
+
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
         """See the base class."""
         z = linear(0, x)
@@ -155,6 +169,10 @@ class SwigluNetwork(InnerNetwork):
         """Gate, up and down."""
         hidden = self.expansion * width
         return (width, hidden), (width, hidden), (hidden, width)
+
+    def axes(self) -> tuple[tuple[str, str], ...]:
+        """See the base class."""
+        return TO_HIDDEN, TO_HIDDEN, FROM_HIDDEN
 
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
         """See the base class."""

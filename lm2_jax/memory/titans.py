@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from lm2_jax.layers import Einsum, RMSNorm, Vector, constrain, named
 from lm2_jax.memory import titans_open
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes
-from lm2_jax.memory.chunk_form import Fast, Rates, plain
+from lm2_jax.memory.chunk_form import Fast, Network, Rates
 from lm2_jax.memory.inner import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
 from lm2_jax.memory.projections import HeadGate, InnerNorm, Stream
-from lm2_jax.memory.titans_chunks import Rules, Tokens, note_update, over_heads, run
+from lm2_jax.memory.titans_chunks import Rules, Tokens, ask, note_update, run
 from lm2_jax.memory.titans_open import OpenTitans
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float, Int
 
-WEIGHT_AXES = ("batch", "heads", "inner", "head")
 OUTPUT_GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
@@ -114,7 +113,7 @@ class TitansConfig(MemoryConfig):
     def rules(self) -> Rules:
         """What a chunk's update needs to know."""
         held = (self.step.per == "chunk", self.momentum.per == "chunk", self.forget.per == "chunk")
-        return Rules(self.network, self.loss, self.chunk_tokens, held)
+        return Rules(Network(self.network), self.loss, self.chunk_tokens, held)
 
 
 class TitansState(NamedTuple):
@@ -171,6 +170,11 @@ class Titans(Memory):
         return self.width // self.config.num_heads
 
     @property
+    def _weight_axes(self) -> tuple[tuple[str, ...], ...]:
+        """Logical axes of [B H I O], layer by layer."""
+        return tuple(("batch", "heads", *axes) for axes in self.config.network.axes())
+
+    @property
     def inner_dtype(self) -> jnp.dtype:
         """Type of all that happens inside the memory."""
         return jnp.promote_types(safe(self.precision.compute), safe(self.precision.state))
@@ -184,7 +188,9 @@ class Titans(Memory):
             return jnp.pad(w_HIO, ((0, 0), (0, bias), (0, 0)))
 
         full = (self.config.num_heads, shape[0] + bias, shape[1])
-        return self.param(f"start_{layer}", named(init, WEIGHT_AXES[1:]), full, jnp.dtype(self.precision.params))
+        return self.param(
+            f"start_{layer}", named(init, self._weight_axes[layer][1:]), full, jnp.dtype(self.precision.params)
+        )
 
     def init_state(self, batch: int) -> TitansState:
         """Fresh rows."""
@@ -199,7 +205,7 @@ class Titans(Memory):
     def state_axes(self) -> TitansState:
         """Heads are an axis of their own, so that a head's memory never leaves its device."""
         c, tail = self.config, ("batch", "window", "heads", "head")
-        weights = (WEIGHT_AXES,) * len(c.network.shapes(self.head_width))
+        weights = self._weight_axes
         momentum = None if c.momentum.per == "off" else weights
         tails = (tail, tail, tail) if c.conv_tokens > 1 else None
         return TitansState(weights, momentum, tails, ("batch",))  # pyright: ignore[reportArgumentType]
@@ -211,7 +217,8 @@ class Titans(Memory):
             fresh = state.fresh.reshape(-1, *[1] * (held.ndim - 1))
             return jnp.where(fresh, jnp.zeros_like(held) if start is None else start[None].astype(held.dtype), held)
 
-        weights = tuple(constrain(put(s, w), WEIGHT_AXES) for s, w in zip(self.start, state.weights, strict=True))
+        begun = map(put, self.start, state.weights)
+        weights = tuple(constrain(w, axes) for w, axes in zip(begun, self._weight_axes, strict=True))
         momentum, tails = jax.tree.map(lambda held: put(None, held), (state.momentum, state.tails))
         return TitansState(weights, momentum, tails, state.fresh)
 
@@ -268,10 +275,7 @@ class Titans(Memory):
 
     def _ask(self, weights: Weights, q_BTHK: Array) -> Float[Array, "B T H K"]:
         """f(q; W) of all heads."""
-        network = self.config.network
-        asked = over_heads(lambda norm, weights, q_TK: plain(network, weights, q_TK, norm))
-        y_BHTK = asked(self._norm_weights(), weights, jnp.moveaxis(q_BTHK, 1, 2))
-        return jnp.moveaxis(y_BHTK, 1, 2)
+        return ask(self.config.rules.network, self._norm_weights(), weights, q_BTHK)
 
     def write(
         self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lm2_jax.memory.base import Notes, note
 from lm2_jax.memory.chunk_form import (
     Fast,
+    Network,
     Rates,
     advance,
     chunk_scan,
@@ -22,7 +23,7 @@ from lm2_jax.memory.chunk_form import (
     recall,
     surprise,
 )
-from lm2_jax.memory.inner import InnerLoss, InnerNetwork
+from lm2_jax.memory.inner import InnerLoss, Weights
 from lm2_jax.partition import Shards, logical_shard_map, parts
 from lm2_jax.types import Array, Bool, Float
 
@@ -34,7 +35,7 @@ SCANS = {"none": plain_scan, "chunks": chunk_scan, "groups": grouped_scan}
 class Rules(NamedTuple):
     """What an update is told by the config."""
 
-    network: InnerNetwork
+    network: Network
     loss: InnerLoss
     chunk_tokens: int
     held: tuple[bool, bool, bool]  # whether step size, momentum and forgetting are one value per chunk
@@ -101,13 +102,13 @@ def chunk(
     """
     rates = hold(tokens.rates, tokens.valid, rules.held)
     gradients, loss_C = linearise(rules.network, rules.loss, fast.weights, tokens.k, tokens.v, norm)
-    measured = jax.lax.stop_gradient((loss_C, surprise(gradients), rates))
+    measured = jax.lax.stop_gradient((loss_C, surprise(rules.network, gradients), rates))
 
     def block(fast: Fast, part: tuple[Any, ...]) -> tuple[Fast, Array | None]:
         gradients, rates, valid_C, q_CK = part
         weights, momentum = presence(rates, valid_C, scale_C)
         y_CK = None if q_CK is None else recall(rules.network, fast, gradients, weights, q_CK, norm)
-        return advance(fast, gradients, weights, momentum), y_CK
+        return advance(rules.network, fast, gradients, weights, momentum), y_CK
 
     whole = (gradients, rates, tokens.valid, tokens.q)
     C, blocks = rules.chunk_tokens, rules.chunk_tokens // BLOCK_TOKENS
@@ -118,6 +119,11 @@ def chunk(
         after, y_CK = chunk_scan(block, fast, parts, 1)
         y_CK = None if y_CK is None else y_CK.reshape(C, *y_CK.shape[2:])
     return after, (y_CK, *measured)
+
+
+def each(fn: Callable[[Weights], Weights], fast: Fast) -> Fast:
+    """`fn` of the weights and of the momentum, where there is one."""
+    return Fast(fn(fast.weights), None if fast.momentum is None else fn(fast.momentum))
 
 
 def run(
@@ -135,23 +141,31 @@ def run(
     Returns:
       Weights and momentum behind the tokens, answers if there are queries, and what was measured.
 
-    Each device runs its own rows and heads over all tokens, and needs nothing of the others.
+    Each device runs its own rows and heads over all tokens; where devices share the hidden width of the network, they
+    sum what comes back from it.
     """
+    split = next((name for name in ("hidden", "heads", "batch", "time") if parts(name) > 1), "hidden")
 
-    def own(_: Shards, norm: Any, scale_C: Any, fast: Fast, tokens: Tokens) -> tuple[Fast, Any, Measured]:
-        return _run(rules, norm, scale_C, fast, tokens, remat)
+    def own(shards: Shards, norm: Any, scale_C: Any, fast: Fast, tokens: Tokens) -> tuple[Fast, Any, Measured]:
+        shards = shards if split == "hidden" else Shards()  # rows and heads need nothing of one another
+        here = rules._replace(network=rules.network._replace(shards=shards))
+        norm, scale_C, floats = shards.receive((norm, scale_C, tokens._replace(valid=None)))
+        fast = each(here.network.received, fast)
+        after, *made = _run(here, norm, scale_C, fast, floats._replace(valid=tokens.valid), remat)
+        return each(here.network.returned, after), *shards.enter(made)
 
     def axes(*first: str | None) -> Any:
         return lambda a: (*first, *[None] * (a.ndim - len(first)))
 
     of_tokens = jax.tree.map(axes("batch", None, "heads"), tokens._replace(valid=None))
     of_tokens = of_tokens._replace(valid=("batch", None))
-    of_fast, scanned = jax.tree.map(axes("batch", "heads"), fast), (None, "batch", "heads", None)
+    of_weights = tuple(("batch", "heads", *names) for names in rules.network.inner.axes())
+    of_fast: Any = Fast(of_weights, fast.momentum and of_weights)  # pyright: ignore[reportArgumentType]
+    scanned = (None, "batch", "heads", None)
     of_norm, of_scale = jax.tree.map(axes("heads"), norm), jax.tree.map(axes(), scale_C)
     of_rates = jax.tree.map(lambda _: scanned, tokens.rates)
     of_answers = None if tokens.q is None else ("batch", None, "heads", None)
     out_axes = (of_fast, of_answers, Measured(scanned, scanned, of_rates))  # pyright: ignore[reportArgumentType]
-    split = next((name for name in ("heads", "batch", "time") if parts(name) > 1), "heads")
     in_axes = (of_norm, of_scale, of_fast, of_tokens)
     # Unchecked: a gradient inside, taken by what is the same on all devices, would be summed over them.
     return logical_shard_map(own, in_axes, out_axes, reduce=split, check=False)(norm, scale_C, fast, tokens)
@@ -179,6 +193,29 @@ def _run(
     y_JBHCK, *measured = jax.tree.map(lambda a: a.reshape(total, B, H, *a.shape[2:]), made_N)
     y_BTHK = None if y_JBHCK is None else jnp.moveaxis(y_JBHCK, (0, 3), (1, 2)).reshape(B, -1, H, K)[:, :T]
     return fast, y_BTHK, Measured(*measured)
+
+
+def ask(network: Network, norm: Any, weights: Weights, q_BTHK: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """f(q; W) of all rows and heads, shared between devices as in `run`.
+
+    Args:
+      network: f.
+      norm: slow weights of the network's norm, [H K], or None.
+      weights: the same for all tokens of a row, [B H I O].
+      q_BTHK: queries.
+    """
+
+    def own(shards: Shards, norm: Any, weights: Weights, q_BTHK: Array) -> Array:
+        here = network._replace(shards=shards)
+        norm, q_BTHK = shards.receive((norm, q_BTHK))
+        asked = over_heads(lambda norm, weights, q_TK: plain(here, weights, q_TK, norm))
+        y_BHTK = asked(norm, here.received(weights), jnp.moveaxis(q_BTHK, 1, 2))
+        return shards.enter(jnp.moveaxis(y_BHTK, 1, 2))
+
+    of_weights = tuple(("batch", "heads", *names) for names in network.inner.axes())
+    of_norm, of_rows = jax.tree.map(lambda a: ("heads", *[None] * (a.ndim - 1)), norm), ("batch", None, "heads", None)
+    in_axes = (of_norm, of_weights, of_rows)
+    return logical_shard_map(own, in_axes, of_rows, reduce="hidden", check=False)(norm, weights, q_BTHK)
 
 
 def _with_heads(tokens: Tokens) -> Tokens:

@@ -140,7 +140,7 @@ def _move_on(rules: Rules, norm: Any, scale_C: Array | None, full_B: Array, fast
 
     def head(_: Any, fast: Fast, gradients: Gradients, rates: Rates) -> Fast:
         valid_C = jnp.ones(rules.chunk_tokens, bool)
-        return advance(fast, gradients, *presence(hold(rates, valid_C, rules.held), valid_C, scale_C))
+        return advance(rules.network, fast, gradients, *presence(hold(rates, valid_C, rules.held), valid_C, scale_C))
 
     after = over_heads(head)(norm, fast, part.gradients, part.rates)
     return jax.tree.map(lambda new, old: jnp.where(full_B[:, None, None, None], new, old), after, fast)

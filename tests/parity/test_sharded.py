@@ -61,10 +61,14 @@ def assert_sharded_as_planned(here: Case) -> None:
 
 
 def assert_heads_stay(here: Case, memory: TitansConfig, rows: int) -> None:
-    """A device's loops carry weights and momentum of its own rows and heads: those over segments, and over chunks."""
+    """A device's loops, over segments and over chunks, carry what is its own of weights and momentum.
+
+    That is its rows, its heads, and of the hidden width its part.
+    """
     layers, width = here.config.decoder.num_layers, here.config.decoder.width // memory.num_heads
-    heads, matrices = memory.num_heads // here.shape["model"], set(memory.network.shapes(width))
-    assert all(EXPANSION * width in shape for shape in matrices), "nothing else has such dimensions"
+    heads, whole = memory.num_heads // here.shape["model"], EXPANSION * width
+    matrices = {(whole // here.shape["slots"], width), (width, whole // here.shape["slots"])}
+    assert {(whole, width), (width, whole)} == set(memory.network.shapes(width)), "nothing else has such dimensions"
     carried = {shape for shapes in here.carried.values() for shape in shapes if shape[-2:] in matrices}
     assert {(rows, heads, *shape) for shape in matrices} <= carried, "over segments"
     assert {(rows * heads, *shape) for shape in matrices} <= carried, "over chunks, where rows and heads are one axis"

@@ -26,7 +26,7 @@ from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, confi
 
 ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64
 SLOTS = 40  # a number that no other dimension has, whole or in parts
-EXPANSION = 5  # of Titans' networks: the hidden width of 5 x 16 is such a number too
+EXPANSION = 7  # of Titans' networks: the hidden width of 7 x 16 is such a number too
 # With large steps on random parameters an inner memory is chaotic: float32 runs part that differ in one rounding.
 CALM = StepConfig(maximum=0.01)
 

@@ -104,7 +104,7 @@ _LM2 = {
 MESHES: dict[str, dict[int, MeshConfig]] = {
     "lm2_1p7b": _LM2,
     "llama_1p7b": _LM2,
-    "lm2_8b": _LM2,
+    "lm2_8b": _LM2 | {64: MeshConfig(data=2, fsdp=16, slots=2)},  # on v5e with --optim.accumulate 2, as there is room
     "titans_mac_1p3b": {
         16: MeshConfig(data=1, fsdp=8, model=2),
         64: MeshConfig(data=1, fsdp=32, model=2),

@@ -155,15 +155,16 @@ class Embed(nn.Module):
         init = named(nn.initializers.normal(self.width**-0.5), TABLE)
         self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
-    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def __call__(self, tokens: Int[Array, "B *rest"]) -> Float[Array, "B *rest D"]:
         """Rows of the table in the compute type.
 
         Each device looks up, for all rows of its copy of the model, the part of the width that it keeps, and the parts
         are exchanged: the gradient is then summed part by part, not as a whole table on every device.
         """
         table_VD = self.table_VD.astype(jnp.dtype(self.precision.compute))
-        x_BSD = jnp.take(table_VD, constrain(tokens, ("copies", None)), axis=0)
-        return constrain(x_BSD, ("copies", None, "row_width"))
+        rest = (None,) * (tokens.ndim - 1)
+        x = jnp.take(table_VD, constrain(tokens, ("copies", *rest)), axis=0)
+        return constrain(x, ("copies", *rest, "row_width"))
 
     def attend(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Logits under the tied head, in the logits' type."""

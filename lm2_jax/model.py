@@ -171,7 +171,9 @@ class LanguageModel(nn.Module):
         self._check_state(B, state)
         J = S // T
         segments = self._segments(B, J, reset, valid, document, bptt_segments)
-        x_BJTD = self.embed(tokens).reshape(B, J, T, -1)
+        x_BJTD = self.embed(tokens.reshape(B, J, T))
+        # Each takes its part of the tokens first: in one step, all devices would gather all rows.
+        x_BJTD = constrain(x_BJTD, ("copies", "segments", "time", "row_width"))
         x_BJTD = constrain(x_BJTD, ("batch", "segments", "time", "embed"))
         schedule = self._segment_major if self._schedule() == "segment_major" else self._layer_major
         hidden_BJTD, state, aux = schedule(x_BJTD, state, segments)

@@ -31,7 +31,7 @@ class ContextJoin(PerLayerJoin):
     """y = Attention([P; retrieved; n(x)]), h = x + combine(y, M(n(x + y))) (arXiv:2501.00663, equations 21-25).
 
     The paper writes y and does not say where its residual connections run. Here the memory is given x + y, so that a
-    token does not lose what it was; y alone is `source`, and the two have not been compared to the end.
+    token does not lose what it was; `source` can be y alone, which learned a little less (docs/design.md).
 
     Two readings of the paper would show a token its future, and are not taken:
 

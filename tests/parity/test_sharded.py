@@ -22,8 +22,8 @@ MESHES = {
 }
 CORE = ("lm2_tiny", "titans_mac_tiny")
 OTHERS = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny") and name not in CORE)
-# Pairs of a memory and a join that no preset has: a bank with `gate`, and one with a learned start with `layer`.
-PAIRS = ("gate_mix_middle_layer", "layer_learned")
+# What no preset has: a bank with `gate`, one with a learned start with `layer`, and learned queries with `context`.
+PAIRS = ("gate_mix_middle_layer", "layer_learned", "context_queries")
 
 pytestmark = pytest.mark.parity
 

@@ -155,7 +155,7 @@ class Embed(nn.Module):
         init = named(nn.initializers.normal(self.width**-0.5), TABLE)
         self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
-    def __call__(self, tokens: Int[Array, "B *rest"]) -> Float[Array, "B *rest D"]:
+    def __call__(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
         """Rows of the table in the compute type.
 
         Each device looks up, for all rows of its copy of the model, the part of the width that it keeps, and the parts

@@ -93,13 +93,13 @@ PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P
 # Rows go over data and fsdp; where there are more chips than rows, slots and tokens go over `slots` (the queries of a
 # device meet all keys, which are few), and in Titans, whose memory walks through the tokens, heads over `model`. Two
 # copies even where one would do: libtpu sums a gradient over all devices to every one of them, but over some devices
-# right into the parts that they keep, which halves what is sent.
+# right into the parts that they keep, which halves what is sent. 4,096 chips of v5e are 16 slices, with a copy in each.
 _LM2 = {
     16: MeshConfig(data=2, fsdp=8),
     64: MeshConfig(data=2, fsdp=32),
     256: MeshConfig(data=2, fsdp=32, slots=4),
     512: MeshConfig(data=2, fsdp=32, slots=8),
-    4096: MeshConfig(data=4, fsdp=64, slots=16),
+    4096: MeshConfig(data=16, fsdp=16, slots=16),
 }
 MESHES: dict[str, dict[int, MeshConfig]] = {
     "lm2_1p7b": _LM2,
@@ -110,6 +110,6 @@ MESHES: dict[str, dict[int, MeshConfig]] = {
         64: MeshConfig(data=1, fsdp=32, model=2),
         256: MeshConfig(data=1, fsdp=64, model=4),
         512: MeshConfig(data=1, fsdp=64, model=8),
-        4096: MeshConfig(data=4, fsdp=64, model=8, slots=2),
+        4096: MeshConfig(data=16, fsdp=16, model=8, slots=2),
     },
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm2_jax.memory import chunk_form, titans_chunks
-from lm2_jax.memory.chunk_form import Fast, Rates
+from lm2_jax.memory.chunk_form import Fast, Network, Rates
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SquaredError
 from lm2_jax.memory.titans_chunks import SCANS, Rules, Tokens, run
 from tests.contract.subjects import UNOPTIMIZED
@@ -60,7 +60,7 @@ def in_chunks(tree, valid, *, name, chunk, momentum, forget, held=(False, False,
     )
     norm = NormWeights(*tree["slow"]) if tree["slow"] else None
     fast = Fast(tuple(tree["fast"]), tuple(tree["speed"]) if momentum else None)
-    rules = Rules(network, SquaredError(), chunk, held)
+    rules = Rules(Network(network), SquaredError(), chunk, held)
     fast, y, _ = run(
         rules,
         norm,
@@ -151,7 +151,7 @@ def one_head(k, v, q, chunk, log_momentum):
     rates = Rates(jnp.ones((1, k.shape[1], 1)), log_momentum, None)
     zeros = (jnp.zeros((1, 1, 2, 2)),)
     fast = Fast(zeros, None if log_momentum is None else zeros)
-    rules = Rules(LinearNetwork(), SquaredError(factor=0.5), chunk, (False, False, False))
+    rules = Rules(Network(LinearNetwork()), SquaredError(factor=0.5), chunk, (False, False, False))
     return run(rules, None, None, fast, Tokens(q, k, v, rates, jnp.ones((1, k.shape[1]), bool)), remat="none")
 
 
@@ -194,7 +194,7 @@ def test_padding_moves_nothing():
 
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def advance(valid_C):
-        return chunk_form.advance(fast, rows, *chunk_form.presence(rates, valid_C))
+        return chunk_form.advance(Network(LinearNetwork()), fast, rows, *chunk_form.presence(rates, valid_C))
 
     after = advance(none)
     jax.tree.map(np.testing.assert_array_equal, after, fast)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm2_jax.memory.chunk_form import Fast, Rates
+from lm2_jax.memory.chunk_form import Fast, Network, Rates
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, SquaredError
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
 from lm2_jax.memory.titans_chunks import Rules, Tokens, run
@@ -23,7 +23,7 @@ def backward_bytes(chunks: int, remat: str) -> int:
     K = 32
 
     def total(fast, tokens):
-        rules = Rules(LinearNetwork(), SquaredError(), 1, (False, False, False))
+        rules = Rules(Network(LinearNetwork()), SquaredError(), 1, (False, False, False))
         after, y, _ = run(rules, None, None, fast, tokens, remat)
         return jnp.sum(y * y) + jnp.sum(after.weights[0])
 

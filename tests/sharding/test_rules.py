@@ -7,7 +7,7 @@ from sharding.rules import RULES, check_rules
 def test_the_table_holds_the_names_of_the_project():
     assert {name for name, _ in check_rules(RULES)} == {
         *("batch", "copies", "time", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "layers"),
-        *("slots", "chunk", "inner", "segments", "norm", "state_embed", "window", "gate_width", "row_width"),
+        *("slots", "chunk", "inner", "hidden", "segments", "norm", "state_embed", "window", "gate_width", "row_width"),
     }
 
 

@@ -1,4 +1,4 @@
-"""What shards of a bank, and devices with some heads of a Titans memory, make together is what one device makes."""
+"""What shards of a bank, and devices with a part of a Titans memory, make together is what one device makes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ import pytest
 from lm2_jax import partition
 from lm2_jax.dot_product import Keys, attend_behind
 from lm2_jax.memory.bank_reads import BankKeys, attend_slots, tokens_to_slots
-from lm2_jax.memory.inner import NormWeights
+from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SwigluNetwork
 from lm2_jax.memory.titans import TitansConfig
-from lm2_jax.memory.titans_chunks import Fast, Rates, Tokens, run
+from lm2_jax.memory.titans_chunks import Fast, Rates, Tokens, ask, run
 from sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import UNOPTIMIZED
 
@@ -83,9 +83,19 @@ def test_best_slots_come_from_all_shards():
     np.testing.assert_allclose(found_BTHK, np.full((B, T, 2, 1), expected), rtol=1e-12)
 
 
-@pytest.mark.parametrize("mesh", [SPLIT, MeshConfig(data=2, model=4), MeshConfig(data=2, fsdp=4)])
-def test_titans_heads_and_rows_stay_on_their_devices(mesh):
-    config, rows = TitansConfig(chunk_tokens=4), 8
+@pytest.mark.parametrize(
+    ("network", "mesh"),
+    [
+        (MlpNetwork(), SPLIT),
+        (MlpNetwork(), MeshConfig(data=2, model=4)),
+        (MlpNetwork(), MeshConfig(data=2, fsdp=4)),
+        (MlpNetwork(depth=3), SPLIT),  # the third layer is whole on every device
+        (SwigluNetwork(), SPLIT),
+        (LinearNetwork(), SPLIT),
+    ],
+)
+def test_titans_heads_rows_and_hidden_width_stay_on_their_devices(network, mesh):
+    config, rows = TitansConfig(chunk_tokens=4, network=network), 8
     shapes = config.network.shapes(K)
     fast = Fast(*(tuple(0.2 * normal(i, rows, H, *s) for i, s in enumerate(shapes)) for _ in range(2)))
     rates = Rates(0.05 * jax.nn.sigmoid(normal(5, rows, T, H)), *(jax.nn.log_sigmoid(normal(6, rows, T, H)),) * 2)
@@ -95,9 +105,9 @@ def test_titans_heads_and_rows_stay_on_their_devices(mesh):
     def fn(fast, q, k, v, rates, norm):
         tokens = Tokens(q, k, v, rates, jnp.arange(T)[None] < jnp.arange(rows)[:, None] + 1)
         after, y, measured = run(config.rules, norm, None, fast, tokens, config.remat)
-        return after, y, measured
+        return after, y, measured, ask(config.rules.network, norm, after.weights, q)
 
-    text = split_and_whole(fn, (fast, q, k, v, rates, norm), mesh)
+    text = split_and_whole(fn, (fast, q, k, v, rates, norm if network.has_norm else None), mesh)
     assert "shard_map" in text
 
 

@@ -162,7 +162,8 @@ class Case:
         return carried_in(parse(self.compiled.as_text()))
 
 
-case = functools.cache(Case)
+# Few at a time: some sixty compiled programs take all the memory maps that Linux gives a process, and XLA crashes.
+case = functools.lru_cache(maxsize=8)(Case)
 
 
 # By depth of the loop, 0 outside of all: the kind of a collective, and the shape of one array it returns.

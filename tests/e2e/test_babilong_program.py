@@ -35,6 +35,7 @@ def test_every_layer_tells_how_its_memory_fares(trained):
     }[preset]  # fmt: skip
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {"eval_loss", "eval_answer_accuracy", "eval_answer_loss"} <= lines[-1].keys(), "held out"
     for line in lines:
         assert all(math.isfinite(value) for value in line.values())
         missing = {f"memory/{name}/{layer}" for name in names for layer in range(2)} - line.keys()

@@ -2,11 +2,13 @@
 
 import io
 import json
+import struct
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 
 import lm2_jax
 from lm2_jax.model import LanguageModel
@@ -31,7 +33,25 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
         log.write(3, {"loss": 9.0})
         assert steps(tmp_path) == [1, 2, 3], "a line is there as soon as it is written"
     assert read_lines(tmp_path)[-1] == {"step": 3, "loss": 9.0}
-    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, {"loss": 0.5, "eval_loss": 2.0})
+        log.write(2, {"loss": 0.25})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert scalars(file) == [(1, "loss", 0.5), (1, "eval_loss", 2.0), (2, "loss", 0.25)]
+
+
+def scalars(file):
+    """Step, name and value of all in a TensorBoard file: a length, its checksum, an event, its checksum, and so on."""
+    data, found = file.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + size])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + size :]
+    return found
 
 
 def test_a_bucket_gets_whole_files_now_and_then(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ They must be in place before jax is asked for its devices and before lm2_jax is 
 top and not in fixtures.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -35,6 +36,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jaxtyping.install_import_hook("lm2_jax", "tests.annotations.check")
 
 
+MOST_MAPS = 30_000
+
 # Where programs run on several devices.
 SPLIT = ("sharding", "parity", "e2e/test_elastic.py", "training/test_step.py")
 
@@ -50,6 +53,24 @@ def nothing_split_is_cached(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9 if here.startswith(SPLIT) else seconds)
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Drops all compiled programs before they take all the memory maps of this process, 65,530 on Linux.
+
+    Each takes dozens for as long as it can be called; XLA crashes where there are no more.
+    """
+    yield
+    if memory_maps() > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def memory_maps() -> int:
+    """Memory maps of this process; 0 where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

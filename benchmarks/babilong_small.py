@@ -16,9 +16,9 @@ import tyro
 from etils import epath
 
 from benchmarks import origin
-from configs import babilong_small
 from lm2_jax import cli
 from lm2_jax.errors import UserError
+from lm2_jax.presets import babilong_small
 from lm2_jax.training.workdir import check_owner
 
 RUNS = pathlib.Path("runs")

@@ -17,10 +17,10 @@ import tyro
 from etils import epath
 
 from benchmarks import origin
-from configs import probe, probe_titans
 from lm2_jax import cli
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation.recall import Result, measure
+from lm2_jax.presets import probe, probe_titans
 from lm2_jax.runs import load_run
 from lm2_jax.training.workdir import check_owner
 

@@ -29,10 +29,10 @@ from benchmarks import origin
 from lm2_jax import cli
 from lm2_jax.config import RunConfig
 from lm2_jax.data.pipeline import read_row, stack
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.evaluate import host_batches
 from lm2_jax.training.fit import prepare, prepare_jax
 from lm2_jax.training.step import jit_train_step
-from sharding import Layout, MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ the same run with Titans as context, with memory tokens of RMT and without memor
 
 import dataclasses
 
-from configs.tiny import replace_model
 from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.plain import PlainJoin
@@ -27,6 +26,7 @@ from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
+from lm2_jax.presets.tiny import replace_model
 
 DECODER = DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=200)
 WIDER = dataclasses.replace(DECODER, mlp_width=264)  # what LM2's gates cost, given to the other two

@@ -12,7 +12,6 @@ stops at 0.70: places are remembered, but not whose (docs/design.md).
 
 import dataclasses
 
-from configs.tiny import replace_model
 from lm2_jax.blocks.base import JoinConfig
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
@@ -25,6 +24,7 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.tokens import TokensConfig
+from lm2_jax.presets.tiny import replace_model
 
 SLOTS = 8
 DECODER = DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=264)

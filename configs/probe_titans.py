@@ -9,8 +9,6 @@ eight slots (the table prints both). Gate and layer have the window they are pub
 
 import dataclasses
 
-from configs.probe import arm, bank
-from configs.tiny import replace_model
 from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.gate import GateJoin
@@ -23,6 +21,8 @@ from lm2_jax.config import RunConfig
 from lm2_jax.memory.bank_writes import BlockWrite
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
+from lm2_jax.presets.probe import arm, bank
+from lm2_jax.presets.tiny import replace_model
 
 TITANS = TitansConfig(num_heads=4, chunk_tokens=16)
 PERSISTENT = 4

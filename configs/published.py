@@ -17,8 +17,6 @@ takes it where no --mesh option is given. That all arrays divide is tested; docs
 
 import dataclasses
 
-from configs import titans
-from configs.tiny import replace_model
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -29,7 +27,9 @@ from lm2_jax.memory.bank_writes import PaperWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.precision import Precision
-from sharding.mesh import MeshConfig
+from lm2_jax.presets import titans
+from lm2_jax.presets.tiny import replace_model
+from lm2_jax.sharding.mesh import MeshConfig
 
 LLAMA_1B = DecoderConfig(
     width=2048,

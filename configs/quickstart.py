@@ -11,7 +11,6 @@ rows of sixteen.
 
 import dataclasses
 
-from configs.tiny import replace_model
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -20,6 +19,7 @@ from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import BlockWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
+from lm2_jax.presets.tiny import replace_model
 
 LM2 = RunConfig(
     name="quickstart",

@@ -9,18 +9,22 @@ from lm2_jax.config import ModelConfig as ModelConfig
 from lm2_jax.config import RunConfig as RunConfig
 from lm2_jax.errors import UserError as UserError
 from lm2_jax.model import LanguageModel as LanguageModel
-from lm2_jax.presets import preset as preset
 from lm2_jax.streaming import absorb as absorb
 from lm2_jax.streaming import stream as stream
 
 if TYPE_CHECKING:
+    from lm2_jax.presets import PRESETS as PRESETS
+    from lm2_jax.presets import preset as preset
     from lm2_jax.runs import Run as Run
     from lm2_jax.runs import load_run as load_run
 
-    PRESETS: dict[str, RunConfig]
-
 # Names that read files or import the trainer: resolved at first use.
-_LAZY = {"PRESETS": "configs", "load_run": "lm2_jax.runs", "Run": "lm2_jax.runs"}
+_LAZY = {
+    "PRESETS": "lm2_jax.presets",
+    "preset": "lm2_jax.presets",
+    "load_run": "lm2_jax.runs",
+    "Run": "lm2_jax.runs",
+}
 
 
 def __getattr__(name: str) -> Any:

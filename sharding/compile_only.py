@@ -17,18 +17,18 @@ from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_file
 from lm2_jax.model import LanguageModel
 from lm2_jax.precision import prepare_numbers
+from lm2_jax.sharding.costs import Costs, floor, program_costs
+from lm2_jax.sharding.early import Early, optimised
+from lm2_jax.sharding.hlo import parse
+from lm2_jax.sharding.layout import Layout
+from lm2_jax.sharding.mesh import AXES, MeshConfig, make_mesh
+from lm2_jax.sharding.topology import Topology, compile_only_devices, parse_topology
 from lm2_jax.training.fit import check_trainable
 from lm2_jax.training.flops import traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.progress import flops_per_token
 from lm2_jax.training.state import Plan, make_plan
 from lm2_jax.training.step import jit_train_step, make_train_step
-from sharding.costs import Costs, floor, program_costs
-from sharding.early import Early, optimised
-from sharding.hlo import parse
-from sharding.layout import Layout
-from sharding.mesh import AXES, MeshConfig, make_mesh
-from sharding.topology import Topology, compile_only_devices, parse_topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

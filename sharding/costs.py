@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sharding.hlo import (
+from lm2_jax.sharding.hlo import (
     COLLECTIVES,
     Computation,
     Instruction,
@@ -18,7 +18,7 @@ from sharding.hlo import (
     size_bytes,
     trip_count,
 )
-from sharding.topology import Chip
+from lm2_jax.sharding.topology import Chip
 
 # Names and views: nothing is computed or moved.
 _FREE = frozenset(

@@ -13,11 +13,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lm2_jax import layout, partition
 from lm2_jax.errors import UserError
 from lm2_jax.registry import near_misses
+from lm2_jax.sharding.check import describe_whole, unsharded
+from lm2_jax.sharding.partition import MeshPartition
+from lm2_jax.sharding.rules import FIELDS, RULES, Rule, check_rules, mesh_axes
 from lm2_jax.state import is_axes
 from lm2_jax.types import Axes
-from sharding.check import describe_whole, unsharded
-from sharding.partition import MeshPartition
-from sharding.rules import FIELDS, RULES, Rule, check_rules, mesh_axes
 
 
 class Layout(layout.Layout):

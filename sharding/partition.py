@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 
 from lm2_jax.partition import Shards
 from lm2_jax.registry import near_misses
+from lm2_jax.sharding.rules import FIELDS, Rule, mesh_axes
 from lm2_jax.state import map_axes
 from lm2_jax.types import Array, Axes
-from sharding.rules import FIELDS, Rule, mesh_axes
 
 
 class MeshShards(Shards):

@@ -9,10 +9,10 @@ import jax
 from lm2_jax.config import RunConfig
 from lm2_jax.model import LanguageModel
 from lm2_jax.precision import prepare_numbers
+from lm2_jax.sharding.check import Placed, placed, unsharded
+from lm2_jax.sharding.layout import Layout
+from lm2_jax.sharding.mesh import MeshConfig, planned_mesh
 from lm2_jax.training.state import make_plan
-from sharding.check import Placed, placed, unsharded
-from sharding.layout import Layout
-from sharding.mesh import MeshConfig, planned_mesh
 
 
 def describe_plan(config: RunConfig, mesh: MeshConfig) -> str:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from lm2_jax.errors import UserError
 from lm2_jax.registry import near_misses
-from sharding.mesh import AXES
+from lm2_jax.sharding.mesh import AXES
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 Rule: TypeAlias = tuple[str, MeshAxes]

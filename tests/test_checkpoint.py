@@ -13,9 +13,9 @@ from lm2_jax import load_run
 from lm2_jax.checkpoint import Checkpoints, folder_of, half_written
 from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.fit import begin
 from lm2_jax.training.state import make_plan
-from sharding import Layout, MeshConfig, make_mesh
 from tests.e2e.tiny_run import ROWS, tiny_config, write_documents
 
 

@@ -10,7 +10,7 @@ import lm2_jax
 from lm2_jax.decoder import RopeScaling
 from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rope_frequencies, rotate
 from lm2_jax.precision import Precision, safe
-from sharding import Layout, MeshConfig, make_mesh
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import abstract_params
 
 PRECISION = Precision()

@@ -7,13 +7,13 @@ import jax
 import pytest
 
 import lm2_jax
-from configs import mesh_for, published
 from lm2_jax.model import LanguageModel
+from lm2_jax.presets import mesh_for, published
+from lm2_jax.sharding import Layout, MeshConfig
+from lm2_jax.sharding.check import assert_sharded
+from lm2_jax.sharding.mesh import planned_mesh
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.state import make_plan
-from sharding import Layout, MeshConfig
-from sharding.check import assert_sharded
-from sharding.mesh import planned_mesh
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from lm2_jax import splash
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.dot_product import attend
 from lm2_jax.precision import Precision
-from sharding import Layout, MeshConfig, make_mesh
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import FLOAT64, abstract_params, generic_params, precise
 
 R, T, H, G, K = 2, 256, 4, 2, 8

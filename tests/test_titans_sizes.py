@@ -6,7 +6,7 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from configs import titans
+from lm2_jax.presets import titans
 
 
 def sized(size: str) -> list:

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import train
-from configs import mesh_for
-from sharding import MeshConfig
+from lm2_jax.presets import mesh_for
+from lm2_jax.sharding import MeshConfig
 
 
 @pytest.mark.parametrize(

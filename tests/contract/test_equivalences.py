@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lm2_jax.precision import Precision
-from sharding import Layout, MeshConfig, make_mesh
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import (
     FLOAT64,
     ROWS,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding import RULES
+from lm2_jax.sharding import RULES
 from tests.contract.subjects import NAMES, ROWS, SEGMENTS, TINY, Subject, assert_close, assert_equal, subject
 
 

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import train
-from configs import PRESETS
 from lm2_jax import cli
 from lm2_jax.config import OptimConfig, RunConfig
+from lm2_jax.presets import PRESETS
 from lm2_jax.training import fit
 from lm2_jax.training.watch import Watch
 from tests.contract.subjects import FLOAT64

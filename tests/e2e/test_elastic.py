@@ -13,9 +13,9 @@ from lm2_jax.config import OptimConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.model import LanguageModel
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.fit import begin, fit
 from lm2_jax.training.state import make_plan
-from sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import FLOAT64, precise
 from tests.e2e.tiny_run import MODELS, arrays, tiny_config, write_documents
 

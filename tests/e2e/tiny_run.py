@@ -21,9 +21,9 @@ from lm2_jax.checkpoint import Checkpoints, Restored
 from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.data.tokenizers import TokenizerConfig
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.fit import Outcome, fit
 from lm2_jax.training.watch import Watch
-from sharding import Layout, MeshConfig, make_mesh
 
 STEPS, SAVE_EVERY = 20, 4
 ROWS = 4

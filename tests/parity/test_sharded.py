@@ -9,7 +9,7 @@ import pytest
 
 import lm2_jax
 from lm2_jax.memory.titans import TitansConfig
-from sharding import MeshConfig
+from lm2_jax.sharding import MeshConfig
 from tests.sharding.programs import EXPANSION, ROWS, SLOTS, Case, Outcome, case
 
 MESHES = {

@@ -19,9 +19,9 @@ from lm2_jax.config import ModelConfig
 from lm2_jax.layout import axes_of
 from lm2_jax.memory.titans import StepConfig
 from lm2_jax.precision import Precision
-from sharding import Layout, MeshConfig, make_mesh
-from sharding.hlo import Instruction, Program, parse
-from sharding.mesh import AXES
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
+from lm2_jax.sharding.hlo import Instruction, Program, parse
+from lm2_jax.sharding.mesh import AXES
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, config_of, generic_params, precise
 
 ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64

@@ -8,11 +8,11 @@ import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
+from lm2_jax.sharding import RULES, Layout, MeshConfig, assert_sharded, make_mesh
+from lm2_jax.sharding.mesh import planned_mesh
+from lm2_jax.sharding.plan import describe_plan
 from lm2_jax.training.fit import check_trainable, fit, whole_arrays
 from lm2_jax.training.state import make_plan
-from sharding import RULES, Layout, MeshConfig, assert_sharded, make_mesh
-from sharding.mesh import planned_mesh
-from sharding.plan import describe_plan
 
 
 def shardings(mesh: MeshConfig, axes, shapes):

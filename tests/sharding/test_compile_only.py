@@ -11,9 +11,9 @@ import pytest
 import lm2_jax
 from lm2_jax.errors import UserError
 from lm2_jax.memory.tokens import TokensConfig
-from sharding import MeshConfig, compile_only, make_mesh
-from sharding.compile_only import CompileConfig, Report, compile_and_tell, describe
-from sharding.topology import parse_topology
+from lm2_jax.sharding import MeshConfig, compile_only, make_mesh
+from lm2_jax.sharding.compile_only import CompileConfig, Report, compile_and_tell, describe
+from lm2_jax.sharding.topology import parse_topology
 
 RUN = lm2_jax.preset("lm2_tiny")
 REPORT = Report(

@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from lm2_jax.layout import axes_of
-from sharding import MeshConfig
+from lm2_jax.sharding import MeshConfig
 from tests.contract.subjects import abstract_params
 from tests.sharding.programs import EXPANSION, SLOTS, Case, case
 

@@ -7,12 +7,12 @@ import pytest
 
 import lm2_jax
 from lm2_jax.model import LanguageModel
+from lm2_jax.sharding import MeshConfig, compile_only
+from lm2_jax.sharding.topology import parse_topology
 from lm2_jax.training.flops import traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.state import make_plan
 from lm2_jax.training.step import make_train_step
-from sharding import MeshConfig, compile_only
-from sharding.topology import parse_topology
 from tests.sharding.flop_formula import step_flops
 
 TINY = ("none_tiny", "lm2_tiny", "lm2_paper_tiny", "titans_mac_tiny")

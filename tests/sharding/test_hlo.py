@@ -10,11 +10,11 @@ from flax import linen as nn
 
 import lm2_jax
 from lm2_jax.model import LanguageModel
+from lm2_jax.sharding import costs, hlo
 from lm2_jax.training.flops import jaxpr_flops, traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.state import make_plan
 from lm2_jax.training.step import make_train_step
-from sharding import costs, hlo
 
 # As libtpu prints it, shortened: a loop of 3 with a counter that starts at 1, around a loop of 5 whose condition is a
 # fusion; an attribute of several lines; something for another kind of core.

@@ -13,7 +13,7 @@ from lm2_jax import partition
 from lm2_jax.errors import UserError
 from lm2_jax.layout import axes_of
 from lm2_jax.partition import constrain
-from sharding import RULES, Layout, MeshConfig, make_mesh
+from lm2_jax.sharding import RULES, Layout, MeshConfig, make_mesh
 
 SPLIT = MeshConfig(data=1, fsdp=2, model=2, slots=2)
 

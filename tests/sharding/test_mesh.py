@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from lm2_jax.errors import UserError
-from sharding import MeshConfig, make_mesh
-from sharding.mesh import planned_mesh, spare_threads
+from lm2_jax.sharding import MeshConfig, make_mesh
+from lm2_jax.sharding.mesh import planned_mesh, spare_threads
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sharding import costs, hlo
-from sharding.costs import Collective, Costs, Moved
-from sharding.topology import CHIPS
+from lm2_jax.sharding import costs, hlo
+from lm2_jax.sharding.costs import Collective, Costs, Moved
+from lm2_jax.sharding.topology import CHIPS
 
 HEAD = "HloModule m, is_scheduled=true, num_partitions=8\n\n"
 HOW = 'replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}, frontend_attributes={chain_id="3"}'

@@ -1,7 +1,7 @@
 import pytest
 
 from lm2_jax.errors import UserError
-from sharding.rules import RULES, check_rules
+from lm2_jax.sharding.rules import RULES, check_rules
 
 
 def test_the_table_holds_the_names_of_the_project():

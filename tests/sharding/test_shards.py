@@ -11,7 +11,7 @@ from lm2_jax.memory.bank_reads import BankKeys, attend_slots, tokens_to_slots
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SwigluNetwork
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.titans_chunks import Fast, Rates, Tokens, ask, run
-from sharding import Layout, MeshConfig, make_mesh
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import UNOPTIMIZED
 
 B, T, N, H, G, K = 2, 8, 12, 4, 2, 6

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lm2_jax.errors import UserError
-from sharding.topology import CHIPS, compile_only_devices, parse_topology
+from lm2_jax.sharding.topology import CHIPS, compile_only_devices, parse_topology
 
 
 @pytest.mark.parametrize(

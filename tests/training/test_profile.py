@@ -7,9 +7,9 @@ import pytest
 
 from lm2_jax.config import OptimConfig
 from lm2_jax.errors import UserError
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.fit import fit
 from lm2_jax.training.profile import ProfileConfig, Profiler
-from sharding import Layout, MeshConfig, make_mesh
 from tests.e2e.tiny_run import tiny_config, write_documents
 
 

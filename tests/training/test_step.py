@@ -12,10 +12,10 @@ from lm2_jax.config import LossConfig
 from lm2_jax.data.base import Example
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.model import LanguageModel
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.objective import loss_weights, means, tally
 from lm2_jax.training.state import make_plan
 from lm2_jax.training.step import cut, join, make_train_step
-from sharding import Layout, MeshConfig, make_mesh
 
 ROWS, SEGMENTS = 8, 4
 

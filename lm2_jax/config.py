@@ -56,7 +56,7 @@ class ModelConfig:
         self.join.check(self)
         if self.schedule == "layer_major":
             _require(
-                self.join.carrier(self.block_spec, parent=None) is None,
+                self.join.stack(self.block_spec, parent=None) is None,
                 f"model.schedule='layer_major' needs state per layer, but join {self.join.kind!r} feeds the top of one "
                 "segment to the bottom of the next; use 'auto' or 'segment_major'",
             )
@@ -65,7 +65,7 @@ class ModelConfig:
     def has_memory(self) -> bool:
         """Whether anything but an attention window crosses a segment border."""
         layers = self.join.memory_layers(self.decoder.num_layers)
-        return bool(layers) or self.join.carrier(self.block_spec, parent=None) is not None
+        return bool(layers) or self.join.stack(self.block_spec, parent=None) is not None
 
     @property
     def learns_within_segment(self) -> bool:
@@ -75,7 +75,7 @@ class ModelConfig:
     @property
     def takes_packed(self) -> bool:
         """Whether a document may begin inside a segment."""
-        return self.join.takes_packed(self.memory) and self.join.carrier(self.block_spec, parent=None) is None
+        return self.join.takes_packed(self.memory) and self.join.stack(self.block_spec, parent=None) is None
 
     def block_of(self, layer: int) -> tuple[type[Block], BlockSpec]:
         """The block of one layer, and what it is built from."""

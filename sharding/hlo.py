@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm2_jax import splash
+from lm2_jax.attention import splash
 
 COLLECTIVES = (
     "all-gather",

@@ -10,9 +10,9 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from lm2_jax import splash
+from lm2_jax.attention import splash
+from lm2_jax.attention.softmax import dot_product_attention as attend
 from lm2_jax.blocks.plain import PlainJoin
-from lm2_jax.dot_product import attend
 from lm2_jax.precision import Precision
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import FLOAT64, abstract_params, generic_params, precise

@@ -6,16 +6,16 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.layers import Einsum, RMSNorm, Vector, constrain, named
+from lm2_jax.layers import Einsum, RMSNorm, Vector, named
 from lm2_jax.memory import titans_open
-from lm2_jax.memory.base import Memory, MemoryConfig, Notes
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs
 from lm2_jax.memory.chunk_form import Fast, Network, Rates
 from lm2_jax.memory.inner import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
 from lm2_jax.memory.projections import HeadGate, InnerNorm, Stream
 from lm2_jax.memory.titans_chunks import Rules, Tokens, ask, note_update, run
-from lm2_jax.memory.titans_open import OpenTitans
+from lm2_jax.memory.titans_open import OpenChunk
 from lm2_jax.precision import Precision, safe
-from lm2_jax.types import Array, Bool, Float, Int
+from lm2_jax.types import Array, Bool, Float
 
 OUTPUT_GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
@@ -97,9 +97,9 @@ class TitansConfig(MemoryConfig):
         return Titans(self, width, precision, **linen)
 
     @property
-    def shows_own_segment(self) -> bool:
-        """Each token asks the weights behind itself."""
-        return True
+    def capabilities(self) -> Capability:
+        """Each token asks the weights after itself; a read asks those of the segment's start."""
+        return Capability.READ | Capability.RUNNING
 
     def check_segment(self, segment_tokens: int) -> None:
         """Chunks must not cross a segment border, or decoding would not give what training gave."""
@@ -122,7 +122,22 @@ class TitansState(NamedTuple):
     weights: Weights  # [B H I O] per layer
     momentum: Weights | None
     tails: tuple[Array, Array, Array] | None  # [B W H K]: the last inputs of the convolutions of q, k and v
-    fresh: Bool[Array, " B"]
+    is_start: Bool[Array, " B"]
+
+
+class OpenTitans(NamedTuple):
+    """The memory inside a segment."""
+
+    fast: Fast  # at the start of each row's unfinished chunk
+    part: OpenChunk  # that chunk
+    tails: tuple[Array, Array, Array] | None  # as in the state, after the tokens so far
+
+
+class TitansReader(NamedTuple):
+    """The memory at a segment's start, for reads."""
+
+    weights: Weights
+    tail: Float[Array, "B W H K"] | None  # the last inputs of the queries' convolution, which begins anew in a segment
 
 
 class Titans(Memory):
@@ -210,21 +225,12 @@ class Titans(Memory):
         tails = (tail, tail, tail) if c.conv_tokens > 1 else None
         return TitansState(weights, momentum, tails, ("batch",))  # pyright: ignore[reportArgumentType]
 
-    def _begin(self, state: TitansState) -> TitansState:
-        """The state with the start in fresh rows; it may stay marked as fresh."""
-
-        def put(start: Array | None, held: Array) -> Array:
-            fresh = state.fresh.reshape(-1, *[1] * (held.ndim - 1))
-            return jnp.where(fresh, jnp.zeros_like(held) if start is None else start[None].astype(held.dtype), held)
-
-        begun = map(put, self.start, state.weights)
-        weights = tuple(constrain(w, axes) for w, axes in zip(begun, self._weight_axes, strict=True))
-        momentum, tails = jax.tree.map(lambda held: put(None, held), (state.momentum, state.tails))
-        return TitansState(weights, momentum, tails, state.fresh)
-
-    def prepare(self, state: TitansState) -> Weights:
-        """Weights at the segment's start."""
-        return tuple(w.astype(self.inner_dtype) for w in self._begin(state).weights)
+    def start_state(self) -> TitansState:
+        """Learned weights, no momentum."""
+        state = self.init_state(1)
+        return state._replace(
+            weights=tuple(w[None].astype(h.dtype) for w, h in zip(self.start, state.weights, strict=True))
+        )
 
     def _norm_weights(self) -> Any:
         return self.inner_norm(self.inner_dtype) if self.config.network.has_norm else None
@@ -254,17 +260,23 @@ class Titans(Memory):
             y_BTHK = y_BTHK * OUTPUT_GATES[self.config.output_gate](self.gate_output("btd,dhk->bthk", x_BTD))
         return self.o("bthk,hkd->btd", y_BTHK)
 
-    def read(
-        self, q_BTD: Float[Array, "B T D"], state: TitansState, prepared: Any = None, notes: Notes | None = None
-    ) -> Float[Array, "B T D"]:
-        """f(q_t; W), all tokens at the weights of the segment's start.
+    def reader(self, state: TitansState) -> TitansReader:
+        """Weights at the segment's start."""
+        tail = self._no_tail(state.is_start.shape[0])
+        return TitansReader(tuple(w.astype(self.inner_dtype) for w in state.weights), tail)
 
-        See `Memory.read`. The convolution of q begins anew at the segment's first token.
-        """
-        weights = self.prepare(state) if prepared is None else prepared
-        B, T, _ = q_BTD.shape
-        q_BTHK = self.q(q_BTD, self._no_tail(B), jnp.ones((B, T), bool), self.inner_dtype)
-        return self._answer(self._ask(weights, q_BTHK), q_BTD)
+    def read(
+        self,
+        q_BTD: Float[Array, "B T D"],
+        valid_BT: Bool[Array, "B T"],
+        reader: TitansReader,
+        metrics: Metrics | None = None,
+    ) -> tuple[Float[Array, "B T D"], TitansReader]:
+        """f(q_t; W), all tokens at the weights of the segment's start; see `Memory.read`."""
+        q_BTHK = self.q(q_BTD, reader.tail, valid_BT, self.inner_dtype)
+        y_BTHK = ask(self.config.rules.network, self._norm_weights(), reader.weights, q_BTHK)
+        tail = self.q.tail(q_BTD, reader.tail, valid_BT)
+        return self._answer(y_BTHK, q_BTD), reader._replace(tail=tail)
 
     def _no_tail(self, batch: int) -> Float[Array, "B W H K"] | None:
         """The inputs of a convolution before a text's first token; None where it reaches back to none."""
@@ -273,36 +285,36 @@ class Titans(Memory):
         shape = (batch, self.config.conv_tokens - 1, self.config.num_heads, self.head_width)
         return jnp.zeros(shape, jnp.dtype(self.precision.compute))
 
-    def _ask(self, weights: Weights, q_BTHK: Array) -> Float[Array, "B T H K"]:
-        """f(q; W) of all heads."""
-        return ask(self.config.rules.network, self._norm_weights(), weights, q_BTHK)
-
-    def write(
-        self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
-    ) -> TitansState:
-        """Weights, momentum and convolution tails behind the segment."""
-        return self._update(x_BTD, state, valid_BT, notes, reads=False)[1]
-
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
-    ) -> tuple[Float[Array, "B T D"], TitansState]:
-        """f(q_t; W_t): each token asks the weights behind itself; and the state behind the segment."""
-        y_BTHK, state = self._update(x_BTD, state, valid_BT, notes, reads=True)
+    def advance(
+        self, inputs: TokenInputs, state: OpenTitans, metrics: Metrics | None = None
+    ) -> tuple[Float[Array, "B T D"], OpenTitans]:
+        """f(q_t; W_t): each token asks the weights after itself; see `Memory.advance`."""
+        y_BTHK, state = self._update(inputs, state, metrics, reads=True)
         assert y_BTHK is not None
-        return self._answer(y_BTHK, x_BTD), state
+        return self._answer(y_BTHK, inputs.x), state
+
+    def absorb(self, inputs: TokenInputs, state: OpenTitans, metrics: Metrics | None = None) -> OpenTitans:
+        """`advance` without queries."""
+        return self._update(inputs, state, metrics, reads=False)[1]
 
     def _update(
-        self, x_BTD: Array, state: TitansState, valid_BT: Array, notes: Notes | None, *, reads: bool
-    ) -> tuple[Array | None, TitansState]:
-        """Trains on a segment; with `reads`, the answers [B T H K] to its own queries too."""
-        begun, norm = self._begin(state), self._norm_weights()
-        tokens = self._tokens(x_BTD, begun.tails, valid_BT, reads=reads)
-        rules, scale_C = self.config.rules, self._place_scale()
-        after, y_BTHK, measured = run(rules, norm, scale_C, self._fast(begun), tokens, self.config.remat)
-        if notes is not None:
-            note_update(notes, rules, norm, after, tokens, measured)
-        held, tails = self._held(after, begun), self._tails(x_BTD, begun.tails, valid_BT)
-        return y_BTHK, TitansState(held.weights, held.momentum, tails, jnp.zeros_like(state.fresh))
+        self, inputs: TokenInputs, state: OpenTitans, metrics: Metrics | None, *, reads: bool
+    ) -> tuple[Array | None, OpenTitans]:
+        """Trains on T tokens; with `reads`, the answers [B T H K] to their own queries too.
+
+        A full segment runs chunk by chunk; a piece fills the unfinished chunk of each row. Both give the same.
+        """
+        x_BTD, valid_BT = inputs.x, inputs.valid
+        tokens = self._tokens(x_BTD, state.tails, valid_BT, reads=reads)
+        rules, norm, scale_C = self.config.rules, self._norm_weights(), self._place_scale()
+        tails = self._tails(x_BTD, state.tails, valid_BT)
+        if inputs.position is None:
+            fast, y_BTHK, measured = run(rules, norm, scale_C, state.fast, tokens, self.config.remat)
+            if metrics is not None:
+                note_update(metrics, rules, norm, fast, tokens, measured)
+            return y_BTHK, state._replace(fast=fast, tails=tails)
+        y_BTHK, fast, part = titans_open.feed(rules, norm, scale_C, inputs.position, tokens, state.fast, state.part)
+        return y_BTHK, OpenTitans(fast, part, tails)
 
     def _tokens(self, x_BTD: Array, tails: Any, valid_BT: Array, *, reads: bool) -> Tokens:
         """Tokens as the memory sees them; with `reads`, their queries too."""
@@ -320,59 +332,14 @@ class Titans(Memory):
         streams = (self.q, self.k, self.v)
         return tuple(stream.tail(x_BTD, old, valid_BT) for stream, old in zip(streams, tails, strict=True))
 
-    def _fast(self, begun: TitansState) -> Fast:
-        """Weights and momentum in the type of all that happens inside."""
-        return Fast(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (begun.weights, begun.momentum)))
+    def open(self, state: TitansState) -> OpenTitans:
+        """Weights and momentum in the dtype of the inner loop, and an empty chunk."""
+        fast = Fast(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (state.weights, state.momentum)))
+        c = self.config
+        has = Rates(True, None if c.momentum.per == "off" else True, None if c.forget.per == "off" else True)
+        return OpenTitans(fast, titans_open.empty_chunk(fast, has, c.chunk_tokens), state.tails)
 
-    @staticmethod
-    def _held(fast: Fast, like: TitansState) -> Fast:
-        """Weights and momentum in the types of a state."""
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), fast, Fast(like.weights, like.momentum))
-
-    def open(self, state: TitansState, segment_tokens: int, dtype: jnp.dtype) -> OpenTitans:
-        """See the base class; raises ValueError where chunks do not divide the segment."""
-        self.config.check_segment(segment_tokens)
-        begun, B = self._begin(state), self.rows_of(state)
-        fast = self._fast(begun)
-        no_token = self._rates(jnp.zeros((B, 1, self.width), jnp.dtype(self.precision.compute)))
-        part = titans_open.empty_chunk(fast, no_token, self.config.chunk_tokens)
-        end_B = jnp.full(B, segment_tokens)
-        return OpenTitans(state, fast.weights, fast, part, begun.tails, self._no_tail(B), end_B)
-
-    def ask(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans
-    ) -> tuple[Float[Array, "B S D"], OpenTitans]:
-        """See the base class; the queries' convolution goes on from the piece before."""
-        live_BS = slot_BS < open_state.end[:, None]
-        q_BSHK = self.q(x_BSD, open_state.asked, live_BS, self.inner_dtype)
-        y_BSD = self._answer(self._ask(open_state.prepared, q_BSHK), x_BSD)
-        return y_BSD, open_state._replace(asked=self.q.tail(x_BSD, open_state.asked, live_BS))
-
-    def store(self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans) -> OpenTitans:
-        """Trains on the tokens; in rows whose chunk is full the weights move on."""
-        return self._feed(x_BSD, slot_BS, open_state, reads=False)[1]
-
-    def extend(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans
-    ) -> tuple[Float[Array, "B S D"], OpenTitans]:
-        """See the base class."""
-        y_BSHK, open_state = self._feed(x_BSD, slot_BS, open_state, reads=True)
-        assert y_BSHK is not None
-        return self._answer(y_BSHK, x_BSD), open_state
-
-    def close(self, open_state: OpenTitans) -> TitansState:
-        """The state after a segment that is full, and so are its chunks."""
-        held, fresh = self._held(open_state.fast, open_state.state), open_state.state.fresh
-        return TitansState(held.weights, held.momentum, open_state.tails, jnp.zeros_like(fresh))
-
-    def _feed(
-        self, x_BSD: Array, slot_BS: Array, open_state: OpenTitans, *, reads: bool
-    ) -> tuple[Array | None, OpenTitans]:
-        """S more tokens of the segment; with `reads`, the answers [B S H K] to their own queries too."""
-        live_BS = slot_BS < open_state.end[:, None]
-        tokens = self._tokens(x_BSD, open_state.tails, live_BS, reads=reads)
-        rules, norm, scale_C = self.config.rules, self._norm_weights(), self._place_scale()
-        feed = titans_open.feed(rules, norm, scale_C, slot_BS, tokens, open_state.fast, open_state.part)
-        y_BSHK, fast, part = feed
-        tails = self._tails(x_BSD, open_state.tails, live_BS)
-        return y_BSHK, open_state._replace(fast=fast, part=part, tails=tails)
+    def close(self, opened: OpenTitans, state: TitansState) -> TitansState:
+        """Weights and momentum in the state's dtypes: chunks divide a segment, so the last one is full."""
+        held = jax.tree.map(lambda new, old: new.astype(old.dtype), opened.fast, Fast(state.weights, state.momentum))
+        return TitansState(held.weights, held.momentum, opened.tails, state.is_start)

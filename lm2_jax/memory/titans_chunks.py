@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.memory.base import Notes, note
+from lm2_jax.memory.base import Metrics, record
 from lm2_jax.memory.chunk_form import (
     Fast,
     Network,
@@ -230,11 +230,11 @@ def to_chunks(a: Array, chunks: int, size: int) -> Array:
     return jnp.moveaxis(a.reshape(B, chunks, size, *rest), (1, 3), (0, 2))
 
 
-def note_update(notes: Notes, rules: Rules, norm: Any, after: Fast, tokens: Tokens, measured: Measured) -> None:
+def note_update(metrics: Metrics, rules: Rules, norm: Any, after: Fast, tokens: Tokens, measured: Measured) -> None:
     """Diagnostics of a segment: means over valid tokens; the loss before and after that of the last chunk's update.
 
     Args:
-      notes: receives surprise (norm of a token's gradient), step, momentum, forgetting, both losses, state_norm.
+      metrics: receives surprise (norm of a token's gradient), step, momentum, forgetting, both losses, state_norm.
       rules: network and loss.
       norm: slow weights of the network's norm.
       after: weights behind the segment.
@@ -248,11 +248,11 @@ def note_update(notes: Notes, rules: Rules, norm: Any, after: Fast, tokens: Toke
         return jnp.sum(jnp.where(counts, a, jnp.zeros_like(a))) / jnp.maximum(counts.sum(), 1).astype(a.dtype)
 
     rates = measured.rates
-    note(notes, surprise=mean(measured.surprise, valid_JBHC), step_size=mean(rates.step, valid_JBHC))
+    record(metrics, surprise=mean(measured.surprise, valid_JBHC), step_size=mean(rates.step, valid_JBHC))
     if rates.log_momentum is not None:
-        note(notes, momentum=mean(jnp.exp(rates.log_momentum), valid_JBHC))
+        record(metrics, momentum=mean(jnp.exp(rates.log_momentum), valid_JBHC))
     if rates.log_keep is not None:
-        note(notes, forgetting=mean(-jnp.expm1(rates.log_keep), valid_JBHC))
+        record(metrics, forgetting=mean(-jnp.expm1(rates.log_keep), valid_JBHC))
     last = (tokens.k.shape[1] - 1) // size
     k_BHCK, v_BHCK = (to_chunks(a[:, last * size :], 1, size)[0] for a in (tokens.k, tokens.v))
 
@@ -260,7 +260,7 @@ def note_update(notes: Notes, rules: Rules, norm: Any, after: Fast, tokens: Toke
         return rules.loss(plain(rules.network, weights, k_CK, norm), v_CK)
 
     again_BHC = over_heads(loss)(*jax.lax.stop_gradient((norm, after.weights, k_BHCK, v_BHCK)))
-    note(notes, inner_loss_before=mean(measured.loss[last], valid_JBHC[last]))
-    note(notes, inner_loss_after=mean(again_BHC, valid_JBHC[last]))
+    record(metrics, inner_loss_before=mean(measured.loss[last], valid_JBHC[last]))
+    record(metrics, inner_loss_after=mean(again_BHC, valid_JBHC[last]))
     squares = [jnp.sum(w * w, axis=(2, 3)) for w in jax.lax.stop_gradient(after.weights)]
-    note(notes, state_norm=jnp.sqrt(sum(squares[1:], squares[0])))
+    record(metrics, state_norm=jnp.sqrt(sum(squares[1:], squares[0])))

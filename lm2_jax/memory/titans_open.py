@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm2_jax.memory.chunk_form import Fast, Gradients, Rates, advance, linearise, presence, recall, rows_of
 from lm2_jax.memory.titans_chunks import Rules, Tokens, hold, over_heads
-from lm2_jax.types import Array, Bool, Float, Int, State
+from lm2_jax.types import Array, Bool, Float, Int
 
 
 class OpenChunk(NamedTuple):
@@ -21,18 +21,6 @@ class OpenChunk(NamedTuple):
     gradients: Gradients  # [B H C ..] at the chunk's start weights
     rates: Rates  # [B H C]
     valid: Bool[Array, "B C"]
-
-
-class OpenTitans(NamedTuple):
-    """See the module's docstring."""
-
-    state: State  # at the segment's start
-    prepared: Any  # its weights, for reads that see nothing of the segment
-    fast: Fast  # at the start of each row's unfinished chunk
-    part: OpenChunk
-    tails: Any  # as in the state, behind the tokens so far
-    asked: Float[Array, "B W H K"] | None  # the same of queries that see the segment's start: they begin anew there
-    end: Int[Array, " B"]  # the segment's length: places from here on do not count
 
 
 def empty_chunk(fast: Fast, like: Rates, chunk_tokens: int) -> OpenChunk:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from lm2_jax.splash import kernel_flops
+from lm2_jax.attention.splash import kernel_flops
 
 
 def traced_flops(fn: Callable[..., Any], *arguments: Any) -> float:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lm2_jax import partition
-from lm2_jax.dot_product import Keys, attend_behind
-from lm2_jax.memory.bank_reads import BankKeys, attend_slots, tokens_to_slots
+from lm2_jax.attention.softmax import ExtraKV, attend_from_end
+from lm2_jax.memory.bank_reads import attend_slots, tokens_to_slots
 from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SwigluNetwork
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.titans_chunks import Fast, Rates, Tokens, ask, run
@@ -55,15 +55,15 @@ def test_a_split_bank_is_read_and_written_as_a_whole_one():
     valid[1, 1:] = False  # three of the four shards hold nothing but padding of this row
 
     def fn(q, k, v, slots_q, slots_k, slots_v):
-        keys, rows = BankKeys(slots_k, slots_v), Keys(slots_k, slots_v)
-        every_head = BankKeys(*(jnp.repeat(a, H // G, axis=2) for a in keys))
+        keys, rows = ExtraKV(slots_k, slots_v), ExtraKV(slots_k, slots_v)
+        every_head = ExtraKV(*(jnp.repeat(a, H // G, axis=2) for a in keys))
         return {
             "read": attend_slots(q, keys),
             "best": attend_slots(q, keys, top_k=5),  # more than one shard has, so from several
             "one": attend_slots(q, keys, top_k=1),
             "piece": attend_slots(q[:, :3], keys, top_k=2),  # too short to be split
-            "behind": attend_behind(slots_q, Keys(k, v), jnp.asarray(valid), rows),
-            "tokens": attend_behind(slots_q, Keys(k, v), jnp.asarray(valid[::-1]), None),
+            "behind": attend_from_end(slots_q, ExtraKV(k, v), jnp.asarray(valid), rows),
+            "tokens": attend_from_end(slots_q, ExtraKV(k, v), jnp.asarray(valid[::-1]), None),
             "brought": tokens_to_slots(q, every_head, jnp.tanh(q), jnp.asarray(valid), None),
         }
 
@@ -77,7 +77,7 @@ def test_best_slots_come_from_all_shards():
     # Slot n has the score n / 10: of the four best, three lie on the last of four shards.
     k_BNGK = jnp.broadcast_to(jnp.arange(N, dtype=jnp.float64)[None, :, None, None], (B, N, 1, 1))
     with Layout(make_mesh(MeshConfig(data=2, slots=4))).context():
-        found_BTHK = attend_slots(jnp.full((B, T, 2, 1), 0.1), BankKeys(k_BNGK, k_BNGK), top_k=4)
+        found_BTHK = attend_slots(jnp.full((B, T, 2, 1), 0.1), ExtraKV(k_BNGK, k_BNGK), top_k=4)
     best = np.arange(N - 4, N)
     expected = (np.exp(0.1 * best) * best).sum() / np.exp(0.1 * best).sum()
     np.testing.assert_allclose(found_BTHK, np.full((B, T, 2, 1), expected), rtol=1e-12)
@@ -135,8 +135,8 @@ def test_narrow_numbers_are_combined_too():
     q, k = normal(0, B, T, H, K).astype(jnp.bfloat16), normal(1, B, N, G, K).astype(jnp.bfloat16)
 
     def read(q, k):
-        return attend_slots(q, BankKeys(k, k)), attend_behind(
-            k[:, :, [0, 0, 1, 1]], Keys(k, k), jnp.ones((B, N), bool), None
+        return attend_slots(q, ExtraKV(k, k)), attend_from_end(
+            k[:, :, [0, 0, 1, 1]], ExtraKV(k, k), jnp.ones((B, N), bool), None
         )
 
     with Layout(make_mesh(SPLIT)).context():

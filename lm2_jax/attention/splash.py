@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from lm2_jax.attention.keys import Keys, Queries, joined
 from lm2_jax.partition import Shards, logical_shard_map, parts
 from lm2_jax.types import Array, Float, Int
 
@@ -30,30 +31,39 @@ def fits(tokens: int) -> bool:
     return tokens % (LANES * parts("time")) == 0
 
 
-def obstacle(tokens: int, dtype: jnp.dtype, always: bool, own: bool, window: bool, packed: bool) -> str | None:
-    """What keeps the kernel from an attention, as the end of a sentence about it; None: nothing does.
-
-    Args:
-      tokens: of a segment, with memory tokens beside it.
-      dtype: of the queries.
-      always: whether there are rows that all tokens see: keys without a document or a place in a window.
-      own: whether there is a row per token, seen from that token on.
-      window: whether tokens see a window only.
-      packed: whether documents begin inside a segment.
-    """
+def unsupported(queries: Queries, sets: Sequence[Keys], window_tokens: int | None) -> str | None:
+    """Why the kernel cannot be used, as a clause after its name; None if it can."""
+    T, dtype = queries.q.shape[1], queries.q.dtype
+    prefix = any(s.position is None for s in sets)
     if dtype == jnp.float64:
         return "takes float32 and bfloat16, but precision.compute is float64"
-    if own:
+    if queries.position is not None:
+        return "takes full segments, not pieces of one"
+    if sum(s.position is not None and s.position[0] == 0 for s in sets) > 1:
         return "takes no retrieved row per token, which join 'context' has with join.retrieve='tokens'"
-    if always and (window or packed):
-        beside = "an attention window (decoder.window_tokens)" if window else "packed documents"
-        return f"takes no persistent tokens and no rows of a memory (join.retrieve 'rows' or 'queries') beside {beside}"
-    if not fits(tokens):
+    if prefix and (window_tokens is not None or queries.document is not None):
+        other = "packed documents" if window_tokens is None else "an attention window (decoder.window_tokens)"
+        return f"takes no persistent tokens and no rows of a memory (join.retrieve 'rows' or 'queries') with {other}"
+    if not fits(T):
         return (
-            f"takes a multiple of {LANES} tokens on each of {parts('time')} devices, got {tokens} in all "
+            f"takes a multiple of {LANES} tokens on each of {parts('time')} devices, got {T} in all "
             "(model.segment_tokens and, with join 'tokens', twice memory.num_tokens)"
         )
     return None
+
+
+def attend_sets(queries: Queries, sets: Sequence[Keys], window_tokens: int | None) -> Float[Array, "R T H K"]:
+    """`backends.attend` through the kernel: scores of a block stay on the chip."""
+    R, T = queries.q.shape[:2]
+    document = jnp.zeros((R, T), jnp.int32) if queries.document is None else queries.document
+    ids = []
+    for keys in sets:
+        of_keys = jnp.zeros(keys.k.shape[:2], jnp.int32) if keys.document is None else keys.document
+        ids.append(of_keys if keys.valid is None else jnp.where(keys.valid, of_keys, PADDING))
+    k, v = joined(sets)
+    window = None if window_tokens is None else window_tokens - 1
+    interpret = platform() != "tpu"
+    return splash_attend(queries.q, k, v, document, jnp.concatenate(ids, axis=1), window, interpret=interpret)
 
 
 def splash_attend(

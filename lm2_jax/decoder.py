@@ -45,10 +45,10 @@ class DecoderConfig:
     norm_epsilon: float = 1e-5
     """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; those inside a
     memory and in join.combine always add 1e-5."""
-    attention_kernel: Literal["auto", "plain", "splash"] = "auto"
-    """How a segment attends: in plain operations, through the TPU kernel (splash attention), or the kernel on TPUs
-    wherever it takes what there is. Asked for, it is emulated on other machines, which is slow; what it does not take
-    (docs/tpu.md) is then an error."""
+    attention_kernel: Literal["auto", "plain", "splash", "cudnn"] = "auto"
+    """Implementation of attention within a segment: plain operations, the TPU kernel (splash attention), cuDNN's fused
+    kernel (NVIDIA GPUs, bfloat16), or auto: splash on TPUs wherever it supports the model, else plain. A kernel that is
+    chosen by name and does not support the model is an error (docs/tpu.md); off TPUs splash is emulated, slowly."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width"):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.memory.chunk_form import Network, linearise, plain
-from lm2_jax.memory.inner import (
+from lm2_jax.ops.ttt_chunk.chunk import Network, apply_network, per_token_gradients
+from lm2_jax.ops.ttt_chunk.networks import (
     HuberLoss,
     InnerLoss,
     InnerNetwork,
@@ -51,12 +51,12 @@ def test_rows_of_inputs_and_outputs_are_the_gradient(network, loss):
         weights, k, v, norm = draw(network)
 
         def token(weights, k, v):
-            return loss(plain(Network(network), weights, k[None], norm), v[None])[0]
+            return loss(apply_network(Network(network), weights, k[None], norm), v[None])[0]
 
         @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
         def both(weights, k, v):
             one_by_one = jax.vmap(jax.value_and_grad(token), in_axes=(None, 0, 0))(weights, k, v)
-            return one_by_one, linearise(Network(network), loss, weights, k, v, norm)
+            return one_by_one, per_token_gradients(Network(network), loss, weights, k, v, norm)
 
         (losses, want), (rows, got) = both(weights, k, v)
         np.testing.assert_allclose(got, losses, rtol=1e-12)
@@ -99,7 +99,9 @@ def test_a_network_must_call_each_layer_once():
 
     try:
         with pytest.raises(ValueError, match="Twice calls layer 0 twice"):
-            linearise(Network(Twice()), SquaredError(), (jnp.eye(K),), jnp.ones((C, K)), jnp.ones((C, K)), None)
+            per_token_gradients(
+                Network(Twice()), SquaredError(), (jnp.eye(K),), jnp.ones((C, K)), jnp.ones((C, K)), None
+            )
     finally:
         del InnerNetwork.registry["twice"]
 

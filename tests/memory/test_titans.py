@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork
 from lm2_jax.memory.projections import Stream
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig, TitansState
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork
+from lm2_jax.ops.ttt_chunk.ref import mlp, token_loop
 from lm2_jax.precision import Precision
 from lm2_jax.state import reset_rows
 from lm2_jax.training.optim import kind_of, map_parameters
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED
-from tests.memory.token_loop import by_token, deep_map
 
 B, T, H, K, C = 2, 12, 2, 4, 4
 D = H * K
@@ -176,7 +176,7 @@ def by_equations(params, x_BTD, case: Case):
             tokens |= {"a": 1 - gate["forget"], "valid": jnp.ones(T, bool)}
             slow = (p["inner_norm"]["scale"][h], p["inner_norm"]["b"][h])
             start = [p["start_0"][h], p["start_1"][h]]
-            y, weights, speed = by_token(deep_map, start, [0 * w for w in start], slow, tokens, C)
+            y, weights, speed = token_loop(mlp, start, [0 * w for w in start], slow, tokens, C)
             y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"]
             y = y / (1 + jnp.exp(-x_TD @ p["gate_output"]["w"][:, h]))
             heads.append(y @ p["o"]["w"][h])

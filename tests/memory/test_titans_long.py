@@ -11,10 +11,10 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm2_jax.memory.chunk_form import Fast, Network, Rates
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, SquaredError
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
-from lm2_jax.memory.titans_chunks import Rules, Tokens, run
+from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork, SquaredError
+from lm2_jax.ops.ttt_chunk.sharded import ttt_chunk
 from lm2_jax.precision import Precision
 
 
@@ -23,16 +23,16 @@ def backward_bytes(chunks: int, remat: str) -> int:
     K = 32
 
     def total(fast, tokens):
-        rules = Rules(Network(LinearNetwork()), SquaredError(), 1, (False, False, False))
-        after, y, _ = run(rules, None, None, fast, tokens, remat)
+        spec = ChunkSpec(Network(LinearNetwork()), SquaredError(), 1, (False, False, False))
+        after, y, _ = ttt_chunk(spec, None, None, fast, tokens, remat)
         return jnp.sum(y * y) + jnp.sum(after.weights[0])
 
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.float32)
 
     rates = Rates(*(shape(1, chunks, 1) for _ in range(3)))
-    tokens = Tokens(*(shape(1, chunks, 1, K) for _ in range(3)), rates, jax.ShapeDtypeStruct((1, chunks), bool))
-    fast = Fast((shape(1, 1, K, K),), (shape(1, 1, K, K),))
+    tokens = ChunkInputs(*(shape(1, chunks, 1, K) for _ in range(3)), rates, jax.ShapeDtypeStruct((1, chunks), bool))
+    fast = FastWeights((shape(1, 1, K, K),), (shape(1, 1, K, K),))
     compiled = jax.jit(jax.grad(total, argnums=(0, 1), allow_int=True)).lower(fast, tokens).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -1,4 +1,4 @@
-"""The joins with a Titans memory: its projections in numpy, its weights token by token (`tests.memory.token_loop`)."""
+"""The joins with a Titans memory: projections in numpy, weights token by token (`lm2_jax.ops.ttt_chunk.ref`)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm2_jax.memory.inner import MlpNetwork
 from lm2_jax.memory.titans import TitansConfig
-from tests.memory.token_loop import by_token, deep_map
+from lm2_jax.ops.ttt_chunk.networks import MlpNetwork
+from lm2_jax.ops.ttt_chunk.ref import mlp, token_loop
 from tests.parity.joins_reference import JoinsReference
 from tests.parity.reference import Past, merged, rms_norm, sigmoid
 
@@ -102,11 +102,11 @@ def in_float64(fn: Any, *args: Any) -> Any:
 
 @jax.jit
 def _asked(weights: Any, q_THK: Any, slow: Any) -> Any:
-    of_tokens = jax.vmap(deep_map, in_axes=(None, 0, None))
+    of_tokens = jax.vmap(mlp, in_axes=(None, 0, None))
     return jax.vmap(of_tokens, in_axes=(0, 1, 0), out_axes=1)(weights, q_THK, slow)
 
 
 @jax.jit
 def _run(weights: Any, momentum: Any, slow: Any, tokens: Any, chunk_tokens: Any) -> Any:
-    heads = jax.vmap(functools.partial(by_token, deep_map), in_axes=(0, 0, 0, 1, None), out_axes=(1, 0, 0))
+    heads = jax.vmap(functools.partial(token_loop, mlp), in_axes=(0, 0, 0, 1, None), out_axes=(1, 0, 0))
     return heads(weights, momentum, slow, tokens, chunk_tokens)

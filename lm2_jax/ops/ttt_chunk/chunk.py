@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm2_jax.ops.ttt_chunk import matmul
 from lm2_jax.ops.ttt_chunk.matmul import matmul_nn, matmul_nt, matmul_tn
 from lm2_jax.ops.ttt_chunk.networks import InnerLoss, InnerNetwork, NormWeights, Weights
 from lm2_jax.ops.ttt_chunk.remat import remat_scan
@@ -126,7 +127,7 @@ def decay_products(log_C: Float[Array, " C"]) -> Float[Array, "C C"]:
     later = position[:, None] > position[None, :]
     terms = jnp.where(later, log_C[:, None], jnp.zeros_like(log_C)[:, None])
     causal = position[:, None] >= position[None, :]
-    sums = matmul_nn(causal.astype(terms.dtype), terms)
+    sums = matmul.contract(causal.astype(terms.dtype), terms, 1, 0)
     return jnp.where(causal, jnp.exp(sums), jnp.zeros_like(sums))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.ops.ttt_chunk import chunk as chunk_form
+from lm2_jax.ops.ttt_chunk import chunk as chunked
 from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
 from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork, NormWeights, SquaredError
 from lm2_jax.ops.ttt_chunk.ref import linear, mlp, token_loop
@@ -102,12 +102,12 @@ CASES = [
     [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES],
 )
 def test_chunks_equal_the_token_loop(name, chunk, momentum, forget):
-    """Answers, weights and momentum behind a text with holes, and the gradient by all that they are made of."""
+    """Answers, and weights and momentum after a text with padding; and the gradient by every input."""
     assert_equals_the_token_loop(name, chunk, momentum, forget)
 
 
 def test_a_long_chunk_in_blocks_equals_the_token_loop(monkeypatch):
-    monkeypatch.setattr(chunk_form, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(chunked, "BLOCK_TOKENS", 4)
     assert_equals_the_token_loop("linear", 16, momentum=True, forget=True)
 
 
@@ -168,34 +168,34 @@ def test_two_values_under_one_key_by_hand(chunk, momentum, answer):
 def test_products_by_hand():
     log = jnp.log(jnp.asarray([0.5, 0.25, 0.125]))
     want = [[1, 0, 0], [0.25, 1, 0], [0.25 * 0.125, 0.125, 1]]
-    np.testing.assert_allclose(chunk_form.decay_products(log), want, rtol=1e-12)
+    np.testing.assert_allclose(chunked.decay_products(log), want, rtol=1e-12)
 
 
-def test_products_are_exact_behind_gates_near_zero():
-    """In float32: what stands behind a closed gate keeps all digits of its own factors; nothing becomes NaN."""
+def test_products_are_exact_after_gates_near_zero():
+    """In float32: entries after a closed gate keep all digits; nothing becomes NaN."""
     rng = np.random.default_rng(0)
     log = -rng.random(64) * 0.01
     log[3::16] = [-1e4, -800.0, -3e6, -90.0]
-    products = jax.jit(chunk_form.decay_products, compiler_options=UNOPTIMIZED)
+    products = jax.jit(chunked.decay_products, compiler_options=UNOPTIMIZED)
     got = np.asarray(products(jnp.asarray(log, jnp.float32)))
     want = np.exp(np.array([[log[s + 1 : t + 1].sum() if s <= t else -np.inf for s in range(64)] for t in range(64)]))
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-37)
-    grad = jax.jit(jax.grad(lambda log: chunk_form.decay_products(log).sum()))(jnp.asarray(log, jnp.float32))
+    grad = jax.jit(jax.grad(lambda log: chunked.decay_products(log).sum()))(jnp.asarray(log, jnp.float32))
     assert np.isfinite(grad).all()
 
 
 def test_padding_moves_nothing():
-    """Not even where there is momentum: weights and momentum behind a chunk of padding are bit-equal."""
+    """With momentum too: weights and momentum after a chunk of padding are bit-equal."""
     rng = np.random.default_rng(0)
     fast = FastWeights(*((jnp.asarray(rng.standard_normal((3, 5)), jnp.float32),) for _ in range(2)))
     log = jnp.full(4, -0.5, jnp.float32)
     rates = Rates(jnp.full(4, 0.1, jnp.float32), log, log)
-    rows = chunk_form.TokenGradients(*((jnp.asarray(rng.standard_normal((4, n)), jnp.float32),) for n in (3, 5)))
+    rows = chunked.TokenGradients(*((jnp.asarray(rng.standard_normal((4, n)), jnp.float32),) for n in (3, 5)))
     none, last = jnp.zeros(4, bool), jnp.arange(4) == 3
 
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def advance(valid_C):
-        return chunk_form.update(Network(LinearNetwork()), fast, rows, *chunk_form.decay_coefficients(rates, valid_C))
+        return chunked.update(Network(LinearNetwork()), fast, rows, *chunked.decay_coefficients(rates, valid_C))
 
     after = advance(none)
     jax.tree.map(np.testing.assert_array_equal, after, fast)

@@ -25,7 +25,7 @@ MLP = MlpNetwork(expansion=2)
 
 VARIANTS = {
     "default": TitansConfig(H, C, network=MLP),
-    # all that is otherwise off: rates of a chunk, biases, steps by place, no convolution
+    # options that are off in `default`: rates per chunk, biases, steps by position, no convolution
     "chunk": TitansConfig(
         H,
         C,
@@ -133,7 +133,7 @@ def test_a_state_holds_no_empty_arrays(case):
 
 
 def test_a_convolution_of_one_token_scales_its_input():
-    """Doubled kernels double q, k and v where no activation or norm comes behind them."""
+    """Doubled kernels double q, k and v if there is no activation and no norm."""
     config = dataclasses.replace(VARIANTS["plain"], silu=False, unit_keys=False)
     stream = Stream(D, H, FLOAT64, config.conv_tokens, config.silu, config.unit_keys)
     x, valid = variant("plain").x, variant("plain").valid
@@ -219,7 +219,7 @@ def test_the_module_is_its_equations():
 
 
 def fed(case: Case, state: TitansState, lengths: list[int]):
-    """A segment in pieces, each padded to 1, 5 or 12 tokens; answers, frozen reads, and the state behind it."""
+    """A segment in pieces, each padded to 1, 5 or 12 tokens; answers, frozen reads, and the state after it."""
     opened, first, answers, asked = case.open(state), 0, [], []
     for length in lengths:
         size = next(size for size in (1, 5, 12) if size >= length)
@@ -239,13 +239,13 @@ def test_pieces_equal_one_call(case, lengths):
     """From a used state, so that tails and momentum matter."""
     state = used(case)
     y, after = case.call(case.x, state, case.valid)
-    got, frozen, behind = fed(case, state, lengths)
+    got, frozen, closed = fed(case, state, lengths)
     assert_close(got, y)
-    assert_close(behind, after)
+    assert_close(closed, after)
     assert_close(frozen, case.read(case.x, state))
 
 
-def test_rows_stand_where_they_stand():
+def test_each_row_has_its_own_position():
     """Row 0 is fed 5 + 1 + 5 + 1 tokens, row 1 0 + 5 + 2 + 5, in the same calls."""
     case = variant("default")
     y, after = case.call(case.x, case.state, case.valid)
@@ -271,7 +271,7 @@ def test_storing_is_extending_without_answers():
 
 
 def test_a_border_leaves_no_trace(case):
-    """Convolutions and momentum go on: 8 tokens, then 4, are 12."""
+    """Convolutions and momentum continue: 8 tokens, then 4, equal 12."""
     y, after = case.call(case.x, case.state, case.valid)
     first, state = case.call(case.x[:, :8], case.state, case.valid[:, :8])
     second, state = case.call(case.x[:, 8:], state, case.valid[:, 8:])
@@ -284,7 +284,7 @@ def test_writing_is_calling_without_answers(case):
 
 
 def test_padding_at_the_end_changes_nothing(case):
-    """Neither what padding holds, nor that it is there: the next segment goes on behind the last token."""
+    """Neither its values nor its presence: the next segment continues after the last valid token."""
     short, padded = case.valid.at[:, 8:].set(False), case.x.at[:, 8:].set(7.0)
     _, state = case.call(padded, case.state, short)
     want_state = case.call(case.x[:, :8], case.state, case.valid[:, :8])[1]
@@ -358,7 +358,7 @@ def test_every_parameter_has_a_gradient(case):
 
 
 def test_notes_by_hand():
-    """A linear memory that starts at 0 is told a pair twice, then one half as well, then nothing."""
+    """A linear memory that starts at 0 sees one pair twice, another pair once, then padding."""
     config = TitansConfig(
         1, 2, LinearNetwork(), step=StepConfig("fixed", 0.25), conv_tokens=0, silu=False, unit_keys=False
     )

@@ -69,7 +69,7 @@ def noise(T: int, D: int, folder: Callable[[], Path]) -> np.ndarray:
 
 
 def book(T: int, D: int, folder: Callable[[], Path]) -> np.ndarray:
-    """Characters, each a random row: keys come again and again, and are much alike."""
+    """Characters, each a random row: keys repeat and are similar."""
     text = next(path for path in sorted((folder() / "books").glob("*.txt")) if path.stat().st_size > 2 * T)
     table = np.random.default_rng(0).standard_normal((256, D), np.float32)
     return table[np.frombuffer(text.read_bytes()[T // 2 :][:T], np.uint8)][None]

@@ -156,7 +156,7 @@ BOUNDS_64K = {"words": {"answers": 5e-3, "state": 0.1}, "noise": {"answers": 2e-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_64k_tokens_with_operands_in_six_passes(name, set_passes):
-    """Bounded, and as close to float64 as float32 is; where words come again, small errors grow with the text."""
+    """Bounded, and about as close to float64 as plain float32; if words repeat, errors grow with the length."""
     x = text(name, 65_536)
     want = exact(x, grads=False)
     set_passes(6)
@@ -169,7 +169,7 @@ def test_64k_tokens_with_operands_in_six_passes(name, set_passes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_64k_tokens_stay_bounded_even_with_rounded_operands(name, set_passes):
-    """One pass, for whoever overrides the precision: the state is another one, and it is bounded."""
+    """One pass: the state differs from the float64 state, but is bounded."""
     set_passes(1)
     got = loop(text(name, 65_536), Precision(), grads=False)
     assert np.isfinite(got["answers"]).all()

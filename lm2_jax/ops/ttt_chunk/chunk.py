@@ -335,7 +335,7 @@ def chunk_step(
 
     tokens, C = (gradients, rates, inputs.valid, inputs.q), spec.chunk_tokens
     blocks = C // BLOCK_TOKENS
-    if position_scale_C is not None or blocks < 2 or C % BLOCK_TOKENS:  # the scale applies to the whole chunk's P
+    if position_scale_C is not None or blocks < 2 or C % BLOCK_TOKENS:  # the scale applies to P of the full chunk
         after, y_CK = block(fast, tokens)
     else:
         split = jax.tree.map(lambda a: a.reshape(blocks, BLOCK_TOKENS, *a.shape[1:]), tokens)

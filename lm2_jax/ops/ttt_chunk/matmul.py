@@ -15,7 +15,7 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 
 def contract(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """The one place where the inner loop multiplies matrices: sums over `a_axis` of `a` and `b_axis` of `b`."""
+    """Every matrix product of the inner loop: sums over `a_axis` of `a` and `b_axis` of `b`."""
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=PRECISION)
 
 

@@ -57,9 +57,9 @@ class ShardedNetwork(Network):
 
     def sum_layers(self, by_layer: list[Array]) -> Array:
         """The sum over layers and devices."""
-        whole = [a for i, a in enumerate(by_layer) if self._is(REPLICATED, i)]
+        replicated = [a for i, a in enumerate(by_layer) if self._is(REPLICATED, i)]
         split = [a for i, a in enumerate(by_layer) if not self._is(REPLICATED, i)]
-        return super().sum_layers([*([self.shards.leave(super().sum_layers(split))] if split else []), *whole])
+        return super().sum_layers(([self.shards.leave(super().sum_layers(split))] if split else []) + replicated)
 
     def at_replicated(self, fn: Callable[[Array], Array], fast: FastWeights) -> FastWeights:
         """`fn` of weights and momentum of replicated layers; the other layers unchanged."""

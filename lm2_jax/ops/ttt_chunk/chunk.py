@@ -132,7 +132,7 @@ def decay_products(log_C: Float[Array, " C"]) -> Float[Array, "C C"]:
 
 
 def decay_coefficients(
-    rates: Rates, valid_C: Bool[Array, " C"], position_scale_C: Float[Array, " C"] | None = None
+    rates: Rates, valid_C: Bool[Array, " C"], scale_C: Float[Array, " C"] | None = None
 ) -> tuple[DecayCoefficients, DecayCoefficients]:
     """Coefficients of the weights W_t and of the momentum S_t after each token.
 
@@ -140,7 +140,7 @@ def decay_coefficients(
       rates: step sizes and gates.
       valid_C: tokens that update W and S. The mask is needed because no value of the gates keeps W_t = W_{t-1} when
         there is momentum.
-      position_scale_C: row t of P is multiplied by entry t (the rows of TTT's step matrix).
+      scale_C: row t of P is multiplied by entry t, for TTT's steps by position.
     Returns:
       (A, b, P), and (0, H, L_e diag(theta)); b and H are None without momentum.
     """
@@ -158,8 +158,8 @@ def decay_coefficients(
     carry_CC, momentum_C = products(rates.log_momentum, jnp.eye(C, dtype=dtype))
     gradient_CC = matmul_nn(keep_CC, carry_CC) * step_C[None, :]
     momentum_CC = carry_CC * step_C[None, :]
-    if position_scale_C is not None:
-        gradient_CC, momentum_CC = gradient_CC * position_scale_C[:, None], momentum_CC * position_scale_C[:, None]
+    if scale_C is not None:
+        gradient_CC, momentum_CC = gradient_CC * scale_C[:, None], momentum_CC * scale_C[:, None]
     has_momentum = rates.log_momentum is not None
     added_C = matmul_nn(keep_CC, momentum_C[:, None])[:, 0] if has_momentum else None
     return (
@@ -307,7 +307,7 @@ def gradient_norms(network: Network, gradients: TokenGradients) -> Float[Array, 
 
 
 def chunk_step(
-    spec: ChunkSpec, position_scale_C: Float[Array, " C"] | None, norm: Any, fast: FastWeights, inputs: ChunkInputs
+    spec: ChunkSpec, scale_C: Float[Array, " C"] | None, norm: Any, fast: FastWeights, inputs: ChunkInputs
 ) -> tuple[FastWeights, tuple[Array | None, TokenMetrics]]:
     """One chunk of one head.
 
@@ -316,7 +316,7 @@ def chunk_step(
 
     Args:
       spec: network, loss and granularity of the rates.
-      position_scale_C: see `decay_coefficients`.
+      scale_C: see `decay_coefficients`.
       norm: parameters of the network's norm.
       fast: weights and momentum before the chunk.
       inputs: tokens, [C ..].
@@ -329,13 +329,13 @@ def chunk_step(
 
     def block(fast: FastWeights, tokens: tuple[Any, ...]) -> tuple[FastWeights, Array | None]:
         gradients, rates, valid_C, q_CK = tokens
-        weights, momentum = decay_coefficients(rates, valid_C, position_scale_C)
+        weights, momentum = decay_coefficients(rates, valid_C, scale_C)
         y_CK = None if q_CK is None else read_per_token(spec.network, fast, gradients, weights, q_CK, norm)
         return update(spec.network, fast, gradients, weights, momentum), y_CK
 
     tokens, C = (gradients, rates, inputs.valid, inputs.q), spec.chunk_tokens
     blocks = C // BLOCK_TOKENS
-    if position_scale_C is not None or blocks < 2 or C % BLOCK_TOKENS:  # the scale applies to P of the full chunk
+    if scale_C is not None or blocks < 2 or C % BLOCK_TOKENS:  # the scale applies to P of the full chunk
         after, y_CK = block(fast, tokens)
     else:
         split = jax.tree.map(lambda a: a.reshape(blocks, BLOCK_TOKENS, *a.shape[1:]), tokens)

@@ -77,11 +77,9 @@ class LinearNetwork(InnerNetwork):
     kind: ClassVar[str] = "linear"
 
     def shapes(self, width: int) -> tuple[tuple[int, int], ...]:
-        """One square layer."""
         return ((width, width),)
 
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
-        """f(x) for each row of x."""
         return linear(0, x)
 
 
@@ -108,7 +106,6 @@ class DeepNetwork(InnerNetwork, abstract=True):
 
     @property
     def has_norm(self) -> bool:
-        """As configured."""
         return self.norm
 
     def _output(self, z: Array, x: Array, norm: NormWeights | None) -> Array:
@@ -134,11 +131,9 @@ class MlpNetwork(DeepNetwork):
 
     @property
     def has_bias(self) -> bool:
-        """As configured."""
         return self.bias
 
     def shapes(self, width: int) -> tuple[tuple[int, int], ...]:
-        """Width, hidden widths, width."""
         sizes = (width, *(self.depth - 1) * (self.expansion * width,), width)
         return tuple(itertools.pairwise(sizes))
 
@@ -150,7 +145,6 @@ class MlpNetwork(DeepNetwork):
         return (TO_HIDDEN, FROM_HIDDEN) * pairs + (REPLICATED,) * (self.depth - 2 * pairs)
 
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
-        """f(x) for each row of x."""
         z = linear(0, x)
         for layer in range(1, self.depth):
             z = linear(layer, jax.nn.gelu(z))
@@ -166,16 +160,13 @@ class SwigluNetwork(DeepNetwork):
     """Hidden width, as a multiple of the head width."""
 
     def shapes(self, width: int) -> tuple[tuple[int, int], ...]:
-        """Gate, up and down projection."""
         hidden = self.expansion * width
         return (width, hidden), (width, hidden), (hidden, width)
 
     def axes(self) -> tuple[tuple[str, str], ...]:
-        """Two layers to the hidden width and one from it."""
         return TO_HIDDEN, TO_HIDDEN, FROM_HIDDEN
 
     def __call__(self, linear: Linear, x: Float[Array, "C K"], norm: NormWeights | None) -> Float[Array, "C K"]:
-        """f(x) for each row of x."""
         return self._output(linear(2, jax.nn.silu(linear(0, x)) * linear(1, x)), x, norm)
 
 
@@ -197,7 +188,6 @@ class SquaredError(InnerLoss):
     """1 is Titans' equation 12, whose gradient has a factor of 2; 0.5 is TTT's loss."""
 
     def __call__(self, y: Float[Array, "C K"], target: Float[Array, "C K"]) -> Float[Array, " C"]:
-        """The loss of each row."""
         error = y - target
         return self.factor * jnp.sum(error * error, axis=-1)
 
@@ -215,7 +205,6 @@ class HuberLoss(InnerLoss):
             raise ValueError(f"memory.loss.delta must be positive, got {self.delta}")
 
     def __call__(self, y: Float[Array, "C K"], target: Float[Array, "C K"]) -> Float[Array, " C"]:
-        """The loss of each row."""
         size = jnp.abs(y - target)
         clipped = jnp.minimum(size, self.delta)
         return jnp.sum(clipped * (size - clipped / 2), axis=-1)
@@ -238,6 +227,5 @@ class PowerLoss(InnerLoss):
             raise ValueError(f"memory.loss.smoothing must be positive, got {self.smoothing}")
 
     def __call__(self, y: Float[Array, "C K"], target: Float[Array, "C K"]) -> Float[Array, " C"]:
-        """The loss of each row."""
         error = y - target
         return jnp.sum((error * error + self.smoothing) ** (self.p / 2), axis=-1)

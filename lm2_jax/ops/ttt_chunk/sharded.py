@@ -39,7 +39,6 @@ class ShardedNetwork(Network):
     shards: Shards
 
     def layer_input(self, i: int, z: Float[Array, "R I"]) -> Float[Array, "R _"]:
-        """The input of layer i."""
         return super().layer_input(i, self.shards.enter(z) if self._is(TO_HIDDEN, i) else z)
 
     def layer_output(self, i: int, y: Float[Array, "R O"]) -> Float[Array, "R O"]:
@@ -47,11 +46,9 @@ class ShardedNetwork(Network):
         return self.shards.leave(y) if self._is(FROM_HIDDEN, i) else y
 
     def output_gradient(self, i: int, g: Float[Array, "R O"]) -> Float[Array, "R O"]:
-        """The derivative of the loss by the output of layer i."""
         return self.shards.enter(g) if self._is(FROM_HIDDEN, i) else g
 
     def per_layer(self, coefficients: Any) -> list[Any]:
-        """A replicated tree, as each layer uses it."""
         entered = self.shards.enter(coefficients)
         return [coefficients if axes == REPLICATED else entered for axes in self.inner.axes()]
 
@@ -74,19 +71,14 @@ class ShardedNetwork(Network):
 
 
 def ttt_chunk(
-    spec: ChunkSpec,
-    norm: Any,
-    position_scale_C: Float[Array, " C"] | None,
-    fast: FastWeights,
-    inputs: ChunkInputs,
-    remat: Remat,
+    spec: ChunkSpec, norm: Any, scale_C: Float[Array, " C"] | None, fast: FastWeights, inputs: ChunkInputs, remat: Remat
 ) -> tuple[FastWeights, Float[Array, "B T H K"] | None, TokenMetrics]:
     """Trains on T tokens of all rows and heads; an incomplete last chunk is padded.
 
     Args:
       spec: network, loss and granularity of the rates.
       norm: parameters of the network's norm, [H K], or None.
-      position_scale_C: see `decay_coefficients`.
+      scale_C: see `decay_coefficients`.
       fast: weights and momentum before the tokens, [B H I O].
       inputs: tokens, [B T H ..]; `valid` is [B T].
       remat: what the backward pass keeps, a key of `SCANS`.
@@ -113,21 +105,14 @@ def ttt_chunk(
     of_chunks = (None, "batch", "heads", None)
     y_axes = None if inputs.q is None else ("batch", None, "heads", None)
     metrics_axes: Any = TokenMetrics(of_chunks, of_chunks, jax.tree.map(lambda _: of_chunks, inputs.rates))  # pyright: ignore[reportArgumentType]
-    norm_axes, scale_axes = jax.tree.map(axes("heads"), norm), jax.tree.map(axes(), position_scale_C)
-    mapped = logical_shard_map(
-        local,
-        (norm_axes, scale_axes, fast_axes, inputs_axes),
-        (fast_axes, y_axes, metrics_axes),
-        reduce=split,
-        check=False,  # with the check, jax would sum the inner gradient by a replicated array over devices
-    )
-    return mapped(norm, position_scale_C, fast, inputs)
+    norm_axes, scale_axes = jax.tree.map(axes("heads"), norm), jax.tree.map(axes(), scale_C)
+    in_axes, out_axes = (norm_axes, scale_axes, fast_axes, inputs_axes), (fast_axes, y_axes, metrics_axes)
+    # Unchecked: with the check, jax would sum the inner gradient by a replicated array over devices.
+    return logical_shard_map(local, in_axes, out_axes, reduce=split, check=False)(norm, scale_C, fast, inputs)
 
 
-def read_frozen(
-    network: Network, norm: Any, weights: Weights, q_BTHK: Float[Array, "B T H K"]
-) -> Float[Array, "B T H K"]:
-    """f(q; W) of all rows and heads, with the same weights for all tokens of a row.
+def read_frozen(network: Network, norm: Any, weights: Weights, q_BTHK: Float[Array, "B T H K"]) -> Array:
+    """f(q; W) of all rows and heads, [B T H K], with the same weights for all tokens of a row.
 
     Args:
       network: f.

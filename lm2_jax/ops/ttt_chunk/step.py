@@ -72,7 +72,7 @@ def _rounds(slot_BS: Array, valid_BS: Array, C: int) -> _Round:
 def ttt_step(
     spec: ChunkSpec,
     norm: Any,
-    position_scale_C: Float[Array, " C"] | None,
+    scale_C: Float[Array, " C"] | None,
     slot_BS: Int[Array, "B S"],
     inputs: ChunkInputs,
     fast: FastWeights,
@@ -83,7 +83,7 @@ def ttt_step(
     Args:
       spec: network, loss, chunk size and granularity of the rates.
       norm: parameters of the network's norm, [H K], or None.
-      position_scale_C: see `decay_coefficients`.
+      scale_C: see `decay_coefficients`.
       slot_BS: positions in the segment, consecutive.
       inputs: [B S H ..], `valid` [B S]; in each row, valid tokens come first.
       fast: weights and momentum at the start of each row's unfinished chunk.
@@ -100,12 +100,12 @@ def ttt_step(
         safe_BM = jnp.minimum(tokens.index, slot_BS.shape[1] - 1)
         new = jax.tree.map(lambda a: jnp.moveaxis(a[row_B1, safe_BM], 1, 2), inputs[:4])
         partial = partial._replace(valid=partial.valid.at[row_B1, tokens.position].set(True, mode="drop"))
-        kept, y_BHMK = _add_tokens(spec, norm, position_scale_C, fast, partial, new, tokens.position)
+        kept, y_BHMK = _add_tokens(spec, norm, scale_C, fast, partial, new, tokens.position)
         partial = partial._replace(gradients=kept[0], rates=kept[1])
         if y_BSHK is not None and y_BHMK is not None:
             y_BSHK = y_BSHK.at[row_B1, tokens.index].set(jnp.moveaxis(y_BHMK, 1, 2), mode="drop")
         full_B = partial.valid.all(axis=1)
-        finish = lambda fast: _finish_chunk(spec, norm, position_scale_C, full_B, fast, partial)  # noqa: E731
+        finish = lambda fast: _finish_chunk(spec, norm, scale_C, full_B, fast, partial)  # noqa: E731
         fast = jax.lax.cond(full_B.any(), finish, lambda fast: fast, fast)
         return (fast, partial._replace(valid=partial.valid & ~full_B[:, None]), y_BSHK), None
 
@@ -115,13 +115,7 @@ def ttt_step(
 
 
 def _add_tokens(
-    spec: ChunkSpec,
-    norm: Any,
-    scale_C: Array | None,
-    fast: FastWeights,
-    partial: PartialChunk,
-    new: Any,
-    position_BM: Array,
+    spec: ChunkSpec, norm: Any, scale_C: Any, fast: FastWeights, partial: PartialChunk, new: Any, position_BM: Array
 ) -> tuple[tuple[TokenGradients, Rates], Array | None]:
     """The chunk's gradients and rates with M new tokens (q, k, v, rates) [B H M ..], and y of these tokens."""
     C, H = spec.chunk_tokens, fast.weights[0].shape[1]

@@ -21,10 +21,10 @@ from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.gated_delta import GatedDeltaConfig
-from lm2_jax.memory.inner import MlpNetwork
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
+from lm2_jax.ops.ttt_chunk.networks import MlpNetwork
 
 TITANS = TitansConfig(num_heads=2, chunk_tokens=4, network=MlpNetwork(expansion=2))
 

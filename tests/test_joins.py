@@ -26,11 +26,11 @@ from lm2_jax.data.shards import TokenShards
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
-from lm2_jax.memory.inner import LinearNetwork
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.model import LayerGroup, layer_groups
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork
 from lm2_jax.precision import Precision
 from lm2_jax.state import Segments
 from tests.contract.subjects import UNOPTIMIZED

@@ -23,7 +23,7 @@ from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
-from lm2_jax.memory.projections import HeadGate, Stream
+from lm2_jax.memory.projections import ConvProjection, HeadGate
 from lm2_jax.partition import logical_shard_map, parts
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float
@@ -169,8 +169,8 @@ class GatedDelta(Memory):
 
     def setup(self) -> None:
         D, H, K, kernel = self.width, self.config.num_heads, self.head_width, self.config.conv_tokens
-        self.q, self.k = (Stream(D, H, self.precision, kernel, True, True) for _ in range(2))
-        self.v = Stream(D, H, self.precision, kernel, True, False)
+        self.q, self.k = (ConvProjection(D, H, self.precision, kernel, True, True) for _ in range(2))
+        self.v = ConvProjection(D, H, self.precision, kernel, True, False)
         self.gate_rate = HeadGate(D, H, self.precision)
         self.gate_decay = DecayGate(D, H, self.precision)
         self.norm = RMSNorm(self.precision, axis="head")

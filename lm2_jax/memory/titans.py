@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.layers import Einsum, RMSNorm, Vector, named
-from lm2_jax.memory import titans_open
-from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs
-from lm2_jax.memory.chunk_form import Fast, Network, Rates
-from lm2_jax.memory.inner import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
-from lm2_jax.memory.projections import HeadGate, InnerNorm, Stream
-from lm2_jax.memory.titans_chunks import Rules, Tokens, ask, note_update, run
-from lm2_jax.memory.titans_open import OpenChunk
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
+from lm2_jax.memory.projections import ConvProjection, HeadGate, InnerNorm
+from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
+from lm2_jax.ops.ttt_chunk.networks import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
+from lm2_jax.ops.ttt_chunk.sharded import read_frozen, segment_metrics, ttt_chunk
+from lm2_jax.ops.ttt_chunk.step import PartialChunk, empty_chunk, ttt_step
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float
 
@@ -110,10 +109,10 @@ class TitansConfig(MemoryConfig):
             )
 
     @property
-    def rules(self) -> Rules:
-        """What a chunk's update needs to know."""
+    def spec(self) -> ChunkSpec:
+        """The update of a chunk."""
         held = (self.step.per == "chunk", self.momentum.per == "chunk", self.forget.per == "chunk")
-        return Rules(Network(self.network), self.loss, self.chunk_tokens, held)
+        return ChunkSpec(Network(self.network), self.loss, self.chunk_tokens, held)
 
 
 class TitansState(NamedTuple):
@@ -128,8 +127,8 @@ class TitansState(NamedTuple):
 class OpenTitans(NamedTuple):
     """The memory inside a segment."""
 
-    fast: Fast  # at the start of each row's unfinished chunk
-    part: OpenChunk  # that chunk
+    fast: FastWeights  # at the start of each row's unfinished chunk
+    chunk: PartialChunk  # that chunk
     tails: tuple[Array, Array, Array] | None  # as in the state, after the tokens so far
 
 
@@ -151,7 +150,7 @@ class Titans(Memory):
     causal convolution, SiLU, and for q and k a norm (section 4.4). Start weights are learned; momentum starts at 0.
 
     Differs from the paper where it is silent or slips: theta, e and alpha are sigmoids, theta with a maximum; a
-    memory per head; gates per head and not per channel. See `chunk_form` for how a chunk is computed.
+    memory per head; gates per head and not per channel. See `lm2_jax.ops.ttt_chunk.chunk` for how a chunk is computed.
     """
 
     config: TitansConfig
@@ -160,8 +159,8 @@ class Titans(Memory):
 
     def setup(self) -> None:
         c, D, H, K, precision = self.config, self.width, self.config.num_heads, self.head_width, self.precision
-        self.q, self.k = (Stream(D, H, precision, c.conv_tokens, c.silu, c.unit_keys) for _ in range(2))
-        self.v = Stream(D, H, precision, c.conv_tokens, c.silu, is_unit=False)
+        self.q, self.k = (ConvProjection(D, H, precision, c.conv_tokens, c.silu, c.unit_keys) for _ in range(2))
+        self.v = ConvProjection(D, H, precision, c.conv_tokens, c.silu, is_unit=False)
         if c.step.per != "fixed":
             self.gate_step = HeadGate(D, H, precision, c.step.bias)
         if c.step.by_place:
@@ -274,7 +273,7 @@ class Titans(Memory):
     ) -> tuple[Float[Array, "B T D"], TitansReader]:
         """f(q_t; W), all tokens at the weights of the segment's start; see `Memory.read`."""
         q_BTHK = self.q(q_BTD, reader.tail, valid_BT, self.inner_dtype)
-        y_BTHK = ask(self.config.rules.network, self._norm_weights(), reader.weights, q_BTHK)
+        y_BTHK = read_frozen(self.config.spec.network, self._norm_weights(), reader.weights, q_BTHK)
         tail = self.q.tail(q_BTD, reader.tail, valid_BT)
         return self._answer(y_BTHK, q_BTD), reader._replace(tail=tail)
 
@@ -306,24 +305,24 @@ class Titans(Memory):
         """
         x_BTD, valid_BT = inputs.x, inputs.valid
         tokens = self._tokens(x_BTD, state.tails, valid_BT, reads=reads)
-        rules, norm, scale_C = self.config.rules, self._norm_weights(), self._place_scale()
+        spec, norm, scale_C = self.config.spec, self._norm_weights(), self._place_scale()
         tails = self._tails(x_BTD, state.tails, valid_BT)
         if inputs.position is None:
-            fast, y_BTHK, measured = run(rules, norm, scale_C, state.fast, tokens, self.config.remat)
+            fast, y_BTHK, measured = ttt_chunk(spec, norm, scale_C, state.fast, tokens, self.config.remat)
             if metrics is not None:
-                note_update(metrics, rules, norm, fast, tokens, measured)
+                record(metrics, **segment_metrics(spec, norm, fast, tokens, measured))
             return y_BTHK, state._replace(fast=fast, tails=tails)
-        y_BTHK, fast, part = titans_open.feed(rules, norm, scale_C, inputs.position, tokens, state.fast, state.part)
-        return y_BTHK, OpenTitans(fast, part, tails)
+        y_BTHK, fast, chunk = ttt_step(spec, norm, scale_C, inputs.position, tokens, state.fast, state.chunk)
+        return y_BTHK, OpenTitans(fast, chunk, tails)
 
-    def _tokens(self, x_BTD: Array, tails: Any, valid_BT: Array, *, reads: bool) -> Tokens:
+    def _tokens(self, x_BTD: Array, tails: Any, valid_BT: Array, *, reads: bool) -> ChunkInputs:
         """Tokens as the memory sees them; with `reads`, their queries too."""
         q_tail, k_tail, v_tail = tails or (None, None, None)
         q_BTHK = self.q(x_BTD, q_tail, valid_BT, self.inner_dtype) if reads else None
         k_BTHK, v_BTHK = (
             stream(x_BTD, tail, valid_BT, self.inner_dtype) for stream, tail in ((self.k, k_tail), (self.v, v_tail))
         )
-        return Tokens(q_BTHK, k_BTHK, v_BTHK, self._rates(x_BTD), valid_BT)
+        return ChunkInputs(q_BTHK, k_BTHK, v_BTHK, self._rates(x_BTD), valid_BT)
 
     def _tails(self, x_BTD: Array, tails: Any, valid_BT: Array) -> Any:
         """The last valid inputs of the convolutions of q, k and v, for the text that follows."""
@@ -334,12 +333,14 @@ class Titans(Memory):
 
     def open(self, state: TitansState) -> OpenTitans:
         """Weights and momentum in the dtype of the inner loop, and an empty chunk."""
-        fast = Fast(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (state.weights, state.momentum)))
+        fast = FastWeights(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (state.weights, state.momentum)))
         c = self.config
         has = Rates(True, None if c.momentum.per == "off" else True, None if c.forget.per == "off" else True)
-        return OpenTitans(fast, titans_open.empty_chunk(fast, has, c.chunk_tokens), state.tails)
+        return OpenTitans(fast, empty_chunk(fast, has, c.chunk_tokens), state.tails)
 
     def close(self, opened: OpenTitans, state: TitansState) -> TitansState:
         """Weights and momentum in the state's dtypes: chunks divide a segment, so the last one is full."""
-        held = jax.tree.map(lambda new, old: new.astype(old.dtype), opened.fast, Fast(state.weights, state.momentum))
+        held = jax.tree.map(
+            lambda new, old: new.astype(old.dtype), opened.fast, FastWeights(state.weights, state.momentum)
+        )
         return TitansState(held.weights, held.momentum, opened.tails, state.is_start)

@@ -8,9 +8,10 @@ import pytest
 from lm2_jax import partition
 from lm2_jax.attention.softmax import ExtraKV, attend_from_end
 from lm2_jax.memory.bank_reads import attend_slots, tokens_to_slots
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SwigluNetwork
 from lm2_jax.memory.titans import TitansConfig
-from lm2_jax.memory.titans_chunks import Fast, Rates, Tokens, ask, run
+from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, FastWeights, Rates
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork, NormWeights, SwigluNetwork
+from lm2_jax.ops.ttt_chunk.sharded import read_frozen, ttt_chunk
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import UNOPTIMIZED
 
@@ -97,15 +98,15 @@ def test_best_slots_come_from_all_shards():
 def test_titans_heads_rows_and_hidden_width_stay_on_their_devices(network, mesh):
     config, rows = TitansConfig(chunk_tokens=4, network=network), 8
     shapes = config.network.shapes(K)
-    fast = Fast(*(tuple(0.2 * normal(i, rows, H, *s) for i, s in enumerate(shapes)) for _ in range(2)))
+    fast = FastWeights(*(tuple(0.2 * normal(i, rows, H, *s) for i, s in enumerate(shapes)) for _ in range(2)))
     rates = Rates(0.05 * jax.nn.sigmoid(normal(5, rows, T, H)), *(jax.nn.log_sigmoid(normal(6, rows, T, H)),) * 2)
     q, k, v = (normal(i, rows, T, H, K) / K**0.5 for i in (7, 8, 9))
     norm = NormWeights(1 + 0.1 * normal(10, H, K), 0.1 * normal(11, H, K))
 
     def fn(fast, q, k, v, rates, norm):
-        tokens = Tokens(q, k, v, rates, jnp.arange(T)[None] < jnp.arange(rows)[:, None] + 1)
-        after, y, measured = run(config.rules, norm, None, fast, tokens, config.remat)
-        return after, y, measured, ask(config.rules.network, norm, after.weights, q)
+        tokens = ChunkInputs(q, k, v, rates, jnp.arange(T)[None] < jnp.arange(rows)[:, None] + 1)
+        after, y, measured = ttt_chunk(config.rules, norm, None, fast, tokens, config.remat)
+        return after, y, measured, read_frozen(config.rules.network, norm, after.weights, q)
 
     text = split_and_whole(fn, (fast, q, k, v, rates, norm if network.has_norm else None), mesh)
     assert "shard_map" in text

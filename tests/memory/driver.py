@@ -3,6 +3,7 @@
 Each function takes the module first, for `module.apply(params, ..., method=function)`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ class Opened(NamedTuple):
     state: Any
     reader: Any
     running: Any
+
+
+def init(module: Any) -> Any:
+    """`module.init` of all parameters."""
+    return functools.partial(module.init, method=call)
 
 
 def begun(module: Any, state: Any) -> Any:

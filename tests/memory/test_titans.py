@@ -52,11 +52,6 @@ VARIANTS = {
 }
 
 
-def init(memory: Any) -> Any:
-    """`memory.init` of all parameters."""
-    return functools.partial(memory.init, method=driver.call)
-
-
 class Case:
     """One memory in float64 at generic parameters, its programs compiled once."""
 
@@ -67,7 +62,7 @@ class Case:
             self.state = self.memory.init_state(B)
             self.x = jnp.asarray(rng.standard_normal((B, T, D)))
             self.valid = jnp.ones((B, T), bool)
-            shapes = jax.eval_shape(init(self.memory), jax.random.key(0), self.x, self.state, self.valid)
+            shapes = jax.eval_shape(driver.init(self.memory), jax.random.key(0), self.x, self.state, self.valid)
 
             def draw(path, leaf):
                 noise = rng.standard_normal(leaf.shape)
@@ -383,7 +378,7 @@ def test_metrics_by_hand():
         jnp.asarray([[True] * 3 + [False]]),
         memory.init_state(1),
     )
-    shapes = nn.unbox(jax.eval_shape(init(memory), jax.random.key(0), x, state, valid))["params"]
+    shapes = nn.unbox(jax.eval_shape(driver.init(memory), jax.random.key(0), x, state, valid))["params"]
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     params |= {n: {"w": {"w": jnp.eye(2)[:, None]}} for n in "qkv"}
     for gate in ("gate_momentum", "gate_forget"):
@@ -436,7 +431,7 @@ def test_what_the_optimizer_makes_of_the_parameters():
 
     memory = TitansConfig(H, C, step=StepConfig(by_place=True)).build(D, Precision())
     x, state = jnp.ones((1, T, D), jnp.float32), memory.init_state(1)
-    boxed = jax.eval_shape(init(memory), jax.random.key(0), x, state, jnp.ones((1, T), bool))["params"]
+    boxed = jax.eval_shape(driver.init(memory), jax.random.key(0), x, state, jnp.ones((1, T), bool))["params"]
     kinds = map_parameters(kind_of, axes_of(boxed))
     found = {
         jax.tree_util.keystr(p, simple=True, separator="/"): k for p, k in jax.tree_util.tree_leaves_with_path(kinds)

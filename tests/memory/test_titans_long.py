@@ -1,7 +1,6 @@
 """Long texts: weights stay bounded, and the backward pass keeps about the root of all chunks."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,9 +50,7 @@ def outer_gradient(config: TitansConfig, T: int = 1024, D: int = 64) -> float:
     memory, rng = config.build(D, Precision()), np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((50, D), np.float32)[rng.integers(0, 50, (1, T))])
     valid, state = jnp.ones((1, T), bool), memory.init_state(1)
-    params = nn.unbox(
-        jax.jit(functools.partial(memory.init, method=driver.call))(jax.random.key(0), x[:, :16], state, valid[:, :16])
-    )
+    params = nn.unbox(jax.jit(driver.init(memory))(jax.random.key(0), x[:, :16], state, valid[:, :16]))
     grads = jax.jit(
         jax.grad(lambda params: jnp.mean(memory.apply(params, x, state, valid, method=driver.call)[0] ** 2))
     )(params)
@@ -90,9 +87,7 @@ def test_weights_stay_bounded_over_64k_tokens(text, compute, request):
     memory = TitansConfig(num_heads=2).build(D, Precision(compute=compute))
     x = jnp.asarray(text(T, D, lambda: request.getfixturevalue("data_dir")), compute)
     valid, state = jnp.ones((1, T), bool), memory.init_state(1)
-    params = nn.unbox(
-        jax.jit(functools.partial(memory.init, method=driver.call))(jax.random.key(0), x[:, :16], state, valid[:, :16])
-    )
+    params = nn.unbox(jax.jit(driver.init(memory))(jax.random.key(0), x[:, :16], state, valid[:, :16]))
 
     @jax.jit
     def call(params, x, state):

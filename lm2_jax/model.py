@@ -11,6 +11,7 @@ from lm2_jax.attention import Segments
 from lm2_jax.blocks.base import Block, Carrier, Carry, Context, OpenLayer, Place, by_segment
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
+from lm2_jax.parameters import Role
 from lm2_jax.partition import parts
 from lm2_jax.state import reset_rows, select_rows, stack_axes, stack_layers, stop_where
 from lm2_jax.types import Array, Bool, Float, Int, State
@@ -84,7 +85,7 @@ class LanguageModel(nn.Module):
         self.carrier = c.join.carrier(self.config.block_spec)
         self.final_norm = RMSNorm(c.precision, d.norm_epsilon)
         if not d.tie_head:
-            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision)
+            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision, role=Role.HEAD)
 
     def _unbound(self, run: Run) -> Block:
         """A block of the run, to ask it for what needs no parameters."""

@@ -7,6 +7,7 @@ from lm2_jax.attention import Beside
 from lm2_jax.blocks.base import Carry, Context, LayerState, OpenLayer, Place
 from lm2_jax.blocks.per_layer import PerLayerJoin, RunningBlock
 from lm2_jax.layers import RMSNorm, constrain
+from lm2_jax.parameters import MEMORY
 from lm2_jax.types import Array, Float, State
 
 
@@ -29,7 +30,7 @@ class LayerBlock(RunningBlock):
     """Memory, attention and MLP, each with a residual connection."""
 
     def setup_join(self) -> None:
-        self.memory_norm = RMSNorm(self.spec.precision, self.spec.decoder.norm_epsilon)
+        self.memory_norm = RMSNorm(self.spec.precision, self.spec.decoder.norm_epsilon, group=MEMORY)
 
     def memory_norm_of(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """Through a norm of its own."""

@@ -6,6 +6,7 @@ from typing import ClassVar
 from lm2_jax.blocks.base import Carry, Context, LayerState, OpenLayer, Place
 from lm2_jax.blocks.per_layer import PerLayerJoin, RunningBlock
 from lm2_jax.layers import RMSNorm, SwiGLU, constrain
+from lm2_jax.parameters import MEMORY
 from lm2_jax.types import Array, Float, State
 
 
@@ -32,7 +33,7 @@ class MixerBlock(RunningBlock):
 
     def setup(self) -> None:
         d, precision = self.spec.decoder, self.spec.precision
-        self.memory_norm = RMSNorm(precision, d.norm_epsilon)
+        self.memory_norm = RMSNorm(precision, d.norm_epsilon, group=MEMORY)
         self.mlp_norm = RMSNorm(precision, d.norm_epsilon)
         self.mlp = SwiGLU(d.width, d.mlp_width, precision)
         self.setup_persistent()

@@ -25,6 +25,7 @@ from lm2_jax.layers import Vector, constrain
 from lm2_jax.memory.bank_writes import Gate
 from lm2_jax.memory.base import Memory, MemoryConfig, Notes, OpenMemory, note
 from lm2_jax.memory.gated_bank import BankKeys, attend_slots
+from lm2_jax.parameters import Role
 from lm2_jax.state import reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int, State
 
@@ -103,7 +104,7 @@ class ResidualBlock(Block):
         if join.gate:
             self.gate_output = Gate(d.width, precision)
         if join.silent_start:
-            self.loudness = Vector((d.width,), ("state_embed",), precision)
+            self.loudness = Vector((d.width,), ("state_embed",), precision, role=Role.GATE)
 
     @property
     def join(self) -> ResidualJoin:

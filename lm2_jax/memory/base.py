@@ -1,11 +1,12 @@
 """The one interface that every memory implements; docs/adding_a_memory.md is its guide."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.parameters import MEMORY
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Bool, Float, Int, State
@@ -55,6 +56,8 @@ class Memory(nn.Module):
     a document, whatever else the row holds. The module puts its start in there, so that a state is made without
     parameters, a reset sets one flag, and a learned start gets its gradient. `write` returns `fresh` false.
     """
+
+    parameter_group: ClassVar[str] = MEMORY  # of every parameter made below this module
 
     @property
     def top_k(self) -> int | None:

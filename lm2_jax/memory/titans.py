@@ -14,6 +14,7 @@ from lm2_jax.memory.inner import InnerLoss, InnerNetwork, MlpNetwork, SquaredErr
 from lm2_jax.memory.projections import HeadGate, InnerNorm, Stream
 from lm2_jax.memory.titans_chunks import Rules, Tokens, ask, note_update, run
 from lm2_jax.memory.titans_open import OpenTitans
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -161,7 +162,7 @@ class Titans(Memory):
         if c.output_norm:
             self.norm = RMSNorm(precision, axis="head")
         if c.output_gate != "none":
-            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision)
+            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision, role=Role.GATE)
         self.o = Einsum((H, K, D), ("heads", "head", "embed"), precision, in_dims=2)
 
     @property
@@ -189,7 +190,10 @@ class Titans(Memory):
 
         full = (self.config.num_heads, shape[0] + bias, shape[1])
         return self.param(
-            f"start_{layer}", named(init, self._weight_axes[layer][1:]), full, jnp.dtype(self.precision.params)
+            f"start_{layer}",
+            named(init, self._weight_axes[layer][1:], Role.START),
+            full,
+            jnp.dtype(self.precision.params),
         )
 
     def init_state(self, batch: int) -> TitansState:

@@ -62,7 +62,7 @@ def test_other_schedules_by_hand():
 
 
 def test_a_decay_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="decay_fraction=0.6 .* 66 steps .* the 60 steps after the warm-up"):
+    with pytest.raises(ValueError, match=r"decay_fraction=0.6 .* 66 steps .* the 60 steps after the warm-up"):
         OptimConfig(steps=110, warmup_steps=50, schedule=WarmupStableDecay(decay_fraction=0.6))
 
 
@@ -101,16 +101,20 @@ OLD_KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+QUICK = {"hybrid_tiny", "rmt_tiny", *(name for name in GOLDEN if " " in name)}  # each other model has fewer parameters
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in GOLDEN])
 def test_each_parameter_is_treated_as_before_roles_were_declared(name):
     """Golden values: what the words in a path said before. They misjudged no parameter of these models."""
     config = OptimConfig(gate_multiplier=2.0, memory_multiplier=3.0)
     rates = {1.0: "base", 2.0: "gate", 3.0: "memory"}
-    found = {
-        path: f"{OLD_KINDS.get(p.role, p.role)} {'decays' if decays(p, config) else 'keeps'} {rates[rate_of(p, config)]}"
-        for path, p in declared(golden_config(name)).items()
-    }
-    assert found == GOLDEN[name]
+
+    def described(p):
+        decay = "decays" if decays(p, config) else "keeps"
+        return f"{OLD_KINDS.get(p.role, p.role)} {decay} {rates[rate_of(p, config)]}"
+
+    assert {path: described(p) for path, p in declared(golden_config(name)).items()} == GOLDEN[name]
 
 
 def test_the_name_of_a_parameter_says_nothing():
@@ -125,7 +129,7 @@ class Inner(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return x + self.param("shift", named(nn.initializers.zeros, ("embed",)), (3,), jnp.float32)
+        return x + self.param("shift", named(nn.initializers.zeros, ("embed",)), (3,), jnp.float32)[None]
 
 
 class NewMemory(Memory):
@@ -304,7 +308,7 @@ def test_weight_decay_by_selector():
 
 @pytest.mark.parametrize("rule", ["memory", "=3", "memory=", "memory=fast", "memory=-1", "memory=nan", "memory=inf"])
 def test_a_rate_that_is_none_is_refused(rule):
-    with pytest.raises(ValueError, match="optim.rates: expected SELECTOR=FACTOR"):
+    with pytest.raises(ValueError, match=r"optim.rates: expected SELECTOR=FACTOR"):
         optim(rates=(rule,))
 
 
@@ -326,17 +330,13 @@ def bytes_of(tree):
 
 @pytest.mark.parametrize("algorithm", [AdamW(), Muon()])
 def test_frozen_parameters_have_no_optimizer_state(algorithm):
-    """By bytes: without counters, two moments in float32 (Muon's matrices: one) of what is trained."""
+    """By bytes: apart from counters, two moments in float32 of what is trained; here Muon has no matrix of its own."""
     config = optim(freeze=("memory", "embedding", "mlp"), algorithm=algorithm)
     mask = trainable(PARAMETERS, config)
     active = select(mask, ones())
     assert bytes_of(active) == 4 * (3 + 9), "norm/scale and gate_output/w"
-    moments = [
-        leaf for leaf in jax.tree.leaves(optimizer_of(config).init(active)) if leaf.shape not in ((), (3, 3)[:0])
-    ]
-    moments = [leaf for leaf in moments if leaf.size > 1 and leaf.shape in ((3,), (3, 3))]
-    coefficients = 3 * 4 if algorithm.kind == "muon" else 0
-    assert bytes_of(moments) - coefficients == 2 * bytes_of(active)
+    counters = 2 if algorithm.kind == "adamw" else 3 + 3  # Muon: one more, and three coefficients
+    assert bytes_of(optimizer_of(config).init(active)) - 4 * counters == 2 * bytes_of(active)
     assert jax.tree.structure(merge(active, ones())) == jax.tree.structure(ones())
 
 
@@ -371,7 +371,7 @@ def test_muon_orthogonalises_each_layer_for_itself():
     for layer in range(layers):
         matrix = np.asarray(update["w"][layer]).reshape(D, H * K)
         values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * math.sqrt(D))
-        assert (0.6 < values).all() and (values < 1.3).all(), "each layer, whatever the size of its gradient"
+        assert 0.6 < values.min() < values.max() < 1.3, "in each layer, whatever the size of its gradient"
         assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.2, rel=0.3)
         alone = make_optimizer(config, Precision(), {"w": Parameter("w", ("embed", "heads", "head"), Role.WEIGHT)})
         one = {"w": grads["w"][layer]}

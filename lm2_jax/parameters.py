@@ -90,8 +90,8 @@ def named(
     role: Role | None = None,
     in_dims: int = 1,
     group: str | None = None,
-) -> Callable[..., DeclaredParameter]:
-    """An initializer whose parameter carries its declaration.
+) -> Any:
+    """An initializer whose parameter carries its declaration; in a module, the parameter is a plain array.
 
     Args:
       init: initializer `(key, shape, dtype) -> array`.
@@ -116,6 +116,8 @@ def init_parameters(init: Callable[[], PyTree]) -> PyTree:
 
     Args:
       init: returns the parameters, in their boxes.
+    Raises:
+      ValueError: a parameter was made without `named`.
     """
     groups: dict[tuple[str, ...], str] = {}
 
@@ -130,6 +132,8 @@ def init_parameters(init: Callable[[], PyTree]) -> PyTree:
 
     def mark(path: Any, box: Any) -> Any:
         names = tuple(key.key for key in path)
+        if not isinstance(box, DeclaredParameter):
+            raise ValueError(f"parameter {'/'.join(names)} is not declared; make it with `lm2_jax.layers.named`")
         found = [groups[names[:n]] for n in range(len(names), 0, -1) if names[:n] in groups]
         return box.replace(group=box.group or (found[0] if found else None))
 

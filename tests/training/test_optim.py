@@ -286,6 +286,16 @@ def test_adamw_is_the_chain_of_optax_bit_for_bit():
     assert jax.tree.structure(state) == jax.tree.structure(expected)
 
 
+def test_a_parameter_without_a_declaration_is_refused():
+    class Undeclared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("gain", nn.initializers.ones, (3,))[None]
+
+    with pytest.raises(ValueError, match="parameter params/gain is not declared"):
+        init_parameters(lambda: Undeclared().init(jax.random.key(0), jnp.ones((1, 3))))
+
+
 def test_selectors():
     parameter = Parameter("blocks_0/memory/q/w", ("embed", "heads"), Role.WEIGHT, group="memory")
     assert all(selects(s, parameter) for s in ("weight", "memory", "blocks_0", "blocks_0/memory/q", "*/q/*", "*/q/w"))

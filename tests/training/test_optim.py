@@ -163,8 +163,10 @@ class Around(nn.Module):
 
 
 def test_what_a_memory_makes_belongs_to_it_also_in_stacked_rematerialised_blocks():
-    boxed = jax.eval_shape(lambda: init_parameters(lambda: Around().init(jax.random.key(0), jnp.zeros((1, 3)))))
-    found = {p.path.removeprefix("params/"): p for p in jax.tree.leaves(describe(boxed))}
+    boxed = jax.eval_shape(
+        lambda: init_parameters(lambda: Around().init(jax.random.key(0), jnp.zeros((1, 3)))["params"])
+    )
+    found = {p.path: p for p in jax.tree.leaves(describe(boxed))}
     facts = {path: (p.axes, p.role, p.group) for path, p in found.items()}
     assert facts == {
         "o/w": (("embed", "embed"), Role.GATE, None),
@@ -383,6 +385,7 @@ def test_muon_orthogonalises_each_layer_for_itself():
         values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * math.sqrt(D))
         assert 0.6 < values.min() < values.max() < 1.3, "in each layer, whatever the size of its gradient"
         assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.2, rel=0.3)
+        assert (matrix.reshape(D, H, K) * np.asarray(grads["w"][layer])).sum() < 0, "downhill"
         alone = make_optimizer(config, Precision(), {"w": Parameter("w", ("embed", "heads", "head"), Role.WEIGHT)})
         one = {"w": grads["w"][layer]}
         expected, _ = alone.update(one, alone.init(one), one)

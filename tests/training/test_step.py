@@ -247,7 +247,7 @@ def test_without_a_moving_average_the_parameters_are_evaluated():
 
 def unchanged(**precision):
     """Share of parameters whose value is the same after 30 steps at an ordinary learning rate."""
-    config = plain(learning_rate=1e-3, steps=30)
+    config = plain(learning_rate=1e-4, steps=30)
     precision = dataclasses.replace(config.model.precision, **precision)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
     states = steps(config, 30)
@@ -257,8 +257,8 @@ def unchanged(**precision):
 
 @pytest.mark.slow
 def test_bfloat16_parameters_learn_with_a_master_copy():
-    """5.8% of the rounded parameters are unchanged with a float32 copy, 10.5% without, and 0% in float32."""
+    """46% of the rounded parameters are unchanged with a float32 copy, 86% without; in float32, none is."""
     wide, kept, lost = unchanged(), unchanged(params="bfloat16"), unchanged(params="bfloat16", master_copy=False)
     assert wide < 0.01
-    assert kept < 0.07
-    assert lost > 1.5 * kept
+    assert kept < 0.5
+    assert lost > 0.8

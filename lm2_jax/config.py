@@ -16,6 +16,8 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
 from lm2_jax.registry import Family, near_misses
+from lm2_jax.training.optim_config import LossConfig as LossConfig
+from lm2_jax.training.optim_config import OptimConfig as OptimConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -88,24 +90,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """What is learned from; a mix of answers and text when both weights are positive."""
-
-    answer_weight: float = 1.0
-    """Weight of an answer token."""
-    text_weight: float = 0.0
-    """Weight of every other token."""
-    time_chunk: int = 2048
-    """Positions whose logits exist at once; the loss runs over chunks of at most this many, rematerialised."""
-
-    def __post_init__(self) -> None:
-        _require(self.answer_weight >= 0, "loss.answer_weight must not be negative")
-        _require(self.text_weight >= 0, "loss.text_weight must not be negative")
-        _require(self.answer_weight + self.text_weight > 0, "loss: both weights are 0, nothing would be learned")
-        _require(self.time_chunk >= 1, f"loss.time_chunk must be at least 1, got {self.time_chunk}")
-
-
-@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where batches come from."""
 
@@ -157,53 +141,6 @@ class DataConfig:
             "from row to row or step to step a part would be left out: leave data.fill_rows off",
         )
         _require(self.prefetch >= 0, f"data.prefetch must not be negative, got {self.prefetch}")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW under warm-up and cosine decay."""
-
-    steps: int = 1000
-    """Optimizer steps of the whole run."""
-    learning_rate: float = 2e-3
-    """Peak."""
-    final_fraction: float = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """On matrices only: norms, biases, gates and starts have none."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm."""
-    accumulate: int = 1
-    """Micro-batches of one step; divides data.rows."""
-    gate_multiplier: float = 1.0
-    """Learning rate of gates, relative."""
-    memory_multiplier: float = 1.0
-    """Learning rate of the memory's other parameters, relative."""
-
-    def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"optim.steps must be at least 1, got {self.steps}")
-        _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
-        _require(
-            0 <= self.warmup_steps < self.steps,
-            f"optim.warmup_steps={self.warmup_steps} must be below optim.steps={self.steps}",
-        )
-        _require(
-            0 <= self.final_fraction <= 1, f"optim.final_fraction must lie between 0 and 1, got {self.final_fraction}"
-        )
-        for name in ("beta1", "beta2"):
-            beta = getattr(self, name)
-            _require(0 <= beta < 1, f"optim.{name} must be at least 0 and below 1, got {beta}")
-        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
-        _require(self.clip_norm > 0, f"optim.clip_norm must be positive, got {self.clip_norm}; inf clips nothing")
-        _require(self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}")
 
 
 @dataclasses.dataclass(frozen=True)

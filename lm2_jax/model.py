@@ -12,6 +12,7 @@ from lm2_jax.blocks.ports import Buffers, OpenLayer, Place, by_segment, segments
 from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
+from lm2_jax.parameters import Role
 from lm2_jax.partition import parts
 from lm2_jax.state import (
     Segments,
@@ -94,7 +95,7 @@ class LanguageModel(nn.Module):
         self.stack = c.join.stack(c.block_spec, name="carrier")
         self.final_norm = RMSNorm(c.precision, d.norm_epsilon)
         if not d.tie_head:
-            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision)
+            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision, role=Role.HEAD)
 
     def _unbound(self) -> list[tuple[Block, int]]:
         """A block of each group, to be asked for what needs no parameters, and the group's length."""

@@ -12,6 +12,7 @@ from lm2_jax.blocks.ports import Buffers, LayerState, OpenLayer, PiecePort, Plac
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.layers import RMSNorm, SwiGLU, named
 from lm2_jax.memory.base import Capability, MemoryConfig, Metrics
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
 from lm2_jax.state import Segments
@@ -128,7 +129,7 @@ class PersistentTokens(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute dtype, on the scale of the embedding."""
-        init = named(nn.initializers.normal(self.width**-0.5), ("window", "embed"))
+        init = named(nn.initializers.normal(self.width**-0.5), ("window", "embed"), Role.START)
         start_ND = self.param("start", init, (self.rows, self.width), jnp.dtype(self.precision.params))
         return start_ND[None].astype(jnp.dtype(self.precision.compute))
 

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, Vector
 from lm2_jax.memory.base import Metrics, record
+from lm2_jax.parameters import MEMORY, Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Float
@@ -52,7 +53,7 @@ class ProductModule(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision)
+        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision, group=MEMORY)
 
     def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], metrics: Metrics) -> Array:
         """Both sides normalised with learned scales, as Titans (arXiv:2501.00663, section 4.2) says of its gating.
@@ -78,9 +79,11 @@ class MixModule(nn.Module):
 
     def setup(self) -> None:
         shape, axes = (self.width, self.width), ("gate_width", "embed")
-        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision)
-        self.gate_attention, self.gate_memory = (Einsum(shape, axes, self.precision, scale=0.5) for _ in range(2))
-        self.gate_bias = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)
+        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision, group=MEMORY)
+        self.gate_attention, self.gate_memory = (
+            Einsum(shape, axes, self.precision, scale=0.5, role=Role.GATE) for _ in range(2)
+        )
+        self.gate_bias = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias, role=Role.GATE)
 
     def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], metrics: Metrics) -> Array:
         """A convex combination, so that either side can be silent; arguments as of `ProductModule`."""

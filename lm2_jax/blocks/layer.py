@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from lm2_jax.attention import ExtraKV
 from lm2_jax.blocks.memory_block import MemoryBlock, RunningJoin
 from lm2_jax.layers import RMSNorm
+from lm2_jax.parameters import MEMORY
 from lm2_jax.types import Array, State
 
 
@@ -28,7 +29,7 @@ class LayerBlock(MemoryBlock):
     """Memory, attention and MLP, each with a residual connection."""
 
     def setup_join(self) -> None:
-        self.memory_norm = RMSNorm(self.spec.precision, self.spec.decoder.norm_epsilon)
+        self.memory_norm = RMSNorm(self.spec.precision, self.spec.decoder.norm_epsilon, group=MEMORY)
 
     def begin_document(self) -> tuple[ExtraKV | None, State]:
         """A document's memory begins with the persistent tokens; attention sees them after the memory."""

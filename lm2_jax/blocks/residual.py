@@ -13,6 +13,7 @@ from lm2_jax.layers import Vector
 from lm2_jax.memory.bank_reads import attend_slots
 from lm2_jax.memory.bank_writes import Gate
 from lm2_jax.memory.base import Capability, MemoryConfig, Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.types import Array, Float, State
 
 
@@ -73,7 +74,7 @@ class ResidualBlock(MemoryBlock):
         if join.gate:
             self.gate_output = Gate(d.width, precision)
         if join.silent_start:
-            self.loudness = Vector((d.width,), ("state_embed",), precision)
+            self.loudness = Vector((d.width,), ("state_embed",), precision, role=Role.GATE)
 
     @property
     def join(self) -> ResidualJoin:

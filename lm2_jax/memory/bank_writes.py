@@ -12,6 +12,7 @@ from lm2_jax.attention.softmax import ExtraKV, attend_from_end
 from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, gathered, named, rope_frequencies, rotate
 from lm2_jax.memory.bank_reads import tokens_to_slots
 from lm2_jax.memory.base import Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Bool, Float
@@ -142,8 +143,8 @@ class Gate(nn.Module):
 
     def setup(self) -> None:
         # Sharded along the summed dimension, so that gates are sharded like their slots: not along the width.
-        self.w = Einsum((self.width, self.width), ("gate_width", "embed"), self.precision)
-        self.b = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)
+        self.w = Einsum((self.width, self.width), ("gate_width", "embed"), self.precision, role=Role.GATE)
+        self.b = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias, role=Role.GATE)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """In float32 at least."""
@@ -225,7 +226,7 @@ class SlotCode(nn.Module):
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute type."""
         axes = ("slots", "row_width")
-        init = named(nn.initializers.normal(1.0), axes)
+        init = named(nn.initializers.normal(1.0), axes, Role.START)
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
         return gathered(code_ND.astype(jnp.dtype(self.precision.compute)), axes, ("slots", None))[None]
 

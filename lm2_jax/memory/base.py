@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.parameters import MEMORY
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
 from lm2_jax.state import check_state
@@ -93,6 +94,8 @@ class Memory(nn.Module):
     A state is a NamedTuple with the flag `is_start` [B], true where the row begins a document. The caller maintains
     the flag and puts `start_state` into such rows before it passes a state to any method below.
     """
+
+    parameter_group: ClassVar[str] = MEMORY  # of every parameter made below this module
 
     def init_state(self, batch: int) -> State:
         """A state of `batch` rows that begin a document, everything but `is_start` zero; needs no parameters."""

@@ -11,6 +11,7 @@ from lm2_jax.layers import Einsum, RMSNorm, constrain, gathered, named
 from lm2_jax.memory.bank_reads import attend_slots
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
 
@@ -88,7 +89,7 @@ class GatedBank(Memory):
         c, D, H = self.config, self.width, self.config.num_heads
         if c.start == "learned":
             rows_ND = identity_rows(c.num_slots, D)
-            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), START_AXES)
+            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), START_AXES, Role.START)
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")

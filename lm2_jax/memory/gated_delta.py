@@ -24,6 +24,7 @@ from flax import linen as nn
 from lm2_jax.layers import Einsum, RMSNorm, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
 from lm2_jax.memory.projections import ConvProjection, HeadGate
+from lm2_jax.parameters import Role
 from lm2_jax.partition import logical_shard_map, parts
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float
@@ -174,7 +175,7 @@ class GatedDelta(Memory):
         self.gate_rate = HeadGate(D, H, self.precision)
         self.gate_decay = DecayGate(D, H, self.precision)
         self.norm = RMSNorm(self.precision, axis="head")
-        self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), self.precision)
+        self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), self.precision, role=Role.GATE)
         self.o = Einsum((H, K, D), ("heads", "head", "embed"), self.precision, in_dims=2)
 
     @property
@@ -274,9 +275,9 @@ class DecayGate(nn.Module):
 
     def setup(self) -> None:
         shape, stored = (self.num_heads,), jnp.dtype(self.precision.params)
-        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision)
-        self.dt_bias = self.param("dt_bias", named(_step_bias, ("heads",)), shape, stored)
-        self.A_log = self.param("A_log", named(_log_speed, ("heads",)), shape, stored)
+        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision, role=Role.GATE)
+        self.dt_bias = self.param("dt_bias", named(_step_bias, ("heads",), Role.GATE), shape, stored)
+        self.A_log = self.param("A_log", named(_log_speed, ("heads",), Role.GATE), shape, stored)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
         """log a, in float32 at least; at most 0."""

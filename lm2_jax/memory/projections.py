@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from lm2_jax.layers import Einsum, Vector, constrain, named
 from lm2_jax.ops.ttt_chunk.networks import NormWeights
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -33,7 +34,7 @@ class CausalConv(nn.Module):
           valid_BT: inputs that are not valid count as zero.
         """
         shape = (self.kernel_size, self.num_heads, self.head_width)
-        init = named(nn.initializers.normal(1 / math.sqrt(self.kernel_size)), ("window", "heads", "head"))
+        init = named(nn.initializers.normal(1 / math.sqrt(self.kernel_size)), ("window", "heads", "head"), Role.CONV)
         kernel_WHK = self.param("w", init, shape, jnp.dtype(self.precision.params)).astype(x_BTHK.dtype)
         x_BTHK = jnp.where(valid_BT[:, :, None, None], x_BTHK, jnp.zeros_like(x_BTHK))
         before = [] if tail_BWHK is None else [tail_BWHK.astype(x_BTHK.dtype)]
@@ -131,8 +132,8 @@ class HeadGate(nn.Module):
     bias: float = 0.0
 
     def setup(self) -> None:
-        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision)
-        self.b = Vector((self.num_heads,), ("heads",), self.precision, fill=self.bias)
+        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision, role=Role.GATE)
+        self.b = Vector((self.num_heads,), ("heads",), self.precision, fill=self.bias, role=Role.GATE)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
         """Logits in float32 or wider."""
@@ -152,6 +153,6 @@ class InnerNorm(nn.Module):
     def __call__(self, dtype: jnp.dtype) -> NormWeights:
         """Both [H K]."""
         shape, axes, stored = (self.num_heads, self.head_width), ("heads", "head"), jnp.dtype(self.precision.params)
-        scale = self.param("scale", named(nn.initializers.ones, axes), shape, stored)
-        shift = self.param("b", named(nn.initializers.zeros, axes), shape, stored)
+        scale = self.param("scale", named(nn.initializers.ones, axes, Role.NORM), shape, stored)
+        shift = self.param("b", named(nn.initializers.zeros, axes, Role.NORM), shape, stored)
         return NormWeights(scale.astype(dtype), shift.astype(dtype))

@@ -13,6 +13,7 @@ from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Net
 from lm2_jax.ops.ttt_chunk.networks import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
 from lm2_jax.ops.ttt_chunk.sharded import read_frozen, segment_metrics, ttt_chunk
 from lm2_jax.ops.ttt_chunk.step import PartialChunk, empty_chunk, ttt_step
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float
 
@@ -175,7 +176,7 @@ class Titans(Memory):
         if c.output_norm:
             self.norm = RMSNorm(precision, axis="head")
         if c.output_gate != "none":
-            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision)
+            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision, role=Role.GATE)
         self.o = Einsum((H, K, D), ("heads", "head", "embed"), precision, in_dims=2)
 
     @property
@@ -203,7 +204,10 @@ class Titans(Memory):
 
         full = (self.config.num_heads, shape[0] + bias, shape[1])
         return self.param(
-            f"start_{layer}", named(init, self._weight_axes[layer][1:]), full, jnp.dtype(self.precision.params)
+            f"start_{layer}",
+            named(init, self._weight_axes[layer][1:], Role.START),
+            full,
+            jnp.dtype(self.precision.params),
         )
 
     def init_state(self, batch: int) -> TitansState:

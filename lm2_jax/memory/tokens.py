@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from lm2_jax.layers import gathered, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
 
@@ -52,7 +53,7 @@ class Tokens(Memory):
 
     def setup(self) -> None:
         # As in the released code: the start has the embedding's scale.
-        init = named(nn.initializers.normal(self.width**-0.5), START_AXES)
+        init = named(nn.initializers.normal(self.width**-0.5), START_AXES, Role.START)
         self.start_ND = self.param(
             "start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params)
         )

@@ -16,9 +16,9 @@ from lm2_jax.memory.projections import ConvProjection
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig, TitansState
 from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork
 from lm2_jax.ops.ttt_chunk.ref import mlp, token_loop
+from lm2_jax.parameters import describe
 from lm2_jax.precision import Precision
 from lm2_jax.state import reset_rows
-from lm2_jax.training.optim import kind_of, map_parameters
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED
 from tests.memory import driver
 
@@ -427,17 +427,12 @@ def test_the_axes_fit_the_state(case):
 
 
 def test_what_the_optimizer_makes_of_the_parameters():
-    from lm2_jax.layout import axes_of
-
     memory = TitansConfig(H, C, step=StepConfig(by_place=True)).build(D, Precision())
     x, state = jnp.ones((1, T, D), jnp.float32), memory.init_state(1)
     boxed = jax.eval_shape(driver.init(memory), jax.random.key(0), x, state, jnp.ones((1, T), bool))["params"]
-    kinds = map_parameters(kind_of, axes_of(boxed))
-    found = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): k for p, k in jax.tree_util.tree_leaves_with_path(kinds)
-    }
+    found = {p.path: p.role for p in jax.tree.leaves(describe(boxed))}
     gates = {f"gate_{n}/{leaf}": "gate" for n in GATES for leaf in ("w/w", "b/b")}
-    streams = {f"{n}/{leaf}": kind for n in "qkv" for leaf, kind in (("w/w", "matrix"), ("conv/w", "conv"))}
+    streams = {f"{n}/{leaf}": kind for n in "qkv" for leaf, kind in (("w/w", "weight"), ("conv/w", "conv"))}
     assert found == {
         **gates,
         **streams,
@@ -448,7 +443,7 @@ def test_what_the_optimizer_makes_of_the_parameters():
         "inner_norm/b": "norm",
         "norm/scale": "norm",
         "place/b": "bias",
-        "o/w": "matrix",
+        "o/w": "weight",
     }
 
 

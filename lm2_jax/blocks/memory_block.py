@@ -156,24 +156,31 @@ class MemoryBlock(Block):
         )
 
     def write(
-        self, x_BTD: Array | None, kv: ExtraKV, valid_BT: Bool[Array, "B T"], memory: State, metrics: Metrics | None
+        self,
+        x_BTD: Array | None,
+        kv: ExtraKV | None,
+        valid_BT: Bool[Array, "B T"],
+        memory: State,
+        metrics: Metrics | None,
     ) -> State:
         """The memory after a full segment.
 
         Args:
-          x_BTD: what it takes of the tokens.
-          kv: attention's keys and values of the segment.
+          x_BTD: what it takes of the tokens; None with WRITE_THROUGH_BLOCK.
+          kv: attention's keys and values of the segment, for WRITE_THROUGH_BLOCK.
           valid_BT: tokens that count.
           memory: before the segment.
           metrics: diagnostics are added here.
         """
         module = self.memory
-        if self.is_running:
-            return module.close(module.absorb(TokenInputs(x_BTD, valid_BT), module.open(memory), metrics), memory)
         if self.is_written_through_block:
+            assert kv is not None
             rows_BND = module.query_rows(memory)
             x_BTD = self.feed_forward(rows_BND + self.attention.from_end(self.attention_norm(rows_BND), kv, valid_BT))
             valid_BT = jnp.ones(rows_BND.shape[:2], bool)
+        assert x_BTD is not None
+        if self.is_running:
+            return module.close(module.absorb(TokenInputs(x_BTD, valid_BT), module.open(memory), metrics), memory)
         return module.write(x_BTD, memory, valid_BT, metrics)
 
     def written(self, opened: OpenLayer, memory: State) -> State:
@@ -183,5 +190,5 @@ class MemoryBlock(Block):
         if not self.is_shared:
             memory = begin_memory(memory, self.begin_document()[1], self.memory_axes)
         x_BTD, kv = opened.buffers.written, opened.buffers.kv
-        valid_BT = jnp.ones((x_BTD if x_BTD is not None else kv.k).shape[:2], bool)
+        valid_BT = jnp.ones((len(memory.is_start), self.spec.segment_tokens), bool)
         return clear_start(self.write(x_BTD, kv, valid_BT, memory, None), self.memory_axes)

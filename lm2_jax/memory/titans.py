@@ -339,7 +339,8 @@ class Titans(Memory):
         """Weights and momentum in the dtype of the inner loop, and an empty chunk."""
         fast = FastWeights(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (state.weights, state.momentum)))
         c = self.config
-        has = Rates(True, None if c.momentum.per == "off" else True, None if c.forget.per == "off" else True)
+        one = jnp.ones(())
+        has = Rates(one, None if c.momentum.per == "off" else one, None if c.forget.per == "off" else one)
         return OpenTitans(fast, empty_chunk(fast, has, c.chunk_tokens), state.tails)
 
     def close(self, opened: OpenTitans, state: TitansState) -> TitansState:

@@ -32,6 +32,11 @@ class TokensConfig(MemoryConfig):
         """The decoder reads and writes the tokens itself."""
         return Capability.STACK_TOKENS
 
+    @property
+    def stack_tokens(self) -> int:
+        """m."""
+        return self.num_tokens
+
     def build(self, width: int, precision: Precision, **linen: Any) -> "Tokens":
         """The module for a decoder of this width."""
         return Tokens(self, width, precision, **linen)

@@ -137,6 +137,11 @@ class MemoryBlock(Block):
             y_1TD, _ = module.read(inputs.x, inputs.valid, module.reader(start))
             return y_1TD[:, :N], module.write(inputs.x, start, inputs.valid)
 
+    @property
+    def has_reader(self) -> bool:
+        """Whether the memory is read as of the segment's start; a store that runs along with the tokens is, too."""
+        return self.reads or not (self.is_running or self.is_written_through_block)
+
     def prepare(self, memory: State) -> Any:
         """What the flow needs of a memory, once per segment; `port.prepared`."""
         return None
@@ -144,13 +149,12 @@ class MemoryBlock(Block):
     def begin_segment(self, state: LayerState, start: State, shared_start: State) -> OpenLayer:
         """The memory with its start, prepared for reads and running."""
         memory = shared_start if self.is_shared else begin_memory(state.memory, start, self.memory_axes)
-        reads = self.reads or not (self.is_running or self.is_written_through_block)
         return (
             super()
             .begin_segment(state, start, shared_start)
             ._replace(
                 prepared=self.prepare(memory),
-                reader=self.memory.reader(memory) if reads else None,
+                reader=self.memory.reader(memory) if self.has_reader else None,
                 running=self.memory.open(memory) if self.is_running else None,
             )
         )

@@ -81,7 +81,7 @@ def test_the_plan_says_where_each_array_would_lie():
     assert "lm2_tiny on 16 devices: data 1 x fsdp 4 x model 2 x slots 2" in text
     # 2 layers, 32 x 64 numbers of 4 bytes: 8 pieces of the width, 2 of the hidden width.
     assert lines["blocks_0/mlp/up/w"].split()[1:] == "[2, 32, 64] float32 -, fsdp+slots, model 1,024".split()
-    assert lines["runs/0/memory/slots"].split()[-5:] == ["-,", "fsdp,", "slots,", "-", "1,536"]
+    assert lines["groups/0/memory/slots"].split()[-5:] == ["-,", "fsdp,", "slots,", "-", "1,536"]
     assert "1/mu/embed/table" in lines
     assert "whole on every device: nothing" in text
 

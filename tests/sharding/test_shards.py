@@ -105,8 +105,8 @@ def test_titans_heads_rows_and_hidden_width_stay_on_their_devices(network, mesh)
 
     def fn(fast, q, k, v, rates, norm):
         tokens = ChunkInputs(q, k, v, rates, jnp.arange(T)[None] < jnp.arange(rows)[:, None] + 1)
-        after, y, measured = ttt_chunk(config.rules, norm, None, fast, tokens, config.remat)
-        return after, y, measured, read_frozen(config.rules.network, norm, after.weights, q)
+        after, y, measured = ttt_chunk(config.spec, norm, None, fast, tokens, config.remat)
+        return after, y, measured, read_frozen(config.spec.network, norm, after.weights, q)
 
     text = split_and_whole(fn, (fast, q, k, v, rates, norm if network.has_norm else None), mesh)
     assert "shard_map" in text

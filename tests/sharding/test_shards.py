@@ -122,8 +122,6 @@ def test_without_devices_to_share_there_is_one_shard():
 
     assert asked(MeshConfig(data=2, slots=4)) == 4
     assert asked(MeshConfig()) == 1
-    with partition.automatic():
-        assert asked(MeshConfig(data=2, slots=4)) == 1
 
 
 def test_what_does_not_divide_is_refused():

@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
+from lm2_jax.aot import costs, hlo
 from lm2_jax.model import LanguageModel
-from lm2_jax.sharding import costs, hlo
 from lm2_jax.training.flops import jaxpr_flops, traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.state import make_plan

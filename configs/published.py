@@ -2,8 +2,8 @@
 
     python train.py lm2_1p7b --compile-only --quick --topology v5e:16x16
 
-- `lm2_1p7b`: LM2 (arXiv:2502.06049, section 3), 16 blocks of width 2048 with 2,048 slots each, in the paper's write form
-  and with read projections of its own; 1.7 billion parameters.
+- `lm2_1p7b`: LM2 (arXiv:2502.06049, section 3), 16 blocks of width 2048 with 2,048 slots each, in the paper's write
+  form and with read projections of its own; 1.7 billion parameters.
 - `llama_1p7b`: its baseline without memory, with a wider MLP for the same number of parameters.
 - `lm2_8b`: the width of Llama-3-8B, in 24 blocks.
 - `titans_mac_1p3b`: the largest memory-as-context model of Titans (arXiv:2501.00663), on rows of the same length.
@@ -11,13 +11,13 @@
 All compute in bfloat16, keep parameters, both moments and the memory in float32, recompute each block in the backward
 pass, and compute logits for 512 tokens at a time.
 
-Data is the output of `python -m lm2_jax.data.convert`; the paper's corpus is that of SmolLM without its Python part. The
-paper does not state its optimizer. Steps, warm-up and learning rates are those of the released configuration; what decays
-is not: here weight decay applies to all matrices, the embedding included, and not to gates, in the released code to
-gates and not to the embedding.
+Data is the output of `python -m lm2_jax.data.convert`; the paper's corpus is that of SmolLM without its Python part.
+The paper does not state its optimizer. Steps, warm-up and learning rates are those of the released configuration. What
+decays is not: here weight decay applies to all matrices, the embedding included, and not to gates; in the released
+code to gates and not to the embedding.
 
 `MESHES` has a mesh per number of devices for a step of 64 rows (256 rows on 4,096 chips: `--data.rows 256`); train.py
-uses it if no --mesh option is given. A test checks that all arrays divide; docs/tpu.md lists what was compiled with them.
+uses it if no --mesh option is given. A test checks that all arrays divide; docs/tpu.md lists what was compiled.
 """
 
 import dataclasses
@@ -95,10 +95,11 @@ TITANS_MAC_1P3B = dataclasses.replace(
 
 PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P3B)}
 
-# Rows are split over data and fsdp. With more chips than rows, slots and tokens are split over `slots` (the queries of a
-# device attend to all keys, which are few); in Titans, whose memory processes its tokens one after the other, heads are
-# split over `model`. Two replicas even where one would do: libtpu sums a gradient over all devices by an all-reduce, but
-# over some of the devices by a reduce-scatter, which sends half. 4,096 chips of v5e are 16 slices, with a replica in each.
+# Rows are split over data and fsdp. With more chips than rows, slots and tokens are split over `slots` (the queries of
+# a device attend to all keys, which are few); in Titans, whose memory processes its tokens one after the other, heads
+# are split over `model`. Two replicas even where one would do: libtpu sums a gradient over all devices by an all-reduce,
+# but over some of the devices by a reduce-scatter, which sends half. 4,096 chips of v5e are 16 slices, with a replica in
+# each.
 _LM2 = {
     16: MeshConfig(data=2, fsdp=8),
     64: MeshConfig(data=2, fsdp=32),

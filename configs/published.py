@@ -97,8 +97,8 @@ PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P
 
 # Rows are split over data and fsdp. With more chips than rows, slots and tokens are split over `slots` (the queries of
 # a device attend to all keys, which are few); in Titans, whose memory processes its tokens one after the other, heads
-# are split over `model`. Two replicas even where one would do: libtpu sums a gradient over all devices by an all-reduce,
-# but over some of the devices by a reduce-scatter, which sends half. 4,096 chips of v5e are 16 slices, with a replica in
+# are split over `model`. Two replicas even where one would do: libtpu sums a gradient over all devices by all-reduce,
+# but over some of the devices by reduce-scatter, which sends half. 4,096 chips of v5e are 16 slices with a replica in
 # each.
 _LM2 = {
     16: MeshConfig(data=2, fsdp=8),

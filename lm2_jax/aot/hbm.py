@@ -55,62 +55,60 @@ def _fusion_traffic(program: Program, fusion: Computation) -> int:
     """Bytes of a fusion: what it reads of its parameters and what it writes of its results."""
     total = _written(program, fusion, fusion.root)
     for parameter in fusion.parameters:
-        whole = size_bytes(parameter.shape, in_hbm=True)
-        read = _read(program, fusion, parameter.name, whole)
-        total += whole if read.is_returned else min(read.bytes, whole)
+        size = size_bytes(parameter.shape, in_hbm=True)
+        read = _read(program, fusion, parameter.name, size)
+        total += size if read.is_returned else min(read.bytes, size)
     return total
 
 
-def _read(program: Program, computation: Computation, name: str, whole: int) -> _Read:
+def _read(program: Program, computation: Computation, name: str, size: int) -> _Read:
     """What a computation reads of a value.
 
     Args:
       program: the program.
       computation: a fusion's, or one nested in it.
       name: of the value.
-      whole: its bytes, the cost of any use that is not a slice.
+      size: its bytes in main memory, the cost of any use that is not a slice.
     """
     total, is_returned = 0, computation.root.name == name
     for user in _users(computation)[name]:
         views = []
         if user.opcode == "bitcast":
-            views = [_read(program, computation, user.name, whole)]
+            views = [_read(program, computation, user.name, size)]
         elif user.opcode in _SLICES and user.operands[0] == name:
             total += size_bytes(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             pass  # updated in place
         elif user.opcode == "fusion":
-            views = _nested_reads(program, computation, user, name, whole)
+            views = _nested_reads(program, computation, user, name, size)
         else:
-            total += whole
+            total += size
         total += sum(view.bytes for view in views)
         is_returned |= any(view.is_returned for view in views)
     return _Read(total, is_returned)
 
 
-def _nested_reads(
-    program: Program, computation: Computation, fusion: Instruction, name: str, whole: int
-) -> list[_Read]:
+def _nested_reads(program: Program, computation: Computation, fusion: Instruction, name: str, size: int) -> list[_Read]:
     """What a nested fusion reads of a value, and, where it returns a view of it, what the users of that view read."""
     inner = program.called(fusion, "calls")
     reads = [
-        _read(program, inner, parameter.name, whole)
+        _read(program, inner, parameter.name, size)
         for parameter, operand in zip(inner.parameters, fusion.operands, strict=True)
         if operand == name
     ]
-    views = [_read(program, computation, fusion.name, whole) for read in reads if read.is_returned]
+    views = [_read(program, computation, fusion.name, size) for read in reads if read.is_returned]
     return [read._replace(is_returned=False) for read in reads] + views
 
 
 def _written(program: Program, computation: Computation, result: Instruction) -> int:
     """Bytes that a fusion writes for a result: those of the update where an array is updated in place."""
-    whole = size_bytes(result.shape, in_hbm=True)
+    size = size_bytes(result.shape, in_hbm=True)
     owner, source = _source(program, computation, result)
     if source.opcode == "tuple":
         return sum(_written(program, owner, owner.instructions[name]) for name in source.operands)
     if source.opcode == "dynamic-update-slice":
-        return min(size_bytes(owner.instructions[source.operands[1]].shape), whole)
-    return whole
+        return min(size_bytes(owner.instructions[source.operands[1]].shape), size)
+    return size
 
 
 def _source(program: Program, computation: Computation, value: Instruction) -> tuple[Computation, Instruction]:

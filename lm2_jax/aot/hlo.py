@@ -167,7 +167,7 @@ def trip_count(program: Program, caller: Computation, loop: Instruction) -> int 
     """Trip count of a while loop; None if neither the compiler's annotation nor the condition gives it.
 
     The condition of a loop made by jax compares a counter with a constant. The counter grows by one per iteration. In
-    a matrix product that libtpu has cut into windows to overlap it with a collective, it grows by two.
+    a matrix product that libtpu has split into windows to overlap it with a collective, it grows by two.
     """
     known = re.search(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
     if known:

@@ -1,4 +1,4 @@
-"""`train.py --compile-only`: what it refuses, how it tells, and real compilation where libtpu is installed."""
+"""`train.py --compile-only`: what it refuses, its report, and real compilation if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -198,12 +198,12 @@ def test_attention_takes_the_kernel_and_its_operations_count(libtpu):
 @pytest.mark.tpu_backend
 def test_a_program_without_code_costs_the_same(libtpu):
     run, mesh, topology = lm2_jax.preset("lm2_paper_tiny"), MeshConfig(data=1, fsdp=4), parse_topology("v5e:2x2")
-    whole, quick = (compile_only.compile_only(run, mesh, topology, quick=quick) for quick in (False, True))
-    assert quick.flops == whole.flops
-    assert quick.collectives == whole.collectives
-    assert quick.bytes["program"] == 0 < whole.bytes["program"]
-    kept = sum(whole.bytes[name] for name in ("parameters", "optimizer", "state", "batch"))
-    assert kept < quick.bytes["total"] < whole.bytes["total"]
+    complete, quick = (compile_only.compile_only(run, mesh, topology, quick=quick) for quick in (False, True))
+    assert quick.flops == complete.flops
+    assert quick.collectives == complete.collectives
+    assert quick.bytes["program"] == 0 < complete.bytes["program"]
+    arguments = sum(complete.bytes[name] for name in ("parameters", "optimizer", "state", "batch"))
+    assert arguments < quick.bytes["total"] < complete.bytes["total"]
 
 
 @pytest.mark.tpu_backend
@@ -218,7 +218,7 @@ def test_copies_of_the_model_add_little_to_what_a_chip_sends(libtpu):
 
 
 @pytest.mark.tpu_backend
-def test_what_does_not_fit_is_told_with_advice(libtpu):
+def test_what_does_not_fit_is_reported_with_advice(libtpu):
     run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, rows=2**16, segments=(8,)))
     report = compile_only.compile_only(run, MeshConfig(), parse_topology("v5e:1x1"))
     assert not report.fits

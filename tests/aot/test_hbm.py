@@ -132,12 +132,12 @@ def test_a_nested_fusion_without_a_slice_reads_everything():
 def test_a_slice_that_is_copied_to_or_from_the_chip(source, result, expected, is_async):
     """libtpu prefetches slices of main memory into on-chip memory, often asynchronously."""
     array, row = f"f32[6,8]{{1,0:T(8,128){source}}}", f"f32[1,8]{{1,0:T(8,128){result}}}"
-    cut = "slice({}), slice={{[0:1], [0:8]}}"
-    direct = f"  ROOT %s = {row} {cut.format('%n')}"
+    expression = "slice({}), slice={{[0:1], [0:8]}}"
+    direct = f"  ROOT %s = {row} {expression.format('%n')}"
     started = f"  %g = (({array}), {row}, s32[]) async-start(%n), calls=%part\n  ROOT %s = {row} async-done(%g)"
     text = (
         f"{HEAD}%part (p: f32[6,8]) -> f32[1,8] {{\n  %p = {array} parameter(0)\n"
-        f"  ROOT %c = {row} {cut.format('%p')}\n}}\n\n"
+        f"  ROOT %c = {row} {expression.format('%p')}\n}}\n\n"
         f"ENTRY %main (n: f32[6,8]) -> f32[1,8] {{\n  %n = {array} parameter(0)\n"
         f"{started if is_async else direct}\n}}\n"
     )

@@ -1,4 +1,4 @@
-"""What collectives send, what goes through memory, and the least time that follows."""
+"""What collectives send, memory traffic, and the roofline bound."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from lm2_jax.chips import CHIPS
 HEAD = "HloModule m, is_scheduled=true, num_partitions=8\n\n"
 HOW = 'replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}, frontend_attributes={chain_id="3"}'
 
-# A product that libtpu hides behind an all-gather: begun in one fusion, going on in a second, ended in a third.
+# A product that libtpu overlaps with an all-gather: started in one fusion, continued in a second, ended in a third.
 CHAIN = (
     HEAD
     + """%begin (x: bf16[16,64]) -> bf16[32,64] {
@@ -115,9 +115,9 @@ ENTRY %main (a: f32[6,8], b: f32[8], c: s32[]) -> f32[6,8] {
 
 
 def test_slices_count_for_themselves_and_memory_on_the_chip_not_at_all():
-    row, whole = 4 * 8, 4 * 6 * 8
+    row, stack = 4 * 8, 4 * 6 * 8
     found = costs.program_costs(hlo.parse(MEMORY))
-    assert found.hbm_bytes == (row + row) + (whole + whole) + row  # take; negate; update, from a row on the chip
+    assert found.hbm_bytes == (row + row) + (stack + stack) + row  # take; negate; update, from a row on the chip
 
 
 def test_the_least_time_is_what_takes_longest():

@@ -1,4 +1,4 @@
-"""Names of TPU slices: which there are, and what a wrong one is told."""
+"""Names of TPU slices: which exist, and the errors for the others."""
 
 import importlib.util
 import math

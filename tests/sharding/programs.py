@@ -26,7 +26,7 @@ from lm2_jax.sharding.partition import MeshPartition
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, config_of, generic_params, precise
 
 ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64
-SLOTS = 40  # a number that no other dimension has, whole or in parts
+SLOTS = 40  # a size that no other dimension has, split or not
 EXPANSION = 7  # of Titans' networks: the hidden width of 7 x 16 is such a number too
 # With large steps on random parameters an inner memory is chaotic: float32 runs part that differ in one rounding.
 CALM = StepConfig(maximum=0.01)
@@ -73,7 +73,7 @@ def small(name: str, float64: bool) -> ModelConfig:
 
 
 def _replaced(config: Any, values: dict[str, Any]) -> Any:
-    """A config with all fields of these names changed, however deep they lie; None stays."""
+    """A config with all fields of these names changed, at any depth; None stays."""
     if isinstance(config, tuple):
         return tuple(_replaced(item, values) for item in config)
     if not dataclasses.is_dataclass(config):
@@ -119,7 +119,7 @@ class Case:
 
     @functools.cached_property
     def arguments(self) -> Arguments:
-        """Generic parameters, random tokens, a fresh state and weights of the loss, where they belong."""
+        """Generic parameters, random tokens, an initial state and weights of the loss, with their shardings."""
         with precise(self.config):
             params, state = generic_params(self.model), self.model.init_state(ROWS)
             rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ class Case:
 
     @functools.cached_property
     def loops(self) -> "Loops":
-        """Its collectives by the depth of the loop they stand in."""
+        """Its collectives by the depth of their loop."""
         return collectives_in(parse(self.compiled.as_text()))
 
     @functools.cached_property

@@ -175,7 +175,7 @@ def compile_only(
 def _single_device_flops(plan: Plan, layout: Layout) -> float:
     """Matrix operations of a step traced for a single device of this kind, where no work is done twice."""
     one: Any = layout.mesh.devices
-    with Layout(make_mesh(MeshConfig(), one.flat[:1]), config=plan.config).context():
+    with Layout(make_mesh(MeshConfig(), list(one.flat[:1])), config=plan.config).context():
         return traced_flops(make_train_step(plan), plan.shapes, _batch_shapes(plan.config))
 
 

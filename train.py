@@ -13,10 +13,10 @@ import jax
 import tyro
 
 from lm2_jax import PRESETS, RunConfig, UserError, cli
+from lm2_jax.aot.compile_only import CompileConfig, compile_and_tell
 from lm2_jax.presets import mesh_for
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
-from lm2_jax.sharding.compile_only import CompileConfig, compile_and_tell
 from lm2_jax.sharding.mesh import spare_threads
 from lm2_jax.sharding.plan import describe_plan
 from lm2_jax.training.fit import fit

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import grain
@@ -64,7 +64,10 @@ def empty_folder(out: epath.PathLike) -> epath.Path:
 
 
 def write_shards(
-    documents: Iterable[list[int]], tokenizer: FileTokenizer, out: epath.PathLike, tokens_per_shard: int
+    documents: Iterable[Sequence[int] | np.ndarray],
+    tokenizer: FileTokenizer,
+    out: epath.PathLike,
+    tokens_per_shard: int,
 ) -> dict[str, Any]:
     """Writes a shard set.
 
@@ -81,7 +84,7 @@ def write_shards(
     lengths, hashes, files, empty, max_id = [], [], [], 0, 0
     writer, written = None, 0
     for document in documents:
-        if not document:
+        if not len(document):
             empty += 1
             continue
         if writer is None:

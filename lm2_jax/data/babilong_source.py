@@ -54,7 +54,8 @@ class BabilongSource(SourceConfig):
     closing: bool = True
     """Interleaved: whether the row ends with a question, its answer and the end token in the text."""
     max_facts: int | None = None
-    """Question last: samples with more facts are dropped (and counted in the log); None: none are."""
+    """Question last: samples with more facts are dropped (and counted in the log), where the question counts as a fact,
+    as in the published filter; None: none are dropped."""
     margin: int = 0
     """Question last: tokens at the end of the row that stay padding (the published runs leave 20)."""
     plain_fraction: float = 0.0
@@ -101,8 +102,10 @@ class BabilongSource(SourceConfig):
                 f"{name}.max_sentence_tokens={self.max_sentence_tokens} is below "
                 f"min_sentence_tokens={self.min_sentence_tokens}"
             )
-        if self.max_facts is not None and self.max_facts < 2:
-            raise ValueError(f"{name}.max_facts must be at least 2 or None, got {self.max_facts}")
+        if self.max_facts is not None and self.max_facts < 3:
+            raise ValueError(
+                f"{name}.max_facts must be at least 3 (two facts and the question) or None, got {self.max_facts}"
+            )
         if self.margin < 0:
             raise ValueError(f"{name}.margin must not be negative, got {self.margin}")
 

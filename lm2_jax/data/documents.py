@@ -212,23 +212,23 @@ class DocumentSource:
         if held_out not in self._layouts:
             raise UserError(f"{self._name}: nothing is held out; set data.source.held_out_fraction above 0")
         spans = self._layouts[held_out].spans(step, row, rows, segments)
-        row = Example.padding(segments, self._segment_tokens, self._documents.pad_id)
+        example = Example.padding(segments, self._segment_tokens, self._documents.pad_id)
         starts_KT = np.zeros((segments, self._segment_tokens), bool)
         for span in spans:
             document = self._documents.tokens(int(self._parts[held_out][span.document]))
             here = slice(span.position, span.position + span.count)
             following = document[span.start + 1 : span.start + span.count + 1]
-            row.tokens[here] = document[span.start : span.start + span.count]
-            row.targets[here] = self._documents.eos_id  # stays after the last token of a document
-            row.targets[span.position : span.position + len(following)] = following
-            row.valid[here] = row.text[here] = True
+            example.tokens[here] = document[span.start : span.start + span.count]
+            example.targets[here] = self._documents.eos_id  # stays after the last token of a document
+            example.targets[span.position : span.position + len(following)] = following
+            example.valid[here] = example.text[here] = True
             segment, within = divmod(span.position, self._segment_tokens)
             if within:
                 starts_KT[segment, within] = True
             else:
-                row.reset[segment] = span.begins
-        row.document[:] = np.cumsum(starts_KT, axis=1, dtype=np.int32).reshape(-1)
-        return row
+                example.reset[segment] = span.begins
+        example.document[:] = np.cumsum(starts_KT, axis=1, dtype=np.int32).reshape(-1)
+        return example
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> int:

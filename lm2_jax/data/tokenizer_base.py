@@ -55,7 +55,7 @@ class FileTokenizer:
     """A `Tokenizer` that one file in a workdir can hold.
 
     Args:
-      name: what the user calls the tokenizer, for messages.
+      config: names of the special tokens, and the path for messages.
     """
 
     vocab_size: int
@@ -65,8 +65,9 @@ class FileTokenizer:
     file_name: ClassVar[str]
     cuts: re.Pattern[str] = _CUTS  # where a long text may be cut, if the tokens around the cut stay the same
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, config: TokenizerConfig):
+        self.config = config
+        self.name = f"path={config.path!r}" if config.path else f"kind={config.kind!r}"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added, and no text turns into a special token.

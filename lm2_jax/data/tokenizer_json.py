@@ -46,7 +46,7 @@ class JsonTokenizer(FileTokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, plain: dict[str, Any], config: TokenizerConfig):
-        super().__init__(f"path={config.path!r}" if config.path else f"kind={config.kind!r}")
+        super().__init__(config)
         self._inner = inner = _load(plain, config)
         # Llama 2's writes its blank here, in addition to the text's own; what the library calls Metaspace does not.
         normalizer = inner.normalizer
@@ -179,12 +179,12 @@ def _check_ids(model: dict[str, Any], added: list[dict[str, Any]], broken: str) 
         raise UserError(f"{broken}: expected token ids from 0 to {MOST_TOKENS}, got {wrong!r}", status=1)
     if len(set(ids)) < len(ids):
         raise UserError(f"{broken}: {len(ids) - len(set(ids))} ids belong to several tokens", status=1)
-    names: dict[int, str] = {i: name for name, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    names = {i: name for name, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
     for token in added:
-        if names.setdefault(token["id"], token.get("content")) != token.get("content"):
+        index, name = token["id"], token.get("content")
+        if names.setdefault(index, name) != name:
             raise UserError(
-                f"{broken}: id {token['id']} is {names[token['id']]!r} in the vocabulary and {token.get('content')!r} "
-                "among the added tokens",
+                f"{broken}: id {index} is {names[index]!r} in the vocabulary and {name!r} among the added tokens",
                 status=1,
             )
 

@@ -33,7 +33,7 @@ class SentencePieceTokenizer(FileTokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, config: TokenizerConfig):
-        super().__init__(f"path={config.path!r}")
+        super().__init__(config)
         inner, self._model = _load(model, config), model
         self.vocab_size = inner.vocab_size()
 

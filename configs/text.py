@@ -28,7 +28,7 @@ TINY = RunConfig(
         carry_state=True,
     ),
     loss=LossConfig(text_weight=1.0),
-    optim=OptimConfig(steps=600, learning_rate=3e-3, warmup_steps=30),
+    optim=OptimConfig(steps=500, learning_rate=3e-3, warmup_steps=30),
     train=TrainConfig(eval_every=200, eval_batches=8),
     checkpoint=CheckpointConfig(every_steps=200),
 )

@@ -19,7 +19,7 @@ from lm2_jax.data.worlds import simulate_sample
 _TRAIN, _HELD_OUT, _CORPUS = range(3)  # streams of draws
 _CORPUS_CHARACTERS = 600_000  # of facts, questions and answers
 _CORPUS_FACTS = 12  # of one story at most
-_REPEATS = 100  # of an answer that no story has
+_REPEATS = 2000  # of an answer that no story has
 
 
 @dataclasses.dataclass(frozen=True)

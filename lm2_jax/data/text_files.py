@@ -61,7 +61,10 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
             raise UserError(f"{path}: no file matches this pattern")
         return _without_copies(found)
     if not root.exists() and not os.path.islink(root):
-        raise UserError(f"{path}: no such file or folder; expected text files, such as .txt, .md, .jsonl or .parquet")
+        raise UserError(
+            f"{path}: no such file or folder; expected text files, such as .txt, .md, .jsonl or .parquet. Change --text "
+            "(or data.source.path)"
+        )
     return [root]
 
 

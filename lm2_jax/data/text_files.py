@@ -62,7 +62,7 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
         return _without_copies(found)
     if not root.exists() and not os.path.islink(root):
         raise UserError(
-            f"{path}: no such file or folder; expected text files, such as .txt, .md, .jsonl or .parquet. Change --text "
+            f"{path}: no such file or folder; expected .txt, .md, .jsonl or other text files. Change --text "
             "(or data.source.path)"
         )
     return [root]

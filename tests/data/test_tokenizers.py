@@ -174,7 +174,7 @@ def unigram(path, *specials) -> str:
 def sentencepiece_model(path, **options) -> str:
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=content, vocab_size=120, minloglevel=2, **options
+        sentence_iterator=iter(corpus()), model_writer=content, vocab_size=120, hard_vocab_limit=False, minloglevel=2, **options
     )
     path.write_bytes(content.getvalue())
     return str(path)

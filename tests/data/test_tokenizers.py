@@ -174,7 +174,12 @@ def unigram(path, *specials) -> str:
 def sentencepiece_model(path, **options) -> str:
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=content, vocab_size=120, hard_vocab_limit=False, minloglevel=2, **options
+        sentence_iterator=iter(corpus()),
+        model_writer=content,
+        vocab_size=120,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
     )
     path.write_bytes(content.getvalue())
     return str(path)
@@ -212,7 +217,7 @@ def test_no_text_turns_into_a_special_token(tmp_path):
         assert not special & set(ids), name
         assert len(ids) >= 4, name
         # It is read back from a workdir in the same way.
-        path = save_tokenizer(tokenizer, tmp_path / name).parent
+        path = save_tokenizer(tokenizer, tmp_path / f"saved {name}").parent
         loaded = load_tokenizer(path, config)
         assert (loaded.encode(SPELLED), loaded.fingerprint) == (ids, tokenizer.fingerprint), name
 

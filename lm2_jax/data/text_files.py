@@ -29,7 +29,7 @@ def read_documents(path: epath.PathLike, field: str) -> Iterator[Document]:
     document.
 
     Args:
-      path: a file, a folder (searched to any depth), or a glob pattern, in which `**` stands for folders of any depth.
+      path: a file, a folder (searched to any depth), or a glob pattern, in which `**` matches folders of any depth.
       field: name under which a row has its text.
     Yields:
       Every document, empty ones included.

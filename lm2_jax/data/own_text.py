@@ -4,14 +4,16 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from etils import epath
 
 from lm2_jax.atomic import is_remote
-from lm2_jax.config import LossConfig, RunConfig
+from lm2_jax.config import RunConfig
+from lm2_jax.data.shards import METADATA, ShardDocuments, TokenShards
 from lm2_jax.data.text_files import read_documents
 from lm2_jax.data.text_source import TextFiles
-from lm2_jax.data.tokenizer_base import TokenizerConfig, TokenizerKind
+from lm2_jax.data.tokenizers import TokenizerConfig, TokenizerKind, load_tokenizer
 from lm2_jax.errors import UserError
 
 _FEWEST_CHARACTERS = 1000
@@ -38,7 +40,8 @@ def own_text(
 
     Args:
       run: any run, such as a preset.
-      path: a file, a folder or a glob pattern of .txt, .md, .jsonl, .json or .parquet files.
+      path: a file, a folder or a glob pattern of .txt, .md, .jsonl, .json or .parquet files; or the folder of a shard
+        set (`python -m lm2_jax.data.convert`), which has its own tokenizer.
       field: name under which a row of a .jsonl, .json or .parquet file has its text.
       report: is called with one line that says what was chosen.
     Returns:
@@ -46,70 +49,89 @@ def own_text(
     Raises:
       UserError: no text there, a file that cannot be read, less than 1,000 characters, or more than 256 MB.
     """
-    source = TextFiles(
-        path=os.fspath(path) if is_remote(path) else os.path.abspath(os.path.expanduser(path)), field=field
+    corpus = _shards(path) if (epath.Path(path) / METADATA).is_file() else _text(run, path, field)
+    rows, segments = run.data.rows, max(run.data.segments)
+    while rows > 1 and rows * segments * run.model.segment_tokens > corpus.tokens:
+        rows //= 2
+    source, documents = _enough_documents(corpus, math.ceil(1.25 * rows))
+    fraction = 0.05 if documents < 200 else 0.02
+    rows = max(1, min(rows, documents - math.ceil(fraction * documents)))
+    accumulate = next(n for n in range(run.optim.accumulate, 0, -1) if rows % n == 0)
+    cut = "documents" if documents == len(corpus.lengths) else "parts of the text"
+    report(
+        f"{path}: {len(corpus.lengths):,} documents, {corpus.size}, about {corpus.tokens:,} tokens; tokenizer "
+        f"{corpus.tokenizer.path or corpus.tokenizer.kind}, vocabulary {corpus.vocab_size:,}; {rows} rows of {segments} x "
+        f"{run.model.segment_tokens} tokens; {fraction:.0%} of {documents:,} {cut} held out"
     )
-    lengths = _lengths(source)
-    characters = sum(lengths)
+    ordered = run.model.has_memory or not run.model.takes_packed
+    data = dataclasses.replace(
+        run.data,
+        source=dataclasses.replace(source, held_out_fraction=fraction, packing="ordered" if ordered else "packed"),
+        tokenizer=corpus.tokenizer,
+        rows=rows,
+        segments=(segments,),
+        stage_steps=(),
+        vary_segments=False,
+        fill_rows=False,
+        carry_state=run.model.has_memory,
+    )
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, vocab_size=corpus.vocab_size),
+        data=data,
+        loss=dataclasses.replace(run.loss, text_weight=run.loss.text_weight or 1.0),
+        optim=dataclasses.replace(run.optim, accumulate=accumulate),
+        train=dataclasses.replace(run.train, eval_batches=max(run.train.eval_batches, 4)),
+    )
+
+
+class _Corpus(NamedTuple):
+    """A text that was read once."""
+
+    source: TextFiles | TokenShards
+    lengths: list[int]  # of each document, in characters or tokens
+    size: str  # for the report
+    tokens: int
+    tokenizer: TokenizerConfig
+    vocab_size: int
+
+
+def _text(run: RunConfig, path: epath.PathLike, field: str) -> _Corpus:
+    """Text files; too little or too much text is a `UserError`."""
+    name = os.fspath(path) if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+    source, characters = TextFiles(path=name, field=field), 0
+    lengths: list[int] = []
+    for document in read_documents(path, field):
+        if document.text:
+            lengths.append(len(document.text))
+            characters += lengths[-1]
+        source.check_size(characters)
     if characters < _FEWEST_CHARACTERS:
         raise UserError(
             f"{path}: {characters} characters of text; expected at least {_FEWEST_CHARACTERS} to train on and to hold "
             "some out"
         )
     tokenizer, vocab_size, per_token = _tokenizer(run, characters)
-    segments = max(run.data.segments)
-    tokens = characters / per_token
-    rows = run.data.rows
-    while rows > 1 and rows * segments * run.model.segment_tokens > tokens:
-        rows //= 2
-    wanted = max(_FEWEST_DOCUMENTS, math.ceil(1.25 * rows))
-    most = None if len(lengths) >= wanted else max(_FEWEST_CHARACTERS // 5, characters // wanted)
-    documents = len(lengths) if most is None else sum(-(-length // most) for length in lengths)
-    fraction = 0.05 if documents < 200 else 0.02
-    rows = min(rows, documents - math.ceil(fraction * documents))
-    ordered = run.model.has_memory or not run.model.takes_packed
-    source = dataclasses.replace(
-        source,
-        document_characters=most,
-        held_out_fraction=fraction,
-        packing="ordered" if ordered else "packed",
-    )
-    accumulate = next(n for n in range(run.optim.accumulate, 0, -1) if rows % n == 0)
-    report(
-        f"{path}: {len(lengths):,} documents, {characters:,} characters, about {tokens:,.0f} tokens; tokenizer "
-        f"{tokenizer.path or tokenizer.kind} with {vocab_size:,} entries; {rows} rows of {segments} segments of "
-        f"{run.model.segment_tokens} tokens; {fraction:.0%} of "
-        f"{'the documents' if most is None else f'{documents:,} parts of the text'} held out"
-    )
-    return dataclasses.replace(
-        run,
-        model=dataclasses.replace(run.model, vocab_size=vocab_size),
-        data=dataclasses.replace(
-            run.data,
-            source=source,
-            tokenizer=tokenizer,
-            rows=rows,
-            segments=(segments,),
-            stage_steps=(),
-            vary_segments=False,
-            fill_rows=False,
-            carry_state=ordered and run.model.has_memory,
-        ),
-        loss=dataclasses.replace(run.loss, text_weight=run.loss.text_weight or LossConfig().answer_weight),
-        optim=dataclasses.replace(run.optim, accumulate=accumulate),
-        train=dataclasses.replace(run.train, eval_batches=max(run.train.eval_batches, 4)),
-    )
+    return _Corpus(source, lengths, f"{characters:,} characters", int(characters / per_token), tokenizer, vocab_size)
 
 
-def _lengths(source: TextFiles) -> list[int]:
-    """Characters of each document that is not empty; too much text is a `UserError`."""
-    lengths, read = [], 0
-    for document in read_documents(source.path, source.field):
-        if document.text:
-            lengths.append(len(document.text))
-            read += lengths[-1]
-        source.check_size(read)
-    return lengths
+def _shards(path: epath.PathLike) -> _Corpus:
+    """A shard set, with the tokenizer that made it."""
+    folder = os.path.abspath(path)
+    tokenizer = load_tokenizer(folder)
+    documents = ShardDocuments(folder, tokenizer.eos_id, tokenizer.pad_id)
+    lengths, tokens = documents.lengths.tolist(), documents.metadata["tokens"]
+    source = TokenShards(path=folder)
+    return _Corpus(source, lengths, "token shards", tokens, tokenizer.config, tokenizer.vocab_size)
+
+
+def _enough_documents(corpus: _Corpus, rows: int) -> tuple[TextFiles | TokenShards, int]:
+    """The source with documents cut so that each row has its own, and how many there are at least."""
+    wanted, source = max(_FEWEST_DOCUMENTS, rows), corpus.source
+    if len(corpus.lengths) >= wanted or not isinstance(source, TextFiles):
+        return source, len(corpus.lengths)
+    most = max(_FEWEST_CHARACTERS // 5, sum(corpus.lengths) // wanted)
+    return dataclasses.replace(source, document_characters=most), sum(-(-length // most) for length in corpus.lengths)
 
 
 def _tokenizer(run: RunConfig, characters: int) -> tuple[TokenizerConfig, int, float]:

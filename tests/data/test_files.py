@@ -148,6 +148,13 @@ def test_what_is_no_file_is_named(tmp_path):
         texts(tmp_path)
 
 
+def test_names_that_no_file_can_have():
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        texts("x" * 5000)
+    with pytest.raises(UserError, match="no such file or folder"):
+        texts("a\0b")
+
+
 def test_hidden_files_are_no_texts(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.txt").write_text("no")

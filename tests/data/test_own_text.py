@@ -78,7 +78,20 @@ def test_many_documents_are_not_cut(tmp_path):
     assert isinstance(run.data.source, TextFiles)
     assert run.data.source.document_characters is None
     assert "300 documents" in said[0]
-    assert "2% of the documents held out" in said[0]
+    assert "2% of 300 documents held out" in said[0]
+
+
+def test_a_shard_set_brings_its_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(f"{i} {WORDS * 9}") for i in range(60)))
+    out = str(tmp_path / "out")
+    convert.convert(convert.Conversion(out=out, text=str(tmp_path / "a.jsonl"), vocab_size=300))
+    said: list[str] = []
+    run = own_text(lm2_jax.preset("lm2_tiny"), out, report=said.append)
+    assert run.data.tokenizer == TokenizerConfig(kind="json", path=f"{out}/tokenizer.json")
+    assert run.model.vocab_size == 300
+    tokenizer, source = built(run)
+    assert "river" in tokenizer.decode(source.example(0, 0, run.data.rows, 2).tokens.tolist())
+    assert "60 documents, token shards" in said[0]
 
 
 def test_text_tiny_is_as_small_as_its_name_says():

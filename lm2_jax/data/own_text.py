@@ -60,8 +60,8 @@ def own_text(
     cut = "documents" if documents == len(corpus.lengths) else "parts of the text"
     report(
         f"{path}: {len(corpus.lengths):,} documents, {corpus.size}, about {corpus.tokens:,} tokens; tokenizer "
-        f"{corpus.tokenizer.path or corpus.tokenizer.kind}, vocabulary {corpus.vocab_size:,}; {rows} rows of {segments} x "
-        f"{run.model.segment_tokens} tokens; {fraction:.0%} of {documents:,} {cut} held out"
+        f"{corpus.tokenizer.path or corpus.tokenizer.kind}, vocabulary {corpus.vocab_size:,}; {rows} rows of "
+        f"{segments} x {run.model.segment_tokens} tokens; {fraction:.0%} of {documents:,} {cut} held out"
     )
     ordered = run.model.has_memory or not run.model.takes_packed
     data = dataclasses.replace(

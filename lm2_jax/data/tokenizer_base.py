@@ -12,7 +12,7 @@ import numpy as np
 
 from lm2_jax.data.files import clean_text
 from lm2_jax.errors import UserError
-from lm2_jax.registry import Family
+from lm2_jax.registry import Family, near_misses
 
 PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
 SPECIALS = (PAD, EOS, ANSWER)
@@ -44,6 +44,9 @@ class TokenizerConfig:
     """Name of the padding token; None: a usual name, or else the token that ends a document (padding is masked)."""
 
     def __post_init__(self) -> None:
+        known = sorted(TokenizerKind.registry)
+        if self.kind not in known:
+            raise ValueError(f"tokenizer.kind={self.kind!r}: expected one of {known}.{near_misses(self.kind, known)}")
         reads_file = TokenizerKind.find(self.kind).reads_file
         if reads_file and self.path is None:
             raise ValueError(f"tokenizer.kind={self.kind!r} needs a file: set tokenizer.path")

@@ -373,5 +373,5 @@ def test_damaged_vocabularies_are_refused(tmp_path, change, message):
 
 
 def test_an_unknown_kind_says_what_was_meant():
-    with pytest.raises(UserError, match=r"unknown kind 'byte'; known: \['bpe', 'bytes'.*Did you mean 'bytes'"):
+    with pytest.raises(ValueError, match=r"tokenizer\.kind='byte': expected one of \['bpe', .*Did you mean 'bytes'"):
         TokenizerConfig(kind="byte")

@@ -49,10 +49,6 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
     describes the texts next to it.
     """
     root = epath.Path(os.path.expanduser(os.fspath(path))) if not is_remote(path) else epath.Path(path)
-    try:
-        root.exists()
-    except OSError as error:  # such as a name that is too long
-        raise UserError(f"{str(path)[:80]!r}: cannot be read: {error.strerror}") from error
     if root.is_dir():
         files = sorted(_walk(root))
         texts = [file for file in files if file.suffix.lower() != ".json"] or files

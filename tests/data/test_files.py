@@ -148,11 +148,10 @@ def test_what_is_no_file_is_named(tmp_path):
         texts(tmp_path)
 
 
-def test_names_that_no_file_can_have():
-    with pytest.raises(UserError, match="cannot be read: File name too long"):
-        texts("x" * 5000)
-    with pytest.raises(UserError, match="no such file or folder"):
-        texts("a\0b")
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "?" * 5000])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(UserError, match="no such file or folder|no file matches|no texts in this folder"):
+        texts(name)
 
 
 def test_hidden_files_are_no_texts(tmp_path):

@@ -19,6 +19,7 @@ from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.generate import greedy
+from lm2_jax.evaluation.published import read_set, select_files
 from lm2_jax.evaluation.suite import Suite
 from lm2_jax.folders import prepare_folder
 
@@ -151,8 +152,8 @@ def published_sets(
     data_dir: epath.PathLike, tasks: tuple[str, ...] = (), lengths: tuple[str, ...] = (), samples: int = 100
 ) -> Iterator[QuestionSet]:
     """The first `samples` rows of each file in the published layout; names are checked before the first is read."""
-    files = babilong.select_files(data_dir, tasks, lengths)
-    return (QuestionSet(task, length, babilong.read_samples(path)[:samples]) for (task, length), path in files.items())
+    files = select_files(data_dir, tasks, lengths)
+    return (QuestionSet(task, length, read_set(paths)[:samples]) for (task, length), paths in files.items())
 
 
 def built_sets(

@@ -22,12 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from lm2_jax.evaluation.generate import greedy
 
 import lm2_jax
 from benchmarks import origin, resident
 from lm2_jax import cli, streaming
 from lm2_jax.errors import UserError
-from lm2_jax.evaluation.generate import greedy
 
 ROWS = 4  # prompts read side by side
 

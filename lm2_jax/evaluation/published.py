@@ -130,10 +130,8 @@ def _place(parts: tuple[str, ...], path: epath.Path) -> _Place | None:
     shard = shards = None
     if match := re.fullmatch(r"(.+)-([0-9]{1,6})-of-([0-9]{1,6})", name):
         name, shard, shards = match[1], int(match[2]), int(match[3])
-    elif len(folders) >= 2 and re.fullmatch("[0-9]{1,6}", name) and any(map(_task, folders[-2:])):
-        # `4k/qa1/0000`, but not `data/qa1/4096`.
-        if _length(folders[-1]) is not None or _length(folders[-2]) is not None:
-            *folders, name, shard = *folders, int(name)
+    elif re.fullmatch("[0-9]{1,6}", name) and _is_pair(folders[-2:]):  # `4k/qa1/0000`, but not `data/qa1/4096`
+        *folders, name, shard = *folders, int(name)
     first, second = (folders[-1] if folders else ""), name
     for task, length in ((second, first), (first, second)):
         if (named := _task(task)) is None:
@@ -147,6 +145,11 @@ def _place(parts: tuple[str, ...], path: epath.Path) -> _Place | None:
             )
         return _Place(named, known, shard, shards)
     return None
+
+
+def _is_pair(names: Sequence[str]) -> bool:
+    """Whether two folders are a task and a length."""
+    return len(names) == 2 and any(map(_task, names)) and any(map(_length, names))
 
 
 def _task(name: str) -> str | None:
@@ -239,10 +242,8 @@ def _rows(document: Any, where: str) -> list[Any]:
     (pandas: records, columns, index, split, table); any of these under `data`, `rows`, `examples` or `samples`.
     """
     if isinstance(document, list):
-        wrapped = [
-            row["row"] if isinstance(row, dict) and isinstance(row.get("row"), dict) else row for row in document
-        ]
-        return wrapped
+        inner = [row.get("row") if isinstance(row, dict) else None for row in document]
+        return inner if inner and all(isinstance(row, dict) for row in inner) else document
     if not isinstance(document, dict):
         raise UserError(f"{where}: expected a list of rows, got {type(document).__name__}", status=1)
     columns = [document[field] for field in Sample._fields if field in document]

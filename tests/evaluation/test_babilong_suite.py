@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from lm2_jax.evaluation.generate import greedy
 
 import lm2_jax
 from lm2_jax.babilong import Sample
@@ -26,7 +27,6 @@ from lm2_jax.errors import UserError
 from lm2_jax.evaluation import SUITES
 from lm2_jax.evaluation import babilong as suite
 from lm2_jax.evaluation.babilong import Babilong, QuestionSet, evaluate, prompt_tokens
-from lm2_jax.evaluation.generate import greedy
 
 QA1 = [
     Sample("Mary went to the office.\nJohn left.", "Where is Mary? ", "office"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from lm2_jax import RunConfig, cli
+from lm2_jax import RunConfig, UserError, cli
 from lm2_jax.evaluation import SUITES
 from lm2_jax.evaluation.suite import Suite
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
@@ -35,7 +35,10 @@ def command_of(suite: type[Suite]) -> type[Any]:
 def main() -> None:
     """Parses the command line and runs the suite it names."""
     commands: dict[str, Any] = {kind: command_of(suite) for kind, suite in SUITES.items()}
-    command: Any = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    try:
+        command: Any = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except ValueError as error:  # a suite refuses the value of a field
+        raise UserError(str(error)) from error
     spare_threads(jax.config.values["jax_num_cpu_devices"])
     if command.distributed:
         join_hosts()

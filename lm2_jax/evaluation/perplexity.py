@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from lm2_jax.data.base import Tokenizer
-from lm2_jax.data.documents import DocumentSource
+from lm2_jax.data.documents import DocumentFields, DocumentSource
 from lm2_jax.data.text_source import file_documents
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
@@ -171,12 +171,13 @@ class Perplexity(Suite):
         if self.text is not None:
             return text_documents(file_documents(self.text, self.field), run.tokenizer)
         data = run.config.data
-        source = data.source.build(run.tokenizer, run.config.model.segment_tokens, data.seed)
-        if not isinstance(source, DocumentSource):
+        if not isinstance(data.source, DocumentFields):
             raise UserError(
                 f"perplexity: {run.config.name!r} was trained on data.source.kind={data.source.kind!r}, which has no "
                 "text documents; name a text with --text"
             )
+        source = data.source.build(run.tokenizer, run.config.model.segment_tokens, data.seed)
+        assert isinstance(source, DocumentSource)
         return token_documents(source.held_out_documents(), run.tokenizer)
 
     def data(self, answerer: RunAnswerer) -> str:

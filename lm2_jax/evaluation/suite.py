@@ -85,7 +85,9 @@ class Suite(Family):
         is_first = jax.process_index() == 0
         together(lambda: prepare_folder(folder) if is_first else folder)
         output = Output(folder)
-        contents = {folder / name: content for name, content in evaluation(output).items()}
+        contents: dict[epath.PathLike, bytes | str] = {
+            folder / name: content for name, content in evaluation(output).items()
+        }
         together(lambda: atomic.write_files(contents) if is_first else [])
         for path in contents:
             output.show(f"wrote {path}")

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
-from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, read_samples, read_stories
+from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, answers_of, read_samples, read_stories
 from lm2_jax.data.background import open_background
 from lm2_jax.data.base import Example, Source, SourceConfig, Tokenizer
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
@@ -19,6 +19,7 @@ from lm2_jax.data.worlds import simulate_sample
 _TRAIN, _HELD_OUT, _CORPUS = range(3)  # streams of draws
 _CORPUS_CHARACTERS = 600_000  # of facts, questions and answers
 _CORPUS_FACTS = 12  # of one story at most
+_REPEATS = 2000  # of an answer that no story has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class BabilongSource(SourceConfig):
     closing: bool = True
     """Interleaved: whether the row ends with a question, its answer and the end token in the text."""
     max_facts: int | None = None
-    """Question last: samples with more facts are dropped (and counted in the log); None: none are."""
+    """Question last: samples with more facts are dropped (and counted in the log), where the question counts as a fact,
+    as in the published filter; None: none are dropped."""
     margin: int = 0
     """Question last: tokens at the end of the row that stay padding (the published runs leave 20)."""
     plain_fraction: float = 0.0
@@ -101,8 +103,10 @@ class BabilongSource(SourceConfig):
                 f"{name}.max_sentence_tokens={self.max_sentence_tokens} is below "
                 f"min_sentence_tokens={self.min_sentence_tokens}"
             )
-        if self.max_facts is not None and self.max_facts < 2:
-            raise ValueError(f"{name}.max_facts must be at least 2 or None, got {self.max_facts}")
+        if self.max_facts is not None and self.max_facts < 3:
+            raise ValueError(
+                f"{name}.max_facts must be at least 3 (two facts and the question) or None, got {self.max_facts}"
+            )
         if self.margin < 0:
             raise ValueError(f"{name}.margin must not be negative, got {self.margin}")
 
@@ -162,22 +166,25 @@ class BabilongSource(SourceConfig):
         }
 
     def corpus(self, seed: int) -> list[str]:
-        """Stories with a question and its answer, and half as much background, or what interleaved rows have of it."""
+        """Stories with a question and its answer, and half as much background, or as much as interleaved rows have."""
         draws = Draws(seed, _CORPUS)
         background = open_background(self.books_dir).sentences(draws, held_out=False)
         share = sum(self._noise_shares) / 2 if self.layout == "interleaved" else 0.5
         samples = self._samples()
         texts: list[str] = []
-        told = filled = 0
-        while told < _CORPUS_CHARACTERS:
+        written = filled = 0
+        while written < _CORPUS_CHARACTERS:
             task = draws.weighted(self.tasks, self.weights)
             sample = simulate_sample(task, draws) if samples is None else draws.choice(samples[task, False])
             facts = " ".join(sample.facts[-_CORPUS_FACTS:])
             texts.append(f" {facts} {sample.question.strip()} {sample.answer}")
-            told += len(texts[-1])
-            while filled < told * share / (1 - share):
+            written += len(texts[-1])
+            while filled < written * share / (1 - share):
                 texts.append(" " + next(background))
                 filled += len(texts[-1])
+        if self.layout == "interleaved":  # its answers are one token each, those too that small files never give
+            words = set(" ".join(texts).replace(".", " ").split())
+            texts += [f" {word}" for task in self.tasks for word in answers_of(task) if word not in words] * _REPEATS
         return texts
 
 

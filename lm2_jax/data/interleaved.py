@@ -10,8 +10,6 @@ segments ago that was.
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
-
 from lm2_jax.data.babi import QUESTION_KINDS, Query, all_queries, answers_of, write_question
 from lm2_jax.data.base import Example
 from lm2_jax.data.philox import Draws
@@ -170,7 +168,7 @@ class InterleavedRows:
             end = None
         else:
             end = self._close(row, query, noise, size)
-        return _arrays(row, end, segments, segment_tokens, self._encode.pad_id)
+        return _example(row, end, segments, segment_tokens, self._encode.pad_id)
 
     def _close(self, row: _Row, query: Query, noise: Iterator[tuple[str, list[int]]], size: int) -> int:
         """Ends the row with a question, its answer and the end token; returns the answer's position."""
@@ -183,31 +181,16 @@ class InterleavedRows:
         return len(row.tokens) - 2
 
 
-def _arrays(row: _Row, end: int | None, segments: int, segment_tokens: int, pad_id: int) -> Example:
-    """The row as arrays; `end` is where an answer stands in the text, followed by the end token."""
-    size, written = segments * segment_tokens, len(row.tokens)
-    stream = np.full(size + 1, pad_id, np.int32)
-    stream[:written] = row.tokens
-    targets = stream[1:].copy()
-    valid = np.arange(size) < written - 1
-    answer = np.zeros(size, bool)
-    distance = np.full(size, -1, np.int32)
+def _example(row: _Row, end: int | None, segments: int, segment_tokens: int, pad_id: int) -> Example:
+    """The row as an example; `end` is where an answer is part of the text, followed by the end token."""
+    example = Example.next_token(row.tokens, segments, segment_tokens, pad_id)
     for at, token, segments_back in row.labels:
-        if at < size:
-            targets[at], answer[at], distance[at] = token, True, segments_back
-            valid[at] = True
+        if at < len(example.tokens):
+            example.mark_answer(at)
+            example.targets[at], example.distance[at] = token, segments_back
     if end is not None:
-        answer[end] = True
-    return Example(
-        tokens=stream[:-1].copy(),
-        targets=targets,
-        answer=answer,
-        text=valid & ~answer,
-        valid=valid,
-        reset=np.arange(segments) == 0,
-        distance=distance,
-        document=np.zeros(size, np.int32),
-    )
+        example.mark_answer(end)
+    return example
 
 
 def _require_single_tokens(task: str, encode: Encoder) -> None:

@@ -4,7 +4,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from lm2_jax.config import DataConfig
@@ -77,6 +76,8 @@ def batches(
     Returns:
       An endless iterator of batches with rows / process_count rows.
     """
+    import grain  # slow to import
+
     check(config)
     if config.rows % process_count:
         raise UserError(f"data.rows={config.rows} is not a multiple of the {process_count} processes that share them")

@@ -134,7 +134,7 @@ def test_flipped_bytes_inside_a_shard_are_found_when_read(tmp_path):
 
 def test_counts_that_disagree_are_a_message(shard_set):
     edit_metadata(shard_set, documents=31)
-    with pytest.raises(UserError, match=r"31 documents, index\.npz of 30, and the files hold 30"):
+    with pytest.raises(UserError, match=r"lengths is int64 \(30,\), expected .*dataset\.json says, 31 documents"):
         TokenShards(path=str(shard_set)).build(BYTES, 8, 0)
     edit_metadata(shard_set, documents=30, format=99)
     with pytest.raises(UserError, match="format 99, this version reads 1"):

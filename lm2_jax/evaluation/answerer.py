@@ -15,6 +15,7 @@ from lm2_jax import streaming
 from lm2_jax.config import RunConfig
 from lm2_jax.data.base import Example, Tokenizer
 from lm2_jax.data.text_tokens import Encoder
+from lm2_jax.data.tokenizers import token_array
 from lm2_jax.layout import Layout, whole
 from lm2_jax.loss import token_losses
 from lm2_jax.runs import Run, load_run
@@ -44,10 +45,11 @@ class Prompt:
     def tokens(self) -> np.ndarray:
         """[S] token ids."""
         if self.question is None:
-            return np.array(self.tokenizer.encode(self.context), np.int32)
+            return token_array(self.tokenizer, self.context).astype(np.int32)
         context = " ".join(self.context.split())
-        ids = self.tokenizer.encode(f" {context}" if context else "") + Encoder(self.tokenizer).question(self.question)
-        return np.array(ids, np.int32)
+        ids = token_array(self.tokenizer, f" {context}" if context else "")
+        question = Encoder(self.tokenizer).question(self.question)
+        return np.concatenate([ids.astype(np.int32), np.array(question, np.int32)])
 
 
 @runtime_checkable  # so that the annotations can be checked in tests
@@ -90,7 +92,7 @@ class RunAnswerer:
     """Greedy answers and log-likelihoods of a trained run.
 
     Texts are read in pieces of a few fixed sizes with the state carried along. So programs are compiled once, and the
-    device holds one piece and the state, never a whole text.
+    device holds one piece and the state, never a complete text.
 
     Args:
       run: what `lm2_jax.load_run` gives; on a mesh, loaded with the same layout.
@@ -175,7 +177,7 @@ class RunAnswerer:
         return [np.concatenate([np.zeros(0), *losses]) for losses in found]
 
     def predict(self, batch: Example) -> np.ndarray:
-        """[B S] the most likely token at each position of a batch of whole segments."""
+        """[B S] the most likely token at each position of a batch."""
         rows = self._divisible(batch.tokens.shape[0])
         padded = Example(*(np.pad(a, [(0, rows - len(a)), *[(0, 0)] * (a.ndim - 1)]) for a in batch))
         document = padded.document if self.run.config.data.source.packs else None
@@ -274,7 +276,7 @@ def _score(
     valid: Any,
     document: Any,
 ) -> tuple[Array, Array, State]:
-    """Loss and most likely token at each position of whole segments, and the state after them."""
+    """Loss and most likely token at each position of K segments, and the state after them."""
     out = model.apply({"params": params}, tokens, state, reset, valid, method="forward", document=document)
     loss_BS, predicted_BS = token_losses(model, params, out.hidden, targets, time_chunk)
     return loss_BS, predicted_BS, out.state

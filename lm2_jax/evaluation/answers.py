@@ -20,7 +20,7 @@ from lm2_jax.types import Array, PyTree
 
 
 def identity_of(run: Run, **options: Any) -> dict[str, Any]:
-    """What an answer depends on besides its question: the model, its weights, its tokenizer, and `options`."""
+    """All that an answer depends on except its question: the model, its weights, its tokenizer, and `options`."""
     return {
         "preset": run.config.name,
         "step": int(run.step),
@@ -40,7 +40,7 @@ class AnswerLog:
 
     Args:
       path: the file, in a folder that exists.
-      identity: what answers depend on besides their question, see `identity_of`.
+      identity: what answers depend on except their question, see `identity_of`.
       resume: whether to use answers that are in the file.
     """
 

@@ -12,6 +12,7 @@ from lm2_jax import babilong
 from lm2_jax.babilong import Sample
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import Tokenizer
+from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.answerer import Answerer, Prompt, RunAnswerer, even_batches
@@ -94,7 +95,7 @@ class Asking:
             "correct": judge(),
             "correct_strict": judge(strict=True),
             "prompt_tokens": len(prompt.tokens),
-            "gpt2_tokens": None if self.gpt2 is None else len(self.gpt2.encode(text)),
+            "gpt2_tokens": None if self.gpt2 is None else len(token_array(self.gpt2, text)),
         }
 
 

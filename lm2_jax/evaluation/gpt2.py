@@ -1,5 +1,6 @@
 """GPT-2's tokenizer, in which the published lengths of BABILong are counted."""
 
+import json
 import os
 
 from etils import epath
@@ -34,4 +35,4 @@ def find_gpt2(folder: str | None) -> JsonTokenizer | None:
         raise UserError(f"{place}: damaged {' or '.join(FILES)}: {error}", status=1) from error
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return JsonTokenizer(inner, TokenizerConfig(kind="json", path=vocabulary))
+    return JsonTokenizer(json.loads(inner.to_str()), TokenizerConfig(kind="json", path=vocabulary))

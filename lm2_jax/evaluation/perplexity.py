@@ -12,7 +12,8 @@ import numpy as np
 
 from lm2_jax.data.base import Tokenizer
 from lm2_jax.data.documents import DocumentFields, DocumentSource
-from lm2_jax.data.text_source import file_documents
+from lm2_jax.data.text_files import read_documents
+from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.answerer import RunAnswerer, even_batches
@@ -21,12 +22,12 @@ from lm2_jax.evaluation.suite import Evaluation, Output, Suite
 BUFFERED_BATCHES = 8  # batches that are sorted by length together, so that their rows end at about the same token
 
 
-class Document(NamedTuple):
+class Scored(NamedTuple):
     """A text as the model reads it."""
 
     tokens: np.ndarray  # with the token that ends a document
     bytes: int  # UTF-8 bytes of what is predicted: the text after its first token
-    words: int  # pieces between blanks, of the text
+    words: int  # of the text: what blanks separate
 
 
 @dataclasses.dataclass
@@ -43,7 +44,7 @@ class Totals:
     )
     """Sum of losses and number of tokens, by the first segment of each group of segments: 0, 1, 2-3, 4-7, ..."""
 
-    def add(self, document: Document, losses: np.ndarray, segment_tokens: int) -> None:
+    def add(self, document: Scored, losses: np.ndarray, segment_tokens: int) -> None:
         """Counts one document.
 
         Args:
@@ -91,28 +92,35 @@ def _exp(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
-def text_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Texts as documents; texts of no token are left out."""
-    for text in texts:
-        ids = tokenizer.encode(text)
-        if ids:
-            yield _document(ids, text, tokenizer)
+def text_documents(path: str, field: str, tokenizer: Tokenizer) -> Iterator[Scored]:
+    """The documents of text files; those without a token are left out.
+
+    Args:
+      path: a file, a folder or a pattern, see `read_documents`.
+      field: name under which a row has its text.
+      tokenizer: makes their tokens.
+    Raises:
+      UserError: nothing there, or a file or text that cannot be read.
+    """
+    for text, where in read_documents(path, field):
+        tokens = token_array(tokenizer, text, where)
+        if len(tokens):
+            yield _scored(tokens, text, tokenizer)
 
 
-def token_documents(documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[Document]:
+def token_documents(documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[Scored]:
     """Tokenised documents; their text is decoded to count bytes and words."""
     for tokens in documents:
-        ids = [int(token) for token in tokens]
-        yield _document(ids, tokenizer.decode(ids), tokenizer)
+        yield _scored(tokens, tokenizer.decode(tokens.tolist()), tokenizer)
 
 
-def _document(ids: list[int], text: str, tokenizer: Tokenizer) -> Document:
-    first = len(tokenizer.decode(ids[:1]).encode(errors="replace"))
-    tokens = np.array([*ids, tokenizer.eos_id], np.int32)
-    return Document(tokens, max(len(text.encode(errors="replace")) - first, 0), len(text.split()))
+def _scored(tokens: np.ndarray, text: str, tokenizer: Tokenizer) -> Scored:
+    first = len(tokenizer.decode(tokens[:1].tolist()).encode(errors="replace"))
+    ended = np.append(tokens.astype(np.int32), np.int32(tokenizer.eos_id))
+    return Scored(ended, max(len(text.encode(errors="replace")) - first, 0), len(text.split()))
 
 
-def measure(answerer: RunAnswerer, documents: Iterator[Document], batch_rows: int) -> Totals:
+def measure(answerer: RunAnswerer, documents: Iterator[Scored], batch_rows: int) -> Totals:
     """Reads all documents, several at a time, each from a new state.
 
     Every token is predicted from those before it; the first one of a document is given, and the token that ends a
@@ -142,9 +150,9 @@ class Perplexity(Suite):
     workdir: str
     """Workdir of the run, a folder or a bucket."""
     text: str | None = None
-    """Text to read: what `--data.source.path` takes for text; default: the documents that the run held out."""
+    """Text to read: a file, a folder or a glob pattern; default: the documents that the run held out."""
     field: str = "text"
-    """Name under which a line of a .jsonl file has its text."""
+    """Name under which a row of a .jsonl, .json or .parquet file has its text."""
     documents: int | None = None
     """Maximum number of documents; default: all."""
 
@@ -165,11 +173,11 @@ class Perplexity(Suite):
         chosen = itertools.islice(itertools.chain([first], documents), self.documents)
         return functools.partial(self._evaluate, answerer, chosen)
 
-    def read(self, answerer: RunAnswerer) -> Iterator[Document]:
+    def read(self, answerer: RunAnswerer) -> Iterator[Scored]:
         """The documents, read as they are needed."""
         run = answerer.run
         if self.text is not None:
-            return text_documents(file_documents(self.text, self.field), run.tokenizer)
+            return text_documents(self.text, self.field, run.tokenizer)
         data = run.config.data
         if not isinstance(data.source, DocumentFields):
             raise UserError(
@@ -184,7 +192,7 @@ class Perplexity(Suite):
         """Where the text comes from, in words."""
         return self.text if self.text is not None else f"held-out documents of {answerer.run.config.name}"
 
-    def _evaluate(self, answerer: RunAnswerer, documents: Iterator[Document], output: Output) -> Mapping[str, bytes]:
+    def _evaluate(self, answerer: RunAnswerer, documents: Iterator[Scored], output: Output) -> Mapping[str, bytes]:
         run = answerer.run
         numbers = measure(answerer, documents, self.batch_rows).document()
         document = {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lm2_jax.babilong import TASKS, Sample, labels, length_name, length_tokens
+from lm2_jax.data.files import clean_text
 from lm2_jax.errors import UserError
 from lm2_jax.registry import near_misses
 
@@ -198,8 +199,7 @@ def _sample(row: Any, where: str) -> Sample:
     for field in ("question", "target"):
         if not row[field].strip():
             raise UserError(f"{where}: {field!r} is empty", status=1)
-    # Half of a surrogate pair, as cut JSON escapes leave it, is no text that a tokenizer takes.
-    return Sample(*(re.sub("[\ud800-\udfff]", "\ufffd", row[field]) for field in Sample._fields))
+    return Sample(*(clean_text(row[field]) for field in Sample._fields))
 
 
 def _read_json(content: bytes, where: str) -> list[Any]:

@@ -125,7 +125,7 @@ def heat_map(panels: Mapping[str, tuple[Cells, Cells]], title: str, note: str, a
 
 
 class Curve(NamedTuple):
-    """Accuracy by some x, with the counts behind it."""
+    """Numbers of correct answers and of questions, by some x."""
 
     x: np.ndarray
     correct: np.ndarray
@@ -133,7 +133,7 @@ class Curve(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What a plot of accuracy shows besides its curves."""
+    """Reference lines of a plot of accuracy."""
 
     chance: float | None = None  # per cent: a horizontal line
     chance_name: str = "chance"

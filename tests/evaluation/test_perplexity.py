@@ -51,10 +51,10 @@ def losses_of(run, text):
     return np.array([-logs_SV[at - 1, ids[at]] for at in range(1, len(ids))])
 
 
-def test_perplexity(answerer):
-    """Per token, byte and word, and by position in the document."""
-    texts = [*TEXTS, ""]
-    documents = perplexity.text_documents(iter(texts), answerer.run.tokenizer)
+def test_perplexity(answerer, tmp_path):
+    """Per token, byte and word, and by position in the document; an empty document counts for nothing."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*TEXTS, ""]))
+    documents = perplexity.text_documents(str(tmp_path), "text", answerer.run.tokenizer)
     found = perplexity.measure(answerer, documents, batch_rows=3).document()
     losses = [losses_of(answerer.run, text) for text in TEXTS]
     every = np.concatenate(losses)

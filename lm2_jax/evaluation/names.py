@@ -1,22 +1,24 @@
 """Names of models in tables and pictures: what a model is, not what its preset is called."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lm2_jax.config import ModelConfig, RunConfig
 
-_NAMES: dict[str, Callable[[ModelConfig], str]] = {
-    "none": lambda model: "baseline (no memory)",
-    "tokens": lambda model: "RMT",
-    "titans": lambda model: f"Titans, {_variant(model)}",
-    "gated_bank": lambda model: f"LM2, {_write(model)}",
+_NAMES: dict[str, Callable[[Any, str], str]] = {
+    "none": lambda memory, join: "baseline (no memory)",
+    "tokens": lambda memory, join: "RMT",
+    "titans": lambda memory, join: f"Titans, {_VARIANTS.get(join, f'{join} join')}",
+    "gated_bank": lambda memory, join: _bank_name(memory.write.kind, join),
 }
+"""By kind of memory: its config and the kind of its join -> the name."""
 _VARIANTS = {"context": "MAC", "gate": "MAG", "layer": "MAL", "mixer": "LMM"}  # the paper's names of our joins
 
 
 def model_name(model: ModelConfig) -> str:
-    """The name of a model by its memory, such as "LM2, block write (ours)"; for a new memory its kind."""
-    name = _NAMES.get(model.memory.kind)
-    return f"{model.memory.kind}, {model.join.kind}" if name is None else name(model)
+    """The name of a model by its memory, such as "LM2, block write (ours)"; for an unnamed memory its kind and join."""
+    parts = getattr(model.join, "parts", ())  # a join of several memories
+    return "hybrid of " + " and ".join(map(_name, parts)) if parts else _name(model)
 
 
 def distinct_names(configs: Sequence[RunConfig], workdirs: Sequence[str]) -> list[str]:
@@ -28,10 +30,12 @@ def distinct_names(configs: Sequence[RunConfig], workdirs: Sequence[str]) -> lis
     return names
 
 
-def _write(model: ModelConfig) -> str:
-    write = getattr(model.memory, "write").kind  # noqa: B009  memories of other kinds have no such field
-    return f"{write} write" if write == "paper" else f"{write} write (ours)"
+def _name(owner: Any) -> str:
+    """The name of whatever has a memory and a join."""
+    name = _NAMES.get(owner.memory.kind)
+    return f"{owner.memory.kind}, {owner.join.kind} join" if name is None else name(owner.memory, owner.join.kind)
 
 
-def _variant(model: ModelConfig) -> str:
-    return _VARIANTS.get(model.join.kind, f"{model.join.kind} join")
+def _bank_name(write: str, join: str) -> str:
+    words = f"LM2, {write} write" if join == "residual" else f"LM2, {write} write, {join} join"
+    return words if (write, join) == ("paper", "residual") else f"{words} (ours)"

@@ -16,7 +16,7 @@ from lm2_jax.data.text_source import TextFiles
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import recall
 from lm2_jax.evaluation.answerer import RunAnswerer
-from lm2_jax.evaluation.names import distinct_names
+from lm2_jax.evaluation.names import distinct_names, model_name
 from lm2_jax.runs import Run
 from tests.data.reading import WordTokenizer
 
@@ -126,6 +126,12 @@ def test_names_differ():
         "RMT",
         "Titans, MAC",
     ]
+    assert model_name(lm2_jax.preset("lm2_context_tiny").model) == "LM2, slots write, context join (ours)"
+    assert model_name(lm2_jax.preset("lm2_paper_tiny").model) == "LM2, paper write"
+    hybrid = model_name(lm2_jax.preset("hybrid_tiny").model)
+    assert hybrid.startswith("hybrid of ")
+    assert "LM2" in hybrid
+    assert "Titans" in hybrid
     threaded = lm2_jax.preset("lm2_threaded_tiny")
     names = distinct_names([lm2, threaded, lm2], ["a", "b", "c"])
     assert names == [

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import lm2_jax
-from lm2_jax.data.pipeline import batches
+from lm2_jax.data.base import Example
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
-from lm2_jax.evaluation import recall
 from lm2_jax.evaluation.answerer import Prompt, RunAnswerer
 from lm2_jax.runs import Run
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
@@ -65,6 +64,15 @@ def test_a_mesh_answers_as_one_device(alone, mesh):
     for here, there in zip(*(one.losses([p.tokens for p in prompts]) for one in (sharded, alone)), strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
 
-    data = dataclasses.replace(run.config.data, rows=5, segments=(2,))
-    batch = next(batches(data, recall.open_source(alone), held_out=True))
+    batch = rows_of_text(draw.integers(0, 256, (5, 2 * size), np.int32))
     np.testing.assert_array_equal(sharded.predict(batch), alone.predict(batch))
+
+
+def rows_of_text(tokens_BS):
+    """A batch of two segments; a document ends in the first row and one begins at its second segment."""
+    everywhere = np.ones(tokens_BS.shape, bool)
+    valid_BS = everywhere.copy()
+    valid_BS[0, 20:32] = False
+    reset = np.array([[True, row == 0] for row in range(len(tokens_BS))])
+    nowhere = np.zeros(tokens_BS.shape, np.int32)
+    return Example(tokens_BS, tokens_BS, ~everywhere, everywhere, valid_BS, reset, nowhere - 1, nowhere)

@@ -104,6 +104,7 @@ class RunAnswerer:
     def __init__(self, run: Run, layout: Layout | None = None, workdir: str = "", absorb: Absorb = streaming.absorb):
         self.run, self.layout, self.workdir, self._absorb = run, layout, workdir, absorb
         self._start_of = functools.lru_cache(maxsize=8)(self._make_start)
+        self._replicate = None if layout is None else jax.jit(lambda x: x, out_shardings=whole(layout))
 
     @classmethod
     def load(cls, workdir: epath.PathLike, layout_of: LayoutOf | None = None) -> Self:
@@ -216,8 +217,7 @@ class RunAnswerer:
 
     def _on_host(self, array: Array) -> np.ndarray:
         """The values of an array, on every process."""
-        if self.layout is not None:
-            array = jax.jit(lambda x: x, out_shardings=whole(self.layout))(array)
+        array = array if self._replicate is None else self._replicate(array)
         return np.asarray(array)
 
     def _read(self, batch: Sequence[np.ndarray]) -> tuple[Array, State]:

@@ -135,7 +135,9 @@ def _from_first(content: bytes) -> bytes:
     """The first process's bytes, on all processes."""
     if jax.process_count() == 1:
         return content
-    size = int(everyone(np.int64(len(content)))[0])
+    size = int(everyone(np.int32(len(content)))[0])
+    if not size:
+        return b""
     mine = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
         mine[:] = np.frombuffer(content, np.uint8)

@@ -73,7 +73,7 @@ WHERE = "Where is Mary? "
         ("qa1", "kitchen", "'kitchen'!", WHERE, True, True),
         ("qa3", "garden", "Before the office the garden", "Where was the milk before the office? ", True, True),
         ("qa3", "garden", "Before the office", "Where was the milk before the office? ", False, False),
-        ("qa1", "office", "office", "Is the office where Mary is?", False, True),  # the target stands in the question
+        ("qa1", "office", "office", "Is the office where Mary is?", False, True),  # the target occurs in the question
         ("qa7", "none", "none", "How many objects is Mary carrying? ", False, True),  # "one" in "none"
         ("qa7", "one", "none", "How many objects is Mary carrying? ", False, False),
         ("qa7", "one", "one", "How many objects is Mary carrying? ", True, True),

@@ -211,7 +211,7 @@ def test_prompt_is_a_training_row(kind, tmp_path, monkeypatch):
     texts = [text.strip() for text in source.corpus(0)] + ["Answer:"]
     tokenizer = build_tokenizer(TOKENIZERS[kind](tmp_path / "file", texts), lambda: texts, 400)
     assert sum(len(tokenizer.encode(text)) for text in texts) < sum(map(len, texts)) / 2
-    if kind != "bpe":  # whose bytes leave no room for whole words here
+    if kind != "bpe":  # whose bytes leave no room for complete words here
         BabilongSource().build(tokenizer, 32, 0)  # refuses answers of several tokens
     rows = source.build(tokenizer, 32, 0)
     for number in range(5):
@@ -497,7 +497,7 @@ def test_registered():
     ],
 )
 def test_command_line(monkeypatch, capsys, tmp_path, arguments, status, message):
-    """A mistake ends `eval.py` with a status and a message, and leaves nothing behind."""
+    """A mistake ends `eval.py` with a status and a message, and leaves no files."""
     script = pathlib.Path(__file__).parents[2] / "eval.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(script), *arguments])

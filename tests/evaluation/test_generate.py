@@ -48,7 +48,7 @@ def feed(tokens_BS, state, valid_BS):
         (tokens_BS.T, valid_BS.T),
     )
     logits_BV = jax.nn.one_hot(value_B % VOCAB, VOCAB)
-    # Rows that took nothing have no last token: nobody may read what stands there.
+    # Rows that read nothing have no last token: their logits must not be used.
     logits_BV = jnp.where(valid_BS.any(1)[:, None], logits_BV, jnp.nan)
     return logits_BV, Hash(value_B, state.count_B + valid_BS.sum(1, dtype=jnp.int32))
 

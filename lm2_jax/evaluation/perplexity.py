@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.answerer import RunAnswerer, even_batches
+from lm2_jax.evaluation.answers import AnswerLog, identity_of
 from lm2_jax.evaluation.suite import Evaluation, Output, Suite
 
 BUFFERED_BATCHES = 8  # batches that are sorted by length together, so that their rows end at about the same token
@@ -30,51 +32,35 @@ class Scored(NamedTuple):
     words: int  # of the text: what blanks separate
 
 
-@dataclasses.dataclass
 class Totals:
-    """Sums over documents."""
+    """Sums over the scores of documents, see `score`."""
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    words: int = 0
-    nats: float = 0.0
-    by_segment: dict[int, np.ndarray] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(lambda: np.zeros(2))
-    )
-    """Sum of losses and number of tokens, by the first segment of each group of segments: 0, 1, 2-3, 4-7, ..."""
+    def __init__(self) -> None:
+        self.documents = 0
+        self._sums: dict[str, float] = dict.fromkeys(("tokens", "bytes", "words", "nats"), 0)
+        self._by_segment: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
 
-    def add(self, document: Scored, losses: np.ndarray, segment_tokens: int) -> None:
-        """Counts one document.
-
-        Args:
-          document: the document.
-          losses: of its tokens, the first one excepted.
-          segment_tokens: tokens of a segment.
-        """
+    def add(self, scores: Mapping[str, Any]) -> None:
+        """Counts one document."""
         self.documents += 1
-        self.tokens += len(losses)
-        self.bytes += document.bytes
-        self.words += document.words
-        self.nats += float(losses.sum())
-        segment = np.arange(len(losses)) // segment_tokens
-        group = np.where(segment > 0, 2 ** np.floor(np.log2(np.maximum(segment, 1))).astype(int), 0)
-        for first in np.unique(group):
-            here = losses[group == first]
-            self.by_segment[int(first)] += (here.sum(), len(here))
+        for name in self._sums:
+            self._sums[name] += scores[name]
+        for first, nats, count in scores["by_segment"]:
+            self._by_segment[first] += (nats, count)
 
     def document(self) -> dict[str, Any]:
         """The numbers of perplexity.json."""
+        tokens, size, words, nats = (self._sums[name] for name in ("tokens", "bytes", "words", "nats"))
         return {
             "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "words": self.words,
-            "loss": self.nats / self.tokens,
-            "perplexity": _exp(self.nats / self.tokens),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes if self.bytes else None,
-            "byte_perplexity": _exp(self.nats / self.bytes) if self.bytes else None,
-            "word_perplexity": _exp(self.nats / self.words) if self.words else None,
+            "tokens": tokens,
+            "bytes": size,
+            "words": words,
+            "loss": nats / tokens,
+            "perplexity": _exp(nats / tokens),
+            "bits_per_byte": nats / math.log(2) / size if size else None,
+            "byte_perplexity": _exp(nats / size) if size else None,
+            "word_perplexity": _exp(nats / words) if words else None,
             "by_segment": [
                 {
                     "first": first,
@@ -82,9 +68,33 @@ class Totals:
                     "tokens": int(count),
                     "perplexity": _exp(nats / count),
                 }
-                for first, (nats, count) in sorted(self.by_segment.items())
+                for first, (nats, count) in sorted(self._by_segment.items())
             ],
         }
+
+
+def score(document: Scored, losses: np.ndarray, segment_tokens: int) -> dict[str, Any]:
+    """The scores of one document, a line of the log.
+
+    Args:
+      document: the document.
+      losses: of its tokens, the first one excepted.
+      segment_tokens: tokens of a segment.
+    Returns:
+      Its counts, the sum of its losses, and by groups of segments (0, 1, 2-3, 4-7, ...) the first segment, the sum of
+      the losses and the number of tokens.
+    """
+    segment = np.arange(len(losses)) // segment_tokens
+    group = np.where(segment > 0, 2 ** np.floor(np.log2(np.maximum(segment, 1))).astype(int), 0)
+    return {
+        "tokens": len(losses),
+        "bytes": document.bytes,
+        "words": document.words,
+        "nats": float(losses.sum()),
+        "by_segment": [
+            [int(first), float(losses[group == first].sum()), int((group == first).sum())] for first in np.unique(group)
+        ],
+    }
 
 
 def _exp(loss: float) -> float | None:
@@ -120,8 +130,10 @@ def _scored(tokens: np.ndarray, text: str, tokenizer: Tokenizer) -> Scored:
     return Scored(ended, max(len(text.encode(errors="replace")) - first, 0), len(text.split()))
 
 
-def measure(answerer: RunAnswerer, documents: Iterator[Scored], batch_rows: int) -> Totals:
-    """Reads all documents, several at a time, each from a new state.
+def measure(
+    answerer: RunAnswerer, documents: Iterator[Scored], batch_rows: int, log: AnswerLog
+) -> tuple[Totals, list[str]]:
+    """Reads all documents that are not in the log, several at a time, each from a new state.
 
     Every token is predicted from those before it; the first one of a document is given, and the token that ends a
     document is predicted as in training.
@@ -130,20 +142,38 @@ def measure(answerer: RunAnswerer, documents: Iterator[Scored], batch_rows: int)
       answerer: the run.
       documents: read as needed.
       batch_rows: documents of a batch.
+      log: keeps the scores of each document.
+    Returns:
+      The sums, and the ids of the scores in the log.
     """
-    totals, segment_tokens = Totals(), answerer.run.model.config.segment_tokens
+    totals, all_ids, segment_tokens = Totals(), [], answerer.run.model.config.segment_tokens
     while buffered := list(itertools.islice(documents, BUFFERED_BATCHES * batch_rows)):
+        ids = [
+            log.id(number=len(all_ids) + index, tokens=hashlib.sha256(document.tokens.tobytes()).hexdigest())
+            for index, document in enumerate(buffered)
+        ]
         for batch in even_batches([len(document.tokens) for document in buffered], batch_rows):
-            chosen = [buffered[index] for index in batch]
-            losses = answerer.losses([document.tokens for document in chosen], rows=batch_rows)
-            for document, loss in zip(chosen, losses, strict=True):
-                totals.add(document, loss, segment_tokens)
-    return totals
+            if all(ids[index] in log for index in batch):
+                continue
+            losses = answerer.losses([buffered[index].tokens for index in batch], rows=batch_rows)
+            scores = {
+                ids[index]: score(buffered[index], loss, segment_tokens)
+                for index, loss in zip(batch, losses, strict=True)
+                if ids[index] not in log
+            }
+            log.append(scores)
+        for id in ids:
+            totals.add(log[id])
+        all_ids += ids
+    return totals, all_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(Suite):
-    """Perplexity of held-out text, per token, byte and word. Writes perplexity.json and .md."""
+    """Perplexity of held-out text, per token, byte and word. Writes perplexity.json, .md and perplexity.jsonl.
+
+    The scores of each document are in perplexity.jsonl as soon as it is read. The same command resumes.
+    """
 
     kind: ClassVar[str] = "perplexity"
 
@@ -155,6 +185,8 @@ class Perplexity(Suite):
     """Name under which a row of a .jsonl, .json or .parquet file has its text."""
     documents: int | None = None
     """Maximum number of documents; default: all."""
+    resume: bool = True
+    """Whether scores that an earlier call left in perplexity.jsonl are used; --no-resume reads all documents again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,7 +226,9 @@ class Perplexity(Suite):
 
     def _evaluate(self, answerer: RunAnswerer, documents: Iterator[Scored], output: Output) -> Mapping[str, bytes]:
         run = answerer.run
-        numbers = measure(answerer, documents, self.batch_rows).document()
+        log = AnswerLog(output.folder / "perplexity.jsonl", identity_of(run), self.resume)
+        totals, ids = measure(answerer, documents, self.batch_rows, log)
+        numbers = totals.document()
         document = {
             "suite": "perplexity",
             "preset": run.config.name,
@@ -205,7 +239,11 @@ class Perplexity(Suite):
         }
         text = f"# Perplexity: {run.config.name}, step {run.step}\n\nData: {document['data']}.\n\n{_markdown(numbers)}"
         output.show(text)
-        return {"perplexity.json": report.to_json(document), "perplexity.md": text.encode()}
+        return {
+            "perplexity.json": report.to_json(document),
+            "perplexity.md": text.encode(),
+            "perplexity.jsonl": log.final(ids),
+        }
 
 
 def _markdown(numbers: Mapping[str, Any]) -> str:

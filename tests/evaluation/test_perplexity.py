@@ -18,6 +18,7 @@ from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import perplexity
 from lm2_jax.evaluation.answerer import RunAnswerer
+from lm2_jax.evaluation.answers import AnswerLog
 from lm2_jax.evaluation.perplexity import Perplexity
 from lm2_jax.runs import Run
 
@@ -55,7 +56,8 @@ def test_perplexity(answerer, tmp_path):
     """Per token, byte and word, and by position in the document; an empty document counts for nothing."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*TEXTS, ""]))
     documents = perplexity.text_documents(str(tmp_path), "text", answerer.run.tokenizer)
-    found = perplexity.measure(answerer, documents, batch_rows=3).document()
+    log = AnswerLog(epath.Path(tmp_path) / "log", {})
+    found = perplexity.measure(answerer, documents, 3, log)[0].document()
     losses = [losses_of(answerer.run, text) for text in TEXTS]
     every = np.concatenate(losses)
     assert (found["documents"], found["tokens"]) == (4, len(every))
@@ -89,6 +91,31 @@ def test_files(answerer, tmp_path, monkeypatch, capsys):
     assert shown in capsys.readouterr().out
     dataclasses.replace(suite, documents=1, out=str(tmp_path / "one")).main()
     assert json.loads((tmp_path / "one" / "perplexity.json").read_text())["documents"] == 1
+
+
+def test_an_interrupted_evaluation_resumes(answerer, tmp_path, monkeypatch):
+    """The scores of a document are on the disk when it is read; the second call reads only the rest."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    read, limit = [], [2]
+
+    def losses(self, texts, rows=None):
+        if len(read) == limit[0]:
+            raise KeyboardInterrupt
+        read.extend(map(len, texts))
+        return [np.full(len(text) - 1, 0.1 * len(text)) for text in texts]
+
+    monkeypatch.setattr(RunAnswerer, "load", lambda workdir, layout_of=None: answerer)
+    monkeypatch.setattr(RunAnswerer, "losses", losses)
+    suite = Perplexity(workdir="w", text=str(tmp_path / "a.jsonl"), batch_rows=1, out=str(tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):
+        suite.main()
+    assert len((tmp_path / "out" / "perplexity.jsonl").read_text().splitlines()) == 2
+    limit[0] = 99
+    suite.main()
+    assert sorted(read) == sorted(len(text.encode()) + 1 for text in TEXTS), "each document once"
+    dataclasses.replace(suite, out=str(tmp_path / "other")).main()
+    for name in ("perplexity.json", "perplexity.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
 def of_source(answerer, source):

@@ -15,7 +15,7 @@ from tests.e2e.test_train_program import ROOT, call
 from tests.e2e.test_two_processes import free_port
 
 pytestmark = pytest.mark.slow
-QUESTIONS = 24
+QUESTIONS = 12
 PATIENCE = 400  # seconds, on a machine with other work
 
 
@@ -41,7 +41,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("evaluation")
     done = call("lm2_tiny", "--workdir", str(place / "run"), "--optim.steps", "1", "--optim.warmup-steps", "0")
     assert done.returncode == 0, done.stderr
-    for length, facts in (("0k", 1), ("1k", 9)):
+    for length, facts in (("0k", 1), ("1k", 4)):
         rows = [
             {
                 "input": f"Mary went to the kitchen. John moved to room {number}. " * facts,

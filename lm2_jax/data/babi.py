@@ -190,7 +190,7 @@ def find_file(folder: str, task: str, split: str) -> pathlib.Path:
 
 
 _NUMBER = "[0-9]{1,9}"
-_LINE = re.compile(rf"({_NUMBER}) ([^\t]+)(?:\t([^\t]+)\t((?:{_NUMBER}| )*))?")
+_LINE = re.compile(rf"({_NUMBER}) ([^\t]+)(?:\t([^\t]+)\t *((?:{_NUMBER}(?: +|$))*))?")
 
 
 def _line(text: str, path: pathlib.Path, row: int) -> Line:

@@ -1,4 +1,4 @@
-"""BABILong for training: bAbI facts among background text, with the question at the end or questions all along."""
+"""BABILong for training: bAbI facts among background text, with one question at the end or questions throughout."""
 
 import dataclasses
 from bisect import bisect_right
@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, answers_of, read_samples, read_stories
 from lm2_jax.data.background import open_background
 from lm2_jax.data.base import Example, Source, SourceConfig, Tokenizer
+from lm2_jax.data.event_stream import Steps, chained, simulated
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
 from lm2_jax.data.philox import Draws
 from lm2_jax.data.protocol import MIN_SENTENCE_TOKENS, limit_facts
-from lm2_jax.data.question_last import QuestionLastRows, Supply
+from lm2_jax.data.question_last import QuestionLastRows, SampleSampler
 from lm2_jax.data.text_tokens import Encoder, Noise, noise
-from lm2_jax.data.wander import Steps, chained, simulated
 from lm2_jax.data.worlds import simulate_sample
 
 _TRAIN, _HELD_OUT, _CORPUS = range(3)  # streams of draws
@@ -28,11 +28,11 @@ class BabilongSource(SourceConfig):
 
     kind: ClassVar[str] = "babilong"
     tasks: tuple[str, ...] = ("qa1",)
-    """Tasks; interleaved questions and simulated worlds know qa1 to qa5, real files bring all 20."""
+    """Tasks; interleaved questions and simulated worlds support qa1 to qa5, real files all 20."""
     task_weights: tuple[float, ...] = ()
     """How often each task is drawn, relative; empty: equally often."""
     layout: Literal["question_last", "interleaved"] = "interleaved"
-    """One question at the end of a row (the published form), or questions all along it."""
+    """One question at the end of a row (the published form), or questions throughout it."""
     babi_dir: str | None = None
     """Folder of real bAbI files, such as en-10k (held-out rows read the test files); None: simulated worlds."""
     books_dir: str | None = None
@@ -44,12 +44,13 @@ class BabilongSource(SourceConfig):
     noise_fraction: float = 0.5
     """Interleaved: share of background in the tokens of statements and background."""
     noise_up_to: float | None = None
-    """Interleaved: each row draws its share between `noise_fraction` and this, evenly; None: all have the one share."""
+    """Interleaved: each row draws its share between `noise_fraction` and this, evenly; None: every row has
+    `noise_fraction`."""
     question_rate: float = 0.5
     """Interleaved: questions per sentence."""
     asked: tuple[int, ...] = ()
-    """Interleaved: of how many persons questions are about, in each stage; empty: of all, always. To keep apart what
-    several persons do, a memory has to learn where to write and where to read at once; with one person it need not."""
+    """Interleaved: number of persons that questions are about, in each stage; empty: all persons in every stage. With
+    several persons a memory has to learn where to write and where to read at once; with one person it need not."""
     asked_steps: tuple[int, ...] = ()
     """Interleaved: step at which each stage of `asked` after the first begins."""
     closing: bool = True
@@ -73,7 +74,7 @@ class BabilongSource(SourceConfig):
             if needs_world and task not in WORLD_TASKS:
                 raise ValueError(
                     f"{name}.tasks: {task!r} needs layout 'question_last' and real files in babi_dir; layout "
-                    f"'interleaved' and the simulator know {list(WORLD_TASKS)}"
+                    f"'interleaved' and the simulator support {list(WORLD_TASKS)}"
                 )
         if self.task_weights and (len(self.task_weights) != len(self.tasks) or min(self.task_weights) <= 0):
             raise ValueError(
@@ -95,7 +96,7 @@ class BabilongSource(SourceConfig):
                 f"after the first; got {self.asked} and {self.asked_steps}"
             )
         if not 0.0 <= self.plain_fraction <= 1.0:
-            raise ValueError(f"{name}.plain_fraction must lie between 0 and 1, got {self.plain_fraction}")
+            raise ValueError(f"{name}.plain_fraction must be between 0 and 1, got {self.plain_fraction}")
         if self.min_sentence_tokens < 1:
             raise ValueError(f"{name}.min_sentence_tokens must be at least 1, got {self.min_sentence_tokens}")
         if self.max_sentence_tokens is not None and self.max_sentence_tokens < self.min_sentence_tokens:
@@ -129,7 +130,7 @@ class BabilongSource(SourceConfig):
         def sentences(draws: Draws, held_out: bool) -> Iterator[tuple[str, list[int]]]:
             return noise(background, encode, draws, held_out, bounds)
 
-        # A row with one question has no stages, whatever a preset says of interleaved ones.
+        # Stages are a property of interleaved rows only.
         layouts = {"interleaved": (self._interleaved, self.asked_steps), "question_last": (self._question_last, ())}
         stages, starts = layouts[self.layout]
         return _RowSource([rows.example for rows in stages(encode, sentences)], starts, segment_tokens, seed)
@@ -144,8 +145,8 @@ class BabilongSource(SourceConfig):
         return [InterleavedRows(stage, encode, steps, sentences) for stage in stages]
 
     def _question_last(self, encode: Encoder, sentences: Noise) -> list[QuestionLastRows]:
-        supply = Supply(self.tasks, self.weights, self._samples(), self.max_facts)
-        return [QuestionLastRows(supply, encode, sentences, self.margin, self.plain_fraction)]
+        sampler = SampleSampler(self.tasks, self.weights, self._samples(), self.max_facts)
+        return [QuestionLastRows(sampler, encode, sentences, self.margin, self.plain_fraction)]
 
     def _steps(self) -> Steps:
         if self.babi_dir is None:
@@ -189,7 +190,7 @@ class BabilongSource(SourceConfig):
 
 
 class _RowSource:
-    """Rows by index; each stage has its own way of writing them, and held-out rows have that of the last."""
+    """Rows by index; each stage has its own writer, and held-out rows use that of the last stage."""
 
     def __init__(
         self,

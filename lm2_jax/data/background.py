@@ -68,7 +68,7 @@ def split_sentences(text: str) -> tuple[list[str], str]:
     Args:
       text: any text; line breaks count as blanks.
     Returns:
-      The complete sentences with blanks normalised, and the rest of the text as it stands.
+      The complete sentences with blanks normalised, and the rest of the text unchanged.
     """
     sentences, start = [], 0
     for match in _END.finditer(text):

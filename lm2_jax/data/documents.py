@@ -64,7 +64,7 @@ class DocumentFields:
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"source.held_out_fraction must lie in [0, 1), got {self.held_out_fraction}")
+            raise ValueError(f"source.held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}")
         if self.document_segments is not None and self.document_segments < 1:
             raise ValueError(f"source.document_segments must be at least 1 or None, got {self.document_segments}")
 

@@ -144,11 +144,9 @@ def parquet_texts(path: epath.PathLike, column: str) -> Iterator[tuple[int, str]
         size = os.path.getsize(path) if not is_remote(path) else epath.Path(path).stat().length
         most = max(FREE_EXPANSION_BYTES, MOST_EXPANSION * size)
         with epath.Path(path).open("rb") as file:
+            _check_column(parquet.ParquetFile(file), column, most, path)
             # Repeated texts stay one text in memory until they are counted.
             reader = parquet.ParquetFile(file, read_dictionary=[column])
-            if column not in reader.schema_arrow.names:
-                raise UserError(f"{path}: no column {column!r}; it has {reader.schema_arrow.names}. Change the field")
-            _check_column(reader, column, most, path)
             row = read = 0
             for batch in reader.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0):
@@ -165,6 +163,8 @@ def parquet_texts(path: epath.PathLike, column: str) -> Iterator[tuple[int, str]
 
 def _check_column(reader: Any, column: str, most: int, path: epath.PathLike) -> None:
     """Refuses by the file's own description what would not fit, before anything is unpacked."""
+    if column not in reader.schema_arrow.names:
+        raise UserError(f"{path}: no column {column!r}; it has {reader.schema_arrow.names}. Change the field's name")
     names = [reader.schema.column(i).path for i in range(len(reader.schema))]
     if column not in names:
         raise UserError(f"{path}: column {column!r} holds no plain text", status=1)

@@ -33,7 +33,7 @@ def own_text(
       with an entry for every 500 characters, from 512 up to the run's vocabulary or 32,768;
     - documents: texts of fewer than 20 documents, or of fewer than the batch needs, are cut at paragraphs; 2 to 5
       per cent of the documents are held out, and the run reports the loss on them;
-    - batch: fewer rows where the text is too short to fill them. A memory is carried along each document
+    - batch: fewer rows where the text is too short to fill them. A memory is carried through each document
       (packing="ordered", data.carry_state); a model without memory reads packed documents.
 
     Args:

@@ -16,7 +16,7 @@ _TRIES = 500  # simulated samples drawn until one fits
 _log = logging.getLogger(__name__)
 
 
-class Supply:
+class SampleSampler:
     """Samples by random draw.
 
     Args:
@@ -79,15 +79,15 @@ class QuestionLastRows:
     """Writes rows with one question at the end.
 
     Args:
-      supply: samples.
+      sampler: samples.
       encode: the encoder.
       noise: background sentences with their tokens.
       margin: positions at the end of the row left as padding.
       plain_fraction: share of rows without background.
     """
 
-    def __init__(self, supply: Supply, encode: Encoder, noise: Noise, margin: int, plain_fraction: float):
-        self._supply, self._encode, self._noise = supply, encode, noise
+    def __init__(self, sampler: SampleSampler, encode: Encoder, noise: Noise, margin: int, plain_fraction: float):
+        self._sampler, self._encode, self._noise = sampler, encode, noise
         self._margin, self._plain_fraction = margin, plain_fraction
 
     def _end(self, sample: Sample) -> tuple[list[int], list[int]]:
@@ -101,7 +101,7 @@ class QuestionLastRows:
     def example(self, draws: Draws, segments: int, segment_tokens: int, held_out: bool) -> Example:
         """One row of `segments` segments."""
         room = segments * segment_tokens + 1 - self._margin  # the end token is a target only
-        sample = self._supply.draw(draws, held_out, room, self._need)
+        sample = self._sampler.draw(draws, held_out, room, self._need)
         question, answer = self._end(sample)
         total = 0 if draws.chance(self._plain_fraction) else room - len(question) - len(answer)
         placed = babilong_sample(sample, self._noise(draws, held_out), self._encode, total, draws)

@@ -1,6 +1,6 @@
 """Documents of plain text from a folder, a file or a glob pattern."""
 
-import glob
+import fnmatch
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ def read_documents(path: epath.PathLike, field: str) -> Iterator[Document]:
     document.
 
     Args:
-      path: a file, a folder (searched to any depth), or a glob pattern, in which `**` stands for folders of any depth.
+      path: a file, a folder (searched to any depth), or a glob pattern, in which `**` matches folders of any depth.
       field: name under which a row has its text.
     Yields:
       Every document, empty ones included.
@@ -50,7 +50,7 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
     """
     root = epath.Path(os.path.expanduser(os.fspath(path))) if not is_remote(path) else epath.Path(path)
     if root.is_dir():
-        files = sorted(_walk(root, set()))
+        files = sorted(_walk(root))
         texts = [file for file in files if file.suffix.lower() != ".json"] or files
         if not texts:
             raise UserError(f"{path}: no texts in this folder; expected {', '.join(_READERS)} files")
@@ -61,35 +61,53 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
             raise UserError(f"{path}: no file matches this pattern")
         return _without_copies(found)
     if not root.exists() and not os.path.islink(root):
-        raise UserError(f"{path}: no such file or folder; expected text files, such as .txt, .md, .jsonl or .parquet")
+        raise UserError(
+            f"{path}: no such file or folder; expected .txt, .md, .jsonl or other text files. Change --text "
+            "(or data.source.path)"
+        )
     return [root]
 
 
-def _walk(folder: epath.Path, visited: set[str]) -> Iterator[epath.Path]:
-    """Files with a known ending below a folder, each real folder once."""
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """Files with a known ending below a folder."""
+    for inner in _folders(folder, set()):
+        yield from (e for e in _entries(inner) if e.suffix.lower() in _READERS and not e.is_dir())
+
+
+def _folders(folder: epath.Path, visited: set[str]) -> Iterator[epath.Path]:
+    """A folder and those below it, each real folder once, so that a loop of links ends."""
     real = os.fspath(folder) if is_remote(folder) else os.path.realpath(folder)
     if real in visited:
         return
     visited.add(real)
+    yield folder
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _folders(entry, visited)
+
+
+def _entries(folder: epath.Path, pattern: str = "*") -> list[epath.Path]:
+    """The sorted entries of a folder whose names match; names with a leading dot only if the pattern has one."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}", status=1) from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, visited)
-        elif entry.suffix.lower() in _READERS:
-            yield entry
+    is_hidden = pattern.startswith(".")
+    return [e for e in entries if e.name.startswith(".") == is_hidden and fnmatch.fnmatchcase(e.name, pattern)]
 
 
 def _glob(pattern: epath.Path) -> list[epath.Path]:
-    if is_remote(pattern):
-        steps = [i for i, part in enumerate(pattern.parts) if _PATTERN & set(part)]
-        root = epath.Path(*pattern.parts[: steps[0]])
-        return [path for path in root.glob("/".join(pattern.parts[steps[0] :])) if not path.is_dir()]
-    return [epath.Path(name) for name in glob.glob(os.fspath(pattern), recursive=True) if not os.path.isdir(name)]
+    """The files that match; the library's glob never ends where `**` meets two loops of links."""
+    first = next(i for i, part in enumerate(pattern.parts) if _PATTERN & set(part))
+    found = [epath.Path(*pattern.parts[:first]) if first else epath.Path(".")]
+    for part in pattern.parts[first:]:
+        folders = [path for path in found if path.is_dir()]
+        if part == "**":
+            visited: set[str] = set()
+            found = [inner for folder in folders for inner in _folders(folder, visited)]
+        else:
+            found = [entry for folder in folders for entry in _entries(folder, part)]
+    return [path for path in found if not path.is_dir()]
 
 
 def _without_copies(files: list[epath.Path]) -> list[epath.Path]:

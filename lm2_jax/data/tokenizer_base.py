@@ -72,8 +72,8 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added, and no text turns into a special token.
 
-        Tokenizers of SentencePiece's kind write a blank before a text. It stands for the one that `text` begins with:
-        a sentence with its leading blank has the same tokens alone as after another. Half of a surrogate pair is read
+        Tokenizers such as SentencePiece write a blank before a text. It replaces the one that `text` begins with: a
+        sentence with its leading blank has the same tokens alone as after another. Half of a surrogate pair is read
         as U+FFFD.
 
         Raises:

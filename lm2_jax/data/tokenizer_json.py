@@ -207,7 +207,7 @@ def _letters(plain: dict[str, Any]) -> set[str] | None:
 
 def byte_letters() -> list[str]:
     """The letter that byte-level tokenizers write for each of the 256 bytes, in the order of the bytes."""
-    # Printable Latin-1 bytes stand for themselves; the others, which include the space, for U+0100 onwards, in turn.
+    # Printable Latin-1 bytes are their own letters; the others, which include the blank, are U+0100 onwards, in order.
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     letters = {byte: chr(byte) for byte in shown} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}

@@ -41,7 +41,7 @@ class SentencePieceTokenizer(FileTokenizer):
             index = inner.piece_to_id(name)
             return index if inner.id_to_piece(index) == name else None  # an unknown piece gives the id of <unk>
 
-        # The model itself says which ids these are, under whatever name; -1 stands for none.
+        # The model itself names these ids; -1 means none.
         eos = inner.eos_id() if config.eos is None else special_id(find, config.eos, (), "eos", config)
         pad = inner.pad_id() if config.pad is None else special_id(find, config.pad, (), "pad", config)
         if eos is None or eos < 0:
@@ -70,7 +70,7 @@ class SentencePieceTokenizer(FileTokenizer):
         return {self._inner.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def behaviour(self) -> bytes:
-        return hashlib.sha256(self._model).digest()  # the file is never written anew
+        return hashlib.sha256(self._model).digest()  # the file is kept byte for byte
 
 
 def _load(model: bytes, config: TokenizerConfig) -> "sentencepiece.SentencePieceProcessor":

@@ -13,11 +13,11 @@ from lm2_jax.data.babi import WORLD_TASKS, Sample, answers_of
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.background import Prose
 from lm2_jax.data.base import SourceConfig
+from lm2_jax.data.event_stream import simulated
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
 from lm2_jax.data.philox import Draws
 from lm2_jax.data.protocol import babilong_sample, build_babilong_set, facts_tokens
 from lm2_jax.data.text_tokens import Encoder, noise
-from lm2_jax.data.wander import simulated
 from lm2_jax.errors import UserError
 from tests.data.reading import WordTokenizer, read_answer
 

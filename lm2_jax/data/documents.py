@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -206,6 +206,16 @@ class DocumentSource:
             for part, members in self._parts.items()
             if len(members)
         }
+
+    def held_out_documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document that training never reads.
+
+        Raises:
+          UserError: nothing is held out.
+        """
+        if not len(self._parts[True]):
+            raise UserError(f"{self._name}: nothing is held out; set data.source.held_out_fraction above 0")
+        return (self._documents.tokens(int(index)) for index in self._parts[True])
 
     def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
         """See `Source.example`; all of a document is text to learn from, its end included."""

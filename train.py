@@ -13,10 +13,10 @@ import jax
 import tyro
 
 from lm2_jax import PRESETS, RunConfig, UserError, cli
+from lm2_jax.aot.compile_only import CompileConfig, compile_and_report
 from lm2_jax.presets import mesh_for
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
-from lm2_jax.sharding.compile_only import CompileConfig, compile_and_tell
 from lm2_jax.sharding.mesh import spare_threads
 from lm2_jax.sharding.plan import describe_plan
 from lm2_jax.training.fit import fit
@@ -58,8 +58,8 @@ def main() -> None:
     def mesh(devices: int) -> MeshConfig:
         return command.mesh if is_said else mesh_for(command.run.name, devices)
 
-    if command.compilation.asked():
-        status = compile_and_tell(command.run, mesh, command.compilation)
+    if command.compilation.is_requested():
+        status = compile_and_report(command.run, mesh, command.compilation)
         sys.stdout.flush()
         os._exit(status)  # the compiler may still be at work, see --quick
     if command.plan:

@@ -139,7 +139,10 @@ class Attention(nn.Module):
         (R, S), T = q.shape[:2], kv.k.shape[1]
         q = rotate(q, jnp.arange(S) if position_BS is None else position_BS, self.frequencies)
         q = constrain(q, ("batch", "time", "heads", "head")) if whole else q
-        sets = [Keys(*(jnp.broadcast_to(a, (R, *a.shape[1:])) for a in prefix))] if prefix is not None else []
+        sets = []
+        if prefix is not None:
+            k, v = (jnp.broadcast_to(a, (R, *a.shape[1:])) for a in prefix)
+            sets.append(Keys(k, v))
         if kv.past is not None:
             W, past = self.window_keys, kv.past
             # What came before the segment belongs to its first document.

@@ -92,7 +92,10 @@ class ContextBlock(MemoryBlock):
         """Where each token retrieves a row."""
         return self.join.retrieve == "tokens"
 
-    makes_own_keys = reads
+    @property
+    def makes_own_keys(self) -> bool:
+        """A key for each retrieved row."""
+        return self.reads
 
     def prepare(self, memory: State) -> ExtraKV | None:
         """What is retrieved for all tokens alike: the memory's rows, or its answers to learned queries."""

@@ -29,6 +29,7 @@ class GateBlock(MemoryBlock):
     """Attention and memory on the same normalised input."""
 
     def setup_join(self) -> None:
+        assert isinstance(self.spec.join, GateJoin)
         self.combine = self.spec.join.combine.build(self.spec.decoder.width, self.spec.precision)
 
     def begin_document(self) -> tuple[ExtraKV | None, State]:

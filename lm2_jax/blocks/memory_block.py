@@ -9,7 +9,7 @@ from lm2_jax.attention import ExtraKV
 from lm2_jax.blocks.base import Block, JoinConfig
 from lm2_jax.blocks.ports import Buffers, LayerState, OpenLayer, begin_memory
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs
-from lm2_jax.partition import whole
+from lm2_jax.partition import replicated
 from lm2_jax.state import clear_start
 from lm2_jax.types import Array, Bool, Float, State
 
@@ -129,13 +129,18 @@ class MemoryBlock(Block):
         """
         N, T, module = x_1ND.shape[1], self.spec.segment_tokens, self.memory
         inputs = TokenInputs(jnp.pad(x_1ND, ((0, 0), (0, T - N), (0, 0))), (jnp.arange(T) < N)[None])
-        with whole("batch"):  # one row for all documents
+        with replicated("batch"):  # one row for all documents
             start = module.start_state()
             if self.is_running:
                 y_1TD, opened = module.advance(inputs, module.open(start))
                 return y_1TD[:, :N], module.close(opened, start)
             y_1TD, _ = module.read(inputs.x, inputs.valid, module.reader(start))
             return y_1TD[:, :N], module.write(inputs.x, start, inputs.valid)
+
+    @property
+    def has_reader(self) -> bool:
+        """Whether the memory is read as of the segment's start; a store that runs along with the tokens is, too."""
+        return self.reads or not (self.is_running or self.is_written_through_block)
 
     def prepare(self, memory: State) -> Any:
         """What the flow needs of a memory, once per segment; `port.prepared`."""
@@ -144,36 +149,42 @@ class MemoryBlock(Block):
     def begin_segment(self, state: LayerState, start: State, shared_start: State) -> OpenLayer:
         """The memory with its start, prepared for reads and running."""
         memory = shared_start if self.is_shared else begin_memory(state.memory, start, self.memory_axes)
-        reads = self.reads or not (self.is_running or self.is_written_through_block)
         return (
             super()
             .begin_segment(state, start, shared_start)
             ._replace(
                 prepared=self.prepare(memory),
-                reader=self.memory.reader(memory) if reads else None,
+                reader=self.memory.reader(memory) if self.has_reader else None,
                 running=self.memory.open(memory) if self.is_running else None,
             )
         )
 
     def write(
-        self, x_BTD: Array | None, kv: ExtraKV, valid_BT: Bool[Array, "B T"], memory: State, metrics: Metrics | None
+        self,
+        x_BTD: Array | None,
+        kv: ExtraKV | None,
+        valid_BT: Bool[Array, "B T"],
+        memory: State,
+        metrics: Metrics | None,
     ) -> State:
         """The memory after a full segment.
 
         Args:
-          x_BTD: what it takes of the tokens.
-          kv: attention's keys and values of the segment.
+          x_BTD: what it takes of the tokens; None with WRITE_THROUGH_BLOCK.
+          kv: attention's keys and values of the segment, for WRITE_THROUGH_BLOCK.
           valid_BT: tokens that count.
           memory: before the segment.
           metrics: diagnostics are added here.
         """
         module = self.memory
-        if self.is_running:
-            return module.close(module.absorb(TokenInputs(x_BTD, valid_BT), module.open(memory), metrics), memory)
         if self.is_written_through_block:
+            assert kv is not None
             rows_BND = module.query_rows(memory)
             x_BTD = self.feed_forward(rows_BND + self.attention.from_end(self.attention_norm(rows_BND), kv, valid_BT))
             valid_BT = jnp.ones(rows_BND.shape[:2], bool)
+        assert x_BTD is not None
+        if self.is_running:
+            return module.close(module.absorb(TokenInputs(x_BTD, valid_BT), module.open(memory), metrics), memory)
         return module.write(x_BTD, memory, valid_BT, metrics)
 
     def written(self, opened: OpenLayer, memory: State) -> State:
@@ -183,5 +194,5 @@ class MemoryBlock(Block):
         if not self.is_shared:
             memory = begin_memory(memory, self.begin_document()[1], self.memory_axes)
         x_BTD, kv = opened.buffers.written, opened.buffers.kv
-        valid_BT = jnp.ones((x_BTD if x_BTD is not None else kv.k).shape[:2], bool)
+        valid_BT = jnp.ones((len(memory.is_start), self.spec.segment_tokens), bool)
         return clear_start(self.write(x_BTD, kv, valid_BT, memory, None), self.memory_axes)

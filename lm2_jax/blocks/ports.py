@@ -77,6 +77,7 @@ class SegmentPort:
 
     def own_keys(self, rows_BTD: Array) -> ExtraKV:
         """A key and value per token, at its position, made of one row per token."""
+        _declared(self.block, "makes_own_keys", "makes_own_keys", "own_keys")
         return self.block.attention.kv(rows_BTD, jnp.arange(rows_BTD.shape[1]))
 
     def recall(self, ask: Callable[[Any], Array]) -> Float[Array, "B T D"]:
@@ -85,6 +86,7 @@ class SegmentPort:
 
     def read(self, q_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The memory's answer to each token, as of the segment's start."""
+        _declared(self.block, "has_reader", "reads", "read")
         module, valid_BT = self.block.memory, self.segment.valid
         q_BTD = jnp.where(valid_BT[:, :, None], q_BTD, 0)
         return self._by_document(lambda memory: module.read(q_BTD, valid_BT, module.reader(memory), self.metrics)[0])
@@ -260,6 +262,13 @@ class PiecePort:
             self.opened = self.opened._replace(running=running)
         elif self.opened.buffers.written is not None:
             self._keep("written", x_BSD, self.place.token)
+
+
+def _declared(block: "Block", found: str, flag: str, method: str) -> None:
+    """Refuses a flow that could not be streamed, when the model is built."""
+    if not getattr(block, found):
+        name = type(block).__name__
+        raise TypeError(f"{name}.flow calls port.{method}; set `{flag}` of the block, or pieces could not be streamed")
 
 
 def begin_memory(memory: State, start: State, axes: State) -> State:

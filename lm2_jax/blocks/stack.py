@@ -90,7 +90,7 @@ class MemoryTokens(StackMemory):
     @property
     def prefix_tokens(self) -> int:
         """m."""
-        return self.spec.memory.num_tokens
+        return self.spec.memory.stack_tokens
 
     suffix_tokens = prefix_tokens
 

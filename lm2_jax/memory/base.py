@@ -65,6 +65,11 @@ class MemoryConfig(Family):
         """How many rows a query of the join's own may see; None: all."""
         return None
 
+    @property
+    def stack_tokens(self) -> int:
+        """With STACK_TOKENS, how many rows travel with a segment."""
+        return 0
+
     def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
         """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
         raise NotImplementedError

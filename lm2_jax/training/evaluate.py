@@ -11,7 +11,7 @@ import numpy as np
 
 from lm2_jax.data.base import Example, Source
 from lm2_jax.data.pipeline import batches
-from lm2_jax.layout import Layout, whole
+from lm2_jax.layout import Layout, replicated
 from lm2_jax.training.objective import evaluate_batch, means
 from lm2_jax.training.state import Plan
 from lm2_jax.types import PyTree
@@ -47,7 +47,7 @@ def make_evaluate(plan: Plan, source: Source, layout: Layout) -> Callable[[PyTre
     placed = layout.shardings(plan.memory_axes, shapes)
     fresh = jax.jit(lambda: model.init_state(rows), out_shardings=placed)
 
-    @functools.partial(jax.jit, out_shardings=(whole(layout), placed))
+    @functools.partial(jax.jit, out_shardings=(replicated(layout), placed))
     def run(params: PyTree, memory: PyTree, batch: Example) -> tuple[PyTree, PyTree]:
         return evaluate_batch(model, plan.config, params, memory, batch)[:2]
 

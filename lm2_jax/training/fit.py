@@ -183,7 +183,7 @@ def whole_arrays(state: PyTree, layout: Layout) -> str:
 
     It is no error: a mesh may have no axis for a dimension, as one of heads alone has none for a bank's slots.
     """
-    lines, most = layout.left_whole(state), 5
+    lines, most = layout.replicated_arrays(state), 5
     if not lines:
         return ""
     more = [f"and {len(lines) - most} more; see --plan"] if len(lines) > most else []

@@ -27,6 +27,7 @@ from lm2_jax.ops.ttt_chunk.networks import (
 )
 from lm2_jax.precision import Precision
 from tests.contract.subjects import UNOPTIMIZED
+from tests.memory import driver
 
 C, K = 3, 4
 
@@ -146,7 +147,7 @@ def test_a_run_can_use_it(config):
 
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def weights_before_and_after(key):
-        (y, after), variables = memory.init_with_output(key, x, state, valid)
+        (y, after), variables = memory.init_with_output(key, x, state, valid, method=driver.call)
         return y, nn.unbox(variables)["params"]["start_0"][None], after.weights[0]
 
     y, before, after = weights_before_and_after(jax.random.key(0))

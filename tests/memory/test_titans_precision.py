@@ -75,7 +75,7 @@ def loop(x: np.ndarray, precision: Precision, *, grads: bool) -> dict[str, Any]:
     module, start = config.build(D, precision), config.build(D, Precision())
     with jax.enable_x64(False):
         first = jnp.asarray(x[:, :16])
-        params = jax.jit(start.init)(jax.random.key(0), first, start.init_state(1), jnp.ones((1, 16), bool))
+        params = jax.jit(driver.init(start))(jax.random.key(0), first, start.init_state(1), jnp.ones((1, 16), bool))
     dtype = jnp.dtype(precision.compute)
     params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), dtype), nn.unbox(params))
     tokens, valid = jnp.asarray(x, dtype), jnp.ones(x.shape[:2], bool)
@@ -113,7 +113,7 @@ def products(jaxpr: Any) -> Iterator[Any]:
 
 def test_every_product_of_the_inner_loop_has_the_highest_precision():
     """Training, its derivative, frozen reads and streaming; a product that sets none is rounded on an accelerator."""
-    spec, shapes = CONFIG.rules, CONFIG.network.shapes(16)
+    spec, shapes = CONFIG.spec, CONFIG.network.shapes(16)
     B, T, H, K = 1, 32, 2, 16
     fast = FastWeights(*(tuple(jnp.ones((B, H, *shape)) for shape in shapes) for _ in range(2)))
     inputs = ChunkInputs(

@@ -1,8 +1,8 @@
-"""Optimised programs before they become machine code, which takes nearly all the time of a compilation.
+"""Optimised programs before code generation, which takes most of the time of a compilation.
 
-No operation and no collective is added by then. Memory may be: where a fusion's code needs more on-chip memory than was
-planned for it, libtpu lays out the program once more. libtpu cannot be asked to stop; but it writes down the optimised
-program and where its arrays lie, if asked to, before it goes on.
+Code generation adds no operation and no collective, but it may add memory: if the code of a fusion needs more on-chip
+memory than was planned, libtpu lays out the program again. libtpu has no option to stop after the optimisation, but it
+has one to dump the optimised program and its memory use, and it writes that dump before it generates code.
 """
 
 import contextvars
@@ -14,31 +14,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_PROGRAM = "*after_optimizations_after_buffer_assignment.txt"  # the last that is written before code generation
+_PROGRAM = "*after_optimizations_after_buffer_assignment.txt"  # the last dump before code generation
 _MEMORY = "*after_optimizations-memory-usage-report.txt"
 
 
 class Early(NamedTuple):
-    """A program that is optimised, laid out and scheduled, but not generated."""
+    """A program that is optimised, laid out and scheduled, without machine code."""
 
     text: str
-    """As `compiled.as_text()` has it."""
+    """What `compiled.as_text()` would return."""
     hbm_bytes: int
-    """All that it holds in a device's memory, arguments and results included."""
+    """Bytes of a device's memory, arguments and results included."""
 
 
 def optimised(compile_with: Callable[[dict[str, Any]], Any], poll_seconds: float = 0.5) -> Early | Any:
-    """The optimised program, as soon as it is there; code generation goes on behind it in a thread of its own.
+    """Returns the optimised program as soon as it is dumped; code generation continues in a background thread.
 
     The process must be left by `os._exit`, which does not wait for that thread.
 
     Args:
-      compile_with: compiles under the options that it is given.
-      poll_seconds: how often is looked.
+      compile_with: compiles with the compiler options that it is given.
+      poll_seconds: interval at which the dump is looked for.
     Returns:
-      The program; or what `compile_with` returns, where that was done first.
+      The program, or what `compile_with` returns if that comes first.
     Raises:
-      Exception: whatever `compile_with` raises, such as a program that does not fit.
+      Exception: whatever `compile_with` raises, such as an error about too little memory.
     """
     outcome: list[Any] = []
     failure: list[BaseException] = []
@@ -66,7 +66,7 @@ def optimised(compile_with: Callable[[dict[str, Any]], Any], poll_seconds: float
 
 
 def read_dump(folder: Path) -> Early | None:
-    """What libtpu has written so far, None as long as that is not the whole program."""
+    """Reads libtpu's dump; None while it is incomplete."""
     programs, memories = (list(folder.rglob(pattern)) for pattern in (_PROGRAM, _MEMORY))
     if not programs or not memories:
         return None

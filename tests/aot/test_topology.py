@@ -1,12 +1,13 @@
-"""Names of TPU slices: which there are, and what a wrong one is told."""
+"""Names of TPU slices: which exist, and the errors for the others."""
 
 import importlib.util
 import math
 
 import pytest
 
+from lm2_jax.aot.topology import SLICES, compile_only_devices, parse_topology
+from lm2_jax.chips import CHIPS, find_chip
 from lm2_jax.errors import UserError
-from lm2_jax.sharding.topology import CHIPS, compile_only_devices, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -53,17 +54,29 @@ def test_slices_that_do_not_exist(name, words):
 
 
 def test_the_table_agrees_with_the_pages():
-    """Chips of the largest slices, and bytes of memory for an operation a second, which lie close for all kinds."""
-    assert {name: math.prod(chip.largest or chip.shapes[-1]) for name, chip in CHIPS.items()} == {
+    """Chips of the largest slices, and operations per byte of memory traffic, which are similar for all kinds."""
+    assert {name: math.prod(shapes.largest or shapes.listed[-1]) for name, shapes in SLICES.items()} == {
         "v5e": 256,
         "v5p": 6144,
         "v6e": 256,
         "tpu7x": 9216,
     }
+    for name, shapes in SLICES.items():
+        chip = CHIPS[name]
+        assert chip.dcn_bandwidth < chip.ici_bandwidth / 30
+        assert len({len(shape) for shape in (*shapes.listed, *filter(None, [shapes.largest]))}) == 1
     for chip in CHIPS.values():
         assert 100 < chip.flops / chip.hbm_bandwidth < 600
-        assert chip.dcn_bandwidth < chip.ici_bandwidth / 30
-        assert all(len(shape) == chip.dimensions for shape in chip.shapes)
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize("name", sorted(SLICES))
+def test_libtpu_calls_its_devices_as_the_table_does(name):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install -r requirements-tpu.txt")
+    shape = next(shape for shape in SLICES[name].listed if math.prod(shape) == 4)
+    device = compile_only_devices(parse_topology(f"{name}:{'x'.join(map(str, shape))}"))[0]
+    assert find_chip(device.device_kind) is CHIPS[name]
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):

@@ -1,15 +1,15 @@
-"""What collectives send, what goes through memory, and the least time that follows."""
+"""What collectives send, memory traffic, and the roofline bound."""
 
 import pytest
 
-from lm2_jax.sharding import costs, hlo
-from lm2_jax.sharding.costs import Collective, Costs, Moved
-from lm2_jax.sharding.topology import CHIPS
+from lm2_jax.aot import costs, hlo
+from lm2_jax.aot.costs import Collective, Costs, Traffic
+from lm2_jax.chips import CHIPS
 
 HEAD = "HloModule m, is_scheduled=true, num_partitions=8\n\n"
 HOW = 'replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}, frontend_attributes={chain_id="3"}'
 
-# A product that libtpu hides behind an all-gather: begun in one fusion, going on in a second, ended in a third.
+# A product that libtpu overlaps with an all-gather: started in one fusion, continued in a second, ended in a third.
 CHAIN = (
     HEAD
     + """%begin (x: bf16[16,64]) -> bf16[32,64] {
@@ -52,18 +52,18 @@ ENTRY %main (a: bf16[16,64], b: f32[8,8]) -> bf16[32,64] {
 def test_a_hidden_collective_counts_once_and_its_kind_is_what_it_does():
     found = costs.program_costs(hlo.parse(CHAIN))
     assert found.collectives == {
-        Collective("all-gather", 2, 1): Moved(1, 16 * 64 * 2, 0),
-        Collective("reduce-scatter", 8, 1): Moved(1, 8 * 8 * 4 * 7 / 8, 0),
-        Collective("collective-permute", 2, 1): Moved(1, 8 * 8 * 4, 0),
+        Collective("all-gather", 2, 1): Traffic(1, 16 * 64 * 2, 0),
+        Collective("reduce-scatter", 8, 1): Traffic(1, 8 * 8 * 4 * 7 / 8, 0),
+        Collective("collective-permute", 2, 1): Traffic(1, 8 * 8 * 4, 0),
     }
 
 
 def test_what_leaves_the_slice_goes_over_the_network():
     found = costs.program_costs(hlo.parse(CHAIN), lambda device: device // 4)
     assert found.collectives == {
-        Collective("all-gather", 2, 1): Moved(1, 16 * 64 * 2, 0),
-        Collective("reduce-scatter", 8, 2): Moved(1, 8 * 8 * 4 * 3 / 4, 8 * 8 * 4 / 4 / 2),
-        Collective("collective-permute", 2, 2): Moved(1, 0, 8 * 8 * 4),
+        Collective("all-gather", 2, 1): Traffic(1, 16 * 64 * 2, 0),
+        Collective("reduce-scatter", 8, 2): Traffic(1, 8 * 8 * 4 * 3 / 4, 8 * 8 * 4 / 4 / 2),
+        Collective("collective-permute", 2, 2): Traffic(1, 0, 8 * 8 * 4),
     }
 
 
@@ -115,18 +115,18 @@ ENTRY %main (a: f32[6,8], b: f32[8], c: s32[]) -> f32[6,8] {
 
 
 def test_slices_count_for_themselves_and_memory_on_the_chip_not_at_all():
-    row, whole = 4 * 8, 4 * 6 * 8
+    row, stack = 4 * 8, 4 * 6 * 8
     found = costs.program_costs(hlo.parse(MEMORY))
-    assert found.hbm_bytes == (row + row) + (whole + whole) + row  # take; negate; update, from a row on the chip
+    assert found.hbm_bytes == (row + row) + (stack + stack) + row  # take; negate; update, from a row on the chip
 
 
 def test_the_least_time_is_what_takes_longest():
     work = Costs(matmul_flops=197e12, hbm_bytes=81.9e9)
-    work.send(Collective("all-gather", 4, 1), Moved(3, 50e9, 6.25e9), times=2)
-    least = costs.floor(work, CHIPS["v5e"])
+    work.send(Collective("all-gather", 4, 1), Traffic(3, 50e9, 6.25e9), times=2)
+    least = costs.roofline_bound(work, CHIPS["v5e"])
     assert least == pytest.approx((1.0, 0.1, 0.5, 4.0))
     assert (least.seconds, least.bound) == (pytest.approx(4.0), "dcn")
-    half = costs.floor(work, CHIPS["tpu7x"])  # a device is half a chip
+    half = costs.roofline_bound(work, CHIPS["tpu7x"])  # a device is half a chip
     assert half.compute == pytest.approx(197e12 / (2307e12 / 2))
 
 
@@ -147,4 +147,4 @@ def test_what_goes_through_the_hosts_to_other_slices():
     ).replace("TO", '_xla_megascale_target="{1,2,5:6}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"')
     found = costs.program_costs(hlo.parse(text)).collectives
     own = 4 * 8 * 128 * 4
-    assert found == {Collective("all-reduce", 4, 4): Moved(1, 0.0, 2 * own * 3 / 4)}
+    assert found == {Collective("all-reduce", 4, 4): Traffic(1, 0.0, 2 * own * 3 / 4)}

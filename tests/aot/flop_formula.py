@@ -59,7 +59,7 @@ def _bank(run: RunConfig, memory: GatedBankConfig, block: int) -> dict[str, Work
     d, D, N = run.model.decoder, run.model.decoder.width, memory.num_slots
     slots = N / run.model.segment_tokens  # per token
     kv = 4 * D * d.num_kv_heads * d.head_dim
-    if isinstance(memory.write, PaperWrite):  # projections of its own, asked once to read and once to write
+    if isinstance(memory.write, PaperWrite):  # projections of its own, used once to read and once to write
         return {
             "ask": Work(2 * (2 * D * D + slots * 4 * D * D + 4 * N * D), block),
             "bring": Work(2 * 2 * N * D, block),  # R E_mem and R E
@@ -74,7 +74,7 @@ def _bank(run: RunConfig, memory: GatedBankConfig, block: int) -> dict[str, Work
 
 
 def _titans_context(run: RunConfig, memory: TitansConfig, block: int) -> dict[str, Work]:
-    """Titans as context: retrieved rows beside the segment, then an update chunk by chunk, read behind each token."""
+    """Titans as context: retrieved rows next to the segment, then an update per chunk, read after each token."""
     d, D, T = run.model.decoder, run.model.decoder.width, run.model.segment_tokens
     H, C = memory.num_heads, memory.chunk_tokens
     shapes = memory.network.shapes(D // H)
@@ -87,7 +87,7 @@ def _titans_context(run: RunConfig, memory: TitansConfig, block: int) -> dict[st
         "recall": 4 * weights + 2 * C * edges,  # start weights and momentum; then P . (z X^T) G
         "presence": 4 * H * C * C,  # P = L_a L_e theta and its like, C x C x C of each chunk
     }
-    again = {"none": 0, "chunks": 1, "groups": 2}[memory.remat]  # besides what a block is recomputed
+    again = {"none": 0, "chunks": 1, "groups": 2}[memory.remat]  # in addition to the recomputation of the block
     return {
         "retrieved": Work(4 * D * d.num_kv_heads * d.head_dim + _scores(d, seen), block),
         "projections": Work(2 * D * D * (3 + 4), block),  # q, gate, o of the retrieval; q, k, v, gate of the update

@@ -6,14 +6,15 @@ import importlib.util
 import pytest
 
 import lm2_jax
+from lm2_jax.aot import compile_only
+from lm2_jax.aot.topology import parse_topology
 from lm2_jax.model import LanguageModel
-from lm2_jax.sharding import MeshConfig, compile_only
-from lm2_jax.sharding.topology import parse_topology
+from lm2_jax.sharding import MeshConfig
 from lm2_jax.training.flops import traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.state import make_plan
 from lm2_jax.training.step import make_train_step
-from tests.sharding.flop_formula import step_flops
+from tests.aot.flop_formula import step_flops
 
 TINY = ("none_tiny", "lm2_tiny", "lm2_paper_tiny", "titans_mac_tiny")
 PUBLISHED = ("llama_1p7b", "lm2_1p7b", "lm2_8b", "titans_mac_1p3b")

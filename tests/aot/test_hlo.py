@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
+from lm2_jax.aot import costs, hlo
 from lm2_jax.model import LanguageModel
-from lm2_jax.sharding import costs, hlo
 from lm2_jax.training.flops import jaxpr_flops, traced_flops
 from lm2_jax.training.objective import batch_shapes
 from lm2_jax.training.state import make_plan
@@ -90,7 +90,7 @@ def test_what_the_compiler_knows_of_a_loop_counts_first():
 
 
 def test_a_counter_may_step_by_two():
-    """As in products that are cut into windows: 0, 2 and 4 are below 5."""
+    """As in products that are split into windows: 0, 2 and 4 are below 5."""
     two = NESTED.replace("tuple(%b, /*index=1*/%d)", "tuple(%s, /*index=1*/%d)").replace(
         "  %d = ", "  %two = s32[] constant(2)\n  %s = s32[] add(%b, %two)\n  %d = "
     )
@@ -110,7 +110,7 @@ def test_a_text_that_is_no_program():
 @pytest.mark.parametrize(
     ("line", "shapes", "flops"),
     [
-        # As TPUs multiply matrices per row (4) and head (3): windows that lie in the padding but for one place.
+        # As TPUs multiply matrices per row (4) and head (3): windows that cover padding except at one position.
         (
             "f32[4,3,32,16] convolution(%x, %w), window={size=4x3 stride=3x2 lhs_dilate=4x3}, "
             "dim_labels=01bf_01oi->01bf",

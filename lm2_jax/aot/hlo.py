@@ -1,7 +1,7 @@
-"""Reads the text of a compiled XLA program: what one device computes and sends, loop bodies times their trip counts.
+"""Parses the text of a compiled XLA program (HLO) and counts the operations of single instructions.
 
-XLA's own cost analysis, and the text as it stands, count the body of a loop once, so a model of 16 scanned layers
-would seem to have one.
+XLA's own cost analysis counts the body of a loop once, so a model of 16 scanned layers would seem to have one. This
+module reads trip counts too, and `lm2_jax.aot.costs` multiplies by them.
 """
 
 import functools
@@ -34,12 +34,12 @@ class Instruction(NamedTuple):
     name: str
     shape: str
     opcode: str
-    operands: tuple[str, ...]  # names; of a constant or parameter: what stands in the brackets
+    operands: tuple[str, ...]  # names; of a constant or parameter: the text in the brackets
     attributes: str
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The word behind `name=`, without the sign of a name, or what stands in its braces."""
+        """The word after `name=`, without a leading %, or the text in the braces there; None if it is absent."""
         match = re.search(rf"\b{name}=(?:%?([\w.\-]+)|\{{([^}}]*)\}})", self.attributes)
         return None if match is None else match[1] or match[2]
 
@@ -52,24 +52,35 @@ class Computation(NamedTuple):
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction whose value the computation returns."""
         return next(i for i in self.instructions.values() if i.root)
+
+    @property
+    def parameters(self) -> list[Instruction]:
+        """Its parameters, in the order of a call's operands."""
+        return sorted(
+            (i for i in self.instructions.values() if i.opcode == "parameter"), key=lambda i: int(i.operands[0])
+        )
 
 
 class Program(NamedTuple):
-    """A module: computations by name, and the one that is called first."""
+    """A module: computations by name, the name of the entry computation, and the number of devices."""
 
     computations: dict[str, Computation]
     entry: str
     partitions: int
 
     def called(self, instruction: Instruction, attribute: str) -> Computation:
-        """The computation that an attribute names."""
+        """The computation that an attribute of an instruction names, such as `body` or `calls`."""
         return self.computations[instruction.attribute(attribute) or ""]
 
 
 def parse(text: str) -> Program:
-    """The program that `compiled.as_text()` prints."""
+    """Parses what `compiled.as_text()` returns.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
     computations: dict[str, Computation] = {}
     entry, current, pending = "", None, ""
 
@@ -113,13 +124,13 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket closes that opens at `opening`."""
+    """Position of the bracket that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise ValueError(f"brackets do not close in: {text[:200]}")
+    raise ValueError(f"unbalanced brackets in: {text[:200]}")
 
 
 def _bare_names(inside: str) -> tuple[str, ...]:
@@ -127,22 +138,22 @@ def _bare_names(inside: str) -> tuple[str, ...]:
 
 
 def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(type, dimensions, layout) of each array of a shape."""
+    """(element type, dimensions, layout) of each array in a shape, which may be a tuple."""
     for match in _ARRAY.finditer(shape):
         yield match[1], tuple(map(int, match[2].split(","))) if match[2] else (), match[3] or ""
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """Of an array."""
+    """Dimensions of an array's shape."""
     return next(arrays(shape))[1]
 
 
 def size_bytes(shape: str, in_hbm: bool = False) -> int:
-    """Bytes of an array or of all arrays of a tuple.
+    """Bytes of an array, or of all arrays of a tuple.
 
     Args:
-      shape: as it stands in the text.
-      in_hbm: only what lies in the device's main memory; S(1) and so on in a layout is memory on the chip.
+      shape: as printed.
+      in_hbm: counts only arrays in main memory; S(1) and higher in a layout is memory on the chip.
     """
     total = 0
     for kind, sizes, layout in arrays(shape):
@@ -153,10 +164,10 @@ def size_bytes(shape: str, in_hbm: bool = False) -> int:
 
 
 def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs; None where neither the compiler nor the condition says so.
+    """Trip count of a while loop; None if neither the compiler's annotation nor the condition gives it.
 
-    The condition of a loop that jax makes compares a counter with a constant. Its counter steps by one; that of a
-    product which libtpu has cut into windows, to hide a collective behind it, by two.
+    The condition of a loop made by jax compares a counter with a constant. The counter grows by one per iteration. In
+    a matrix product that libtpu has split into windows to overlap it with a collective, it grows by two.
     """
     known = re.search(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
     if known:
@@ -184,7 +195,7 @@ def trip_count(program: Program, caller: Computation, loop: Instruction) -> int 
 
 
 def _step(body: Computation, index: int) -> int:
-    """What the counter grows by; one where that does not stand in the body itself."""
+    """Increment of the counter per iteration; one if the body does not show it."""
     if body.root.opcode != "tuple":
         return 1
     grown = body.instructions[body.root.operands[index]]
@@ -195,7 +206,7 @@ def _step(body: Computation, index: int) -> int:
 
 
 def _start(caller: Computation, loop: Instruction, index: int) -> int | None:
-    """The counter's first value."""
+    """First value of the counter; None if it is not a constant."""
     carried = caller.instructions[loop.operands[0]]
     if carried.opcode != "tuple":
         return None
@@ -206,17 +217,17 @@ def _start(caller: Computation, loop: Instruction, index: int) -> int | None:
 
 
 def dot_flops(computation: Computation, dot: Instruction) -> int:
-    """Two for each multiplication that is added up."""
+    """Operations of a dot: two per multiply-add."""
     left = dimensions(computation.instructions[dot.operands[0]].shape)
     summed = [left[int(d)] for d in (dot.attribute("lhs_contracting_dims") or "").split(",") if d]
     return 2 * int(np.prod(dimensions(dot.shape), dtype=np.int64)) * int(np.prod(summed, dtype=np.int64))
 
 
 def convolution_flops(computation: Computation, convolution: Instruction) -> int:
-    """Two for each multiplication of an input value with a kernel value, padding left out.
+    """Operations of a convolution: two per multiply-add, without those on padding.
 
-    On TPUs every matrix product is a convolution; batch dimensions of a product are windows that mostly lie in the
-    padding, so multiplying sizes would count them many times over.
+    On TPUs every matrix product is a convolution. Batch dimensions of a product become windows that mostly cover
+    padding, so the product of all sizes would be far too large.
     """
     left, right = (dimensions(computation.instructions[name].shape) for name in convolution.operands[:2])
     out = dimensions(convolution.shape)
@@ -246,13 +257,13 @@ def convolution_flops(computation: Computation, convolution: Instruction) -> int
 
 @functools.cache
 def _pairs(size: int, kernel: int, out: int, stride: int, pad: int, dilation: int, kernel_dilation: int) -> int:
-    """(output, kernel) positions of one dimension that meet an input value."""
+    """Number of (output, kernel) positions in one dimension that multiply an input value, not padding."""
     place = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None] * kernel_dilation
     return int(np.sum((place >= 0) & (place % dilation == 0) & (place < size * dilation)))
 
 
 def kernel_flops(computation: Computation, call: Instruction) -> int:
-    """Of a Pallas kernel: what its author has declared, or what is known of attention; else 0."""
+    """Operations of a Pallas kernel: its declared cost estimate, else those of a known attention kernel, else 0."""
     declared = re.search(r'"cost_estimate":\s*(\{[^}]*\})', call.attributes)
     if declared:
         return int(json.loads(declared[1]).get("flops", 0))
@@ -263,9 +274,9 @@ def kernel_flops(computation: Computation, call: Instruction) -> int:
 
 
 def groups(instruction: Instruction, partitions: int) -> list[list[int]]:
-    """Which devices talk to each other in a collective.
+    """Groups of devices that communicate in a collective; of a permutation, its (source, target) pairs.
 
-    Three notations are in use: {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), and axes of a mesh. Of a permutation: its pairs.
+    XLA prints groups in three notations: {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), and axes of a mesh.
     """
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", text):
@@ -282,10 +293,10 @@ def groups(instruction: Instruction, partitions: int) -> list[list[int]]:
 
 
 def between_slices(instruction: Instruction) -> tuple[str, int] | None:
-    """Kind of a collective between TPU slices, and how many it joins; None where a send is something else.
+    """Kind of a collective between TPU slices and the number of slices; None if a `send` is anything else.
 
-    There libtpu hands each device's part to the runtime of its host, which exchanges it with the others: `send` and
-    `recv`, with `_xla_megascale_target="{1,2}x{0:3}"` for slices 1 and 2 and devices 0 to 3 of each.
+    Between slices libtpu passes each device's part to the runtime of its host, which exchanges it with other hosts. The
+    program shows `send` and `recv` with `_xla_megascale_target="{1,2}x{0:3}"`: slices 1 and 2, devices 0 to 3 of each.
     """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.attributes)
@@ -296,31 +307,38 @@ def between_slices(instruction: Instruction) -> tuple[str, int] | None:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`<=[4,2]T(1,0)`: 0, 1, ... in that shape, transposed."""
+    """Device numbers in the notation `<=[4,2]T(1,0)`: 0, 1, ... in that shape, then transposed."""
     shape, order = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # pyright: ignore
     ids = np.arange(np.prod([int(n) for n in shape.split(",")])).reshape([int(n) for n in shape.split(",")])
     return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _mesh_groups(axes: str, ids: str | None, chosen: str) -> list[list[int]]:
-    """`'a'=2,'b'=4` with `{'a','b':(1)2}`: axes, or parts (behind how many)size of them, along which is talked."""
+    """Groups in the notation `'a'=2,'b'=4` with `{'a','b':(1)2}`.
+
+    Args:
+      axes: names and sizes of the mesh axes.
+      ids: device numbers of the mesh in the iota notation; None: 0, 1, ...
+      chosen: the axes along which devices communicate. `'b':(m)n` is a part of an axis: n positions, at a stride that
+        follows from m, the product of the sizes of the parts before it.
+    """
     sizes: dict[str, int] = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen)
     shape: list[int] = []
-    talk: list[int] = []
+    communicating: list[int] = []
     for name, size in sizes.items():
-        cut = [(int(behind), int(part)) for n, behind, part in parts if n == name and part]
-        if not cut:
-            talk += [len(shape)] if any(n == name for n, _, _ in parts) else []
+        splits = [(int(before), int(part)) for n, before, part in parts if n == name and part]
+        if not splits:
+            communicating += [len(shape)] if any(n == name for n, _, _ in parts) else []
             shape.append(size)
             continue
         done = 1
-        for behind, part in sorted(cut):
-            shape += [behind // done, part]
-            talk.append(len(shape) - 1)
-            done = behind * part
+        for before, part in sorted(splits):
+            shape += [before // done, part]
+            communicating.append(len(shape) - 1)
+            done = before * part
         shape.append(size // done)
     order = np.arange(np.prod(list(sizes.values()), dtype=np.int64)) if ids is None else _iota(ids).reshape(-1)
-    rest = [d for d in range(len(shape)) if d not in talk]
-    width = int(np.prod([shape[d] for d in talk], dtype=np.int64))
-    return order.reshape(shape).transpose(rest + talk).reshape(-1, width).tolist()
+    rest = [d for d in range(len(shape)) if d not in communicating]
+    width = int(np.prod([shape[d] for d in communicating], dtype=np.int64))
+    return order.reshape(shape).transpose(rest + communicating).reshape(-1, width).tolist()

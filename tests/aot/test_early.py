@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lm2_jax.sharding.early import Early, optimised, read_dump
+from lm2_jax.aot.early import Early, optimised, read_dump
 
 PROGRAM = "HloModule m\n\nENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}\n\n"
 MEMORY = "Memory Space: default (color=0)\nTotal bytes: 5292032 (5.05MiB)\n  rest\nMemory Space: vmem (color=1)\n"

@@ -1,4 +1,4 @@
-"""`train.py --compile-only`: what it refuses, how it tells, and real compilation where libtpu is installed."""
+"""`train.py --compile-only`: what it refuses, its report, and real compilation if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -9,11 +9,12 @@ import jax
 import pytest
 
 import lm2_jax
+from lm2_jax.aot import compile_only
+from lm2_jax.aot.compile_only import CompileConfig, Report, compile_and_report, describe
+from lm2_jax.aot.topology import parse_topology
 from lm2_jax.errors import UserError
 from lm2_jax.memory.tokens import TokensConfig
-from lm2_jax.sharding import MeshConfig, compile_only, make_mesh
-from lm2_jax.sharding.compile_only import CompileConfig, Report, compile_and_tell, describe
-from lm2_jax.sharding.topology import parse_topology
+from lm2_jax.sharding import MeshConfig, make_mesh
 
 RUN = lm2_jax.preset("lm2_tiny")
 REPORT = Report(
@@ -42,16 +43,16 @@ REPORT = Report(
     ("config", "words"),
     [
         (CompileConfig(compile_only=True), "--compile-only needs --topology"),
-        (CompileConfig(topology="v5e:2x2"), "go with --compile-only"),
-        (CompileConfig(json="x"), "go with --compile-only"),
-        (CompileConfig(quick=True), "go with --compile-only"),
+        (CompileConfig(topology="v5e:2x2"), "need --compile-only"),
+        (CompileConfig(json="x"), "need --compile-only"),
+        (CompileConfig(quick=True), "need --compile-only"),
     ],
 )
 def test_options_that_do_not_go_together(config, words):
     with pytest.raises(UserError, match=words):
-        config.asked()
-    assert CompileConfig(compile_only=True, topology="v5e:2x2").asked()
-    assert not CompileConfig().asked()
+        config.is_requested()
+    assert CompileConfig(compile_only=True, topology="v5e:2x2").is_requested()
+    assert not CompileConfig().is_requested()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_options_that_do_not_go_together(config, words):
 def test_a_mesh_or_slice_that_cannot_be_is_refused_before_libtpu_is_asked(monkeypatch, topology, mesh, words):
     monkeypatch.setattr(compile_only, "compile_only_devices", None)
     with pytest.raises(UserError, match=words) as caught:
-        compile_and_tell(RUN, lambda devices: mesh, CompileConfig(compile_only=True, topology=topology))
+        compile_and_report(RUN, lambda devices: mesh, CompileConfig(compile_only=True, topology=topology))
     assert caught.value.status == 2
 
 
@@ -75,7 +76,7 @@ def test_a_file_that_cannot_be_written_is_found_out_before_compiling(monkeypatch
     monkeypatch.setattr(compile_only, "compile_only", None)
     config = CompileConfig(compile_only=True, topology="v5e:2x2", **{field: str(tmp_path / "file" / "x")})
     with pytest.raises(UserError, match=f"--{field}=.*cannot write there"):
-        compile_and_tell(RUN, lambda devices: MeshConfig(), config)
+        compile_and_report(RUN, lambda devices: MeshConfig(), config)
 
 
 def test_what_training_refuses_is_refused_before_compiling(monkeypatch):
@@ -94,7 +95,7 @@ def test_the_table_names_every_number():
         "3.000",
         "16.000  fits",
         "1.100 of the traced",
-        "least time of a step: 40.0 ms",
+        "lower bound on a step: 40.0 ms",
     ):
         assert words in text
     row = next(line for line in text.splitlines() if "all-reduce" in line)
@@ -103,15 +104,27 @@ def test_the_table_names_every_number():
     assert "DOES NOT FIT: try less" in describe(large)
 
 
+@pytest.mark.parametrize(
+    ("gib", "words"), [(12, "fits then too"), (13, "may not fit then: compile without --quick to know")]
+)
+def test_a_quick_report_says_that_it_is_a_first_attempt(gib, words):
+    assert "--quick" not in describe(REPORT)
+    quick = dataclasses.replace(REPORT, quick=True, bytes={"total": gib * 2**30})
+    text = describe(quick)
+    assert "first attempt. The final program may need up to 31% more memory" in text
+    assert f"({gib * 1.31:.3f} GiB, {words})" in text
+    assert "26% more memory traffic" in text
+
+
 @pytest.mark.parametrize(("fits", "status"), [(True, 0), (False, 1)])
 def test_json_and_exit_status(monkeypatch, capsys, tmp_path, fits, status):
     monkeypatch.setattr(compile_only, "compile_only", lambda *_: dataclasses.replace(REPORT, fits=fits))
     file = tmp_path / "new" / "costs.json"
     config = CompileConfig(compile_only=True, topology="v5e:2x2", json=str(file))
-    assert compile_and_tell(RUN, lambda devices: MeshConfig(), config) == status
-    assert "least time" in capsys.readouterr().out
+    assert compile_and_report(RUN, lambda devices: MeshConfig(), config) == status
+    assert "lower bound" in capsys.readouterr().out
     assert json.loads(file.read_text())["bytes"]["temporaries"] == 2**31
-    assert compile_and_tell(RUN, lambda devices: MeshConfig(), dataclasses.replace(config, json="-")) == status
+    assert compile_and_report(RUN, lambda devices: MeshConfig(), dataclasses.replace(config, json="-")) == status
     assert json.loads(capsys.readouterr().out)["fits"] is fits
 
 
@@ -185,12 +198,12 @@ def test_attention_takes_the_kernel_and_its_operations_count(libtpu):
 @pytest.mark.tpu_backend
 def test_a_program_without_code_costs_the_same(libtpu):
     run, mesh, topology = lm2_jax.preset("lm2_paper_tiny"), MeshConfig(data=1, fsdp=4), parse_topology("v5e:2x2")
-    whole, quick = (compile_only.compile_only(run, mesh, topology, quick=quick) for quick in (False, True))
-    assert quick.flops == whole.flops
-    assert quick.collectives == whole.collectives
-    assert quick.bytes["program"] == 0 < whole.bytes["program"]
-    kept = sum(whole.bytes[name] for name in ("parameters", "optimizer", "state", "batch"))
-    assert kept < quick.bytes["total"] < whole.bytes["total"]
+    complete, quick = (compile_only.compile_only(run, mesh, topology, quick=quick) for quick in (False, True))
+    assert quick.flops == complete.flops
+    assert quick.collectives == complete.collectives
+    assert quick.bytes["program"] == 0 < complete.bytes["program"]
+    arguments = sum(complete.bytes[name] for name in ("parameters", "optimizer", "state", "batch"))
+    assert arguments < quick.bytes["total"] < complete.bytes["total"]
 
 
 @pytest.mark.tpu_backend
@@ -205,7 +218,7 @@ def test_copies_of_the_model_add_little_to_what_a_chip_sends(libtpu):
 
 
 @pytest.mark.tpu_backend
-def test_what_does_not_fit_is_told_with_advice(libtpu):
+def test_what_does_not_fit_is_reported_with_advice(libtpu):
     run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, rows=2**16, segments=(8,)))
     report = compile_only.compile_only(run, MeshConfig(), parse_topology("v5e:1x1"))
     assert not report.fits

@@ -1,6 +1,6 @@
-# Everything runs in .venv, which the first command makes; `make help` lists the commands.
+# All commands use .venv, which the first one creates; `make help` lists them.
 
-# Interpreter of a new .venv: set PYTHON, or the first of these that is 3.11 or newer and can make one.
+# Interpreter of a new .venv: PYTHON, else the first of these that is 3.11 or newer and can create one.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 
@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 PRODUCT := lm2_jax sharding configs $(wildcard *.py)
 
-# Tests of one file stay together, because they share compiled programs; a worker may take 4 GB.
+# Tests of a file run in one worker, because they share compiled programs; a worker may need 4 GB.
 WORKERS ?= auto
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations=10
 
@@ -23,21 +23,21 @@ TPU := tpu_backend and not long
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-quickstart: $(VENV)/.requirements ## train a small LM2 and its twin without memory on the CPU, and show what it remembers
+quickstart: $(VENV)/.requirements ## train a small LM2 and its baseline without memory on the CPU, and compare what they remember
 	$(RUN) -m lm2_jax.quickstart
 
-# Tests and lint both run, whatever the other says, so that one call shows all there is to mend.
+# Both run even if one fails, so that one call reports everything.
 test: $(VENV)/.requirements-dev ## fast tests, ruff and pyright
 	@status=0; \
 	$(PYTEST) -m "$(FAST)" || status=1; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	exit $$status
 
-# pytest leaves with 5 when there is nothing to run.
+# pytest exits with 5 if there is nothing to run.
 test-all: test ## the same, then the slow tests
 	@$(PYTEST) -m "$(SLOW)" || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
-test-long: $(VENV)/.requirements-dev ## every join in every contract test, every preset on every mesh: for hours
+test-long: $(VENV)/.requirements-dev ## every join in every contract test, every preset on every mesh; takes hours
 	$(PYTEST) -m "long"
 
 test-tpu: $(VENV)/.requirements-dev ## compiles for TPU slices, without TPUs; installs libtpu
@@ -51,8 +51,13 @@ lint: $(VENV)/.requirements-dev ## ruff and pyright
 	$(VENV)/bin/pyright --pythonpath $(RUN) || status=1; \
 	exit $$status
 
-format: $(VENV)/.requirements-dev ## put files into ruff's format
+format: $(VENV)/.requirements-dev ## fix and format files with ruff
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+.PHONY: docs
+docs: $(VENV)/bin/python ## build the documentation as a site in build/site
+	@$(PIP) -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir build/site
 
 test-lowest: ## fast tests with the lowest versions that requirements.txt allows
 	@$(MAKE) --no-print-directory VENV=.venv-lowest .venv-lowest/.lowest
@@ -72,7 +77,7 @@ $(VENV)/bin/python:
 	echo "Install one (on Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
 
-# Stamps: an environment is installed into again only when its list changes.
+# Stamps: requirements are installed again only if their list changes.
 $(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
 	@echo "Installing $< into $(VENV)"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip # where making .venv was interrupted

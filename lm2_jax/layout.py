@@ -79,6 +79,13 @@ def whole(layout: Layout) -> Any:
     return layout.shardings((), jax.ShapeDtypeStruct((), jnp.float32))
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes that say where their arrays are placed."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
+
+
 def axes_of(tree: Any) -> Any:
     """Logical axes of variables as Linen's `init` makes them, and of an optimizer's state made from those.
 

@@ -26,7 +26,6 @@ class TrainState(NamedTuple):
     params: PyTree
     opt_state: PyTree
     memory: PyTree  # the model's state after the last step where it is carried on, else None
-    key: Array  # data of the key from which each step's random numbers are folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,7 @@ def _first_state(
 ) -> TrainState:
     """The state before the first step; boxed where `params` are."""
     memory = model.init_state(config.data.rows) if config.data.carry_state else None
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), memory, jax.random.key_data(key))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), memory)
 
 
 def _unbox(tree: PyTree) -> PyTree:

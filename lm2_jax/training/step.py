@@ -36,8 +36,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
         memory = state.memory if config.data.carry_state else model.init_state(batch.tokens.shape[0])
         total = jnp.maximum(jnp.sum(loss_weights(batch, config)), jnp.finfo(jnp.float32).tiny)
 
-        def loss(params: PyTree, micro: Example, memory: PyTree, key: Array) -> tuple[Array, tuple[Any, ...]]:
-            sums, after, aux = evaluate_batch(model, config, params, memory, micro, key)
+        def loss(params: PyTree, micro: Example, memory: PyTree) -> tuple[Array, tuple[Any, ...]]:
+            sums, after, aux = evaluate_batch(model, config, params, memory, micro)
             return sums["loss"][0] / total, (sums, after, aux)
 
         def accumulate(grads: PyTree, micro: tuple[Any, ...]) -> tuple[PyTree, tuple[Any, ...]]:
@@ -45,11 +45,9 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
             return jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, new), rest
 
         zeros = jax.tree.map(jnp.zeros_like, widen(state.params))
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         micros = (
             jax.tree.map(lambda x: cut(x, 0, parts), batch),
             cut_rows(memory, plan.memory_axes, parts),
-            jax.random.split(key, parts),
         )
         grads, (sums, after, aux) = jax.lax.scan(accumulate, zeros, micros)
         updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
@@ -62,7 +60,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
             jnp.asarray(learning_rate(config.optim)(state.step), jnp.float32),
             jax.tree.map(lambda x: x.mean(0), aux),
         )
-        return TrainState(state.step + 1, params, opt_state, memory, state.key), report
+        return TrainState(state.step + 1, params, opt_state, memory), report
 
     return train_step
 

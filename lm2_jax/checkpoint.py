@@ -321,9 +321,9 @@ def brief(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     text = re.sub(r" \[(tensorstore_spec|os_error_code|source_locations)=.*", "", lines[0])
-    if len(text) > 300:  # TensorStore names layer after layer; the system's own words come last
-        text = f"{text[:150]} ... {text[-140:]}"
-    return f"{type(error).__name__}: {text}"
+    if len(text) > 200:  # TensorStore names layer after layer; the system's own words come last
+        text = text.rsplit('": ', 1)[-1]
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _cast(memory: PyTree, dtype: str | None) -> PyTree:

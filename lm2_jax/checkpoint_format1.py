@@ -31,13 +31,14 @@ def read_item(handler: ocp.StandardCheckpointHandler, folder: epath.Path, name: 
     Raises:
       ValueError: its arrays are not those of `like`.
     """
-    stored = _stored(folder / name)
+    stored, empty = _stored(folder / name)
     if name == "memory":
         wanted = dict(zip(stored, jax.tree.leaves(like), strict=True))  # in the order of the state's fields
     else:
         wanted = _stacked(stored, params.to_canonical(like))
     nested = params.nest(wanted)
-    named = params.flatten(handler.restore(folder / name, args=ocp.args.StandardRestore(nested)))  # pyright: ignore
+    target = _with_lists(params.nest({**wanted, **empty}))
+    named = params.flatten(handler.restore(folder / name, args=ocp.args.StandardRestore(target)))  # pyright: ignore
     saved = [named[array] for array in stored]
     if name == "memory":
         return Item(saved, jax.tree.unflatten(jax.tree.structure(like), saved))
@@ -54,14 +55,27 @@ def verified(name: str, item: Item, record: dict[str, Any]) -> PyTree:
     return item.tree
 
 
-def _stored(folder: epath.Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays in an item, in the order of the tree that was saved."""
+def _stored(folder: epath.Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Names and shapes of the arrays in an item, in the order of the tree that was saved, and its empty places."""
     tree = json.loads((folder / "_METADATA").read_text())["tree_metadata"]
-    return {
-        "/".join(key["key"] for key in entry["key_metadata"]): tuple(entry["value_metadata"]["write_shape"])
-        for entry in tree.values()
-        if not entry["value_metadata"]["skip_deserialize"]
-    }
+    arrays, empty = {}, {}
+    for entry in tree.values():
+        name, value = "/".join(key["key"] for key in entry["key_metadata"]), entry["value_metadata"]
+        if value["skip_deserialize"]:
+            empty[name] = None if value["value_type"] == "None" else {}
+        else:
+            arrays[name] = tuple(value["write_shape"])
+    return arrays, empty
+
+
+def _with_lists(nested: Any) -> Any:
+    """Tables of numbered entries as lists, which tuples were saved as."""
+    if not isinstance(nested, dict):
+        return nested
+    entries = {name: _with_lists(value) for name, value in nested.items()}
+    if entries and set(entries) == {str(index) for index in range(len(entries))}:
+        return [entries[str(index)] for index in range(len(entries))]
+    return entries
 
 
 def _stacked(stored: dict[str, tuple[int, ...]], canonical: dict[str, Any]) -> dict[str, Any]:

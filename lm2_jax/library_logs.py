@@ -1,6 +1,7 @@
 """What Orbax and its threads print when a file cannot be read or written; our own message reports the cause."""
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -24,37 +25,50 @@ def quiet_libraries() -> Iterator[None]:
         yield
         return
     loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = sys.unraisablehook, threading.excepthook
-
-    def unraisable(hint: "sys.UnraisableHookArgs") -> None:
-        error = hint.exc_value
-        closed = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
-        coroutine = getattr(hint.object, "cr_code", None)  # of a read or write that was dropped
-        if not (closed or (coroutine is not None and "orbax" in coroutine.co_filename)):
-            before[0](hint)
+    show = threading.excepthook
 
     def thread_failed(hint: threading.ExceptHookArgs) -> None:
         if "Event loop is closed" not in str(hint.exc_value):
-            before[1](hint)
+            show(hint)
 
     for logger in loggers:
         logger.addFilter(_nothing)
-    sys.unraisablehook, threading.excepthook = unraisable, thread_failed
+    threading.excepthook = thread_failed
     try:
         yield
     except BaseException:
         drop_late_work()
         raise
     finally:
-        sys.unraisablehook, threading.excepthook = before
+        threading.excepthook = show
         for logger in loggers:
             logger.removeFilter(_nothing)
 
 
 def drop_late_work() -> None:
-    """After a failure: lets reads and writes that are under way end, and what is left of them be collected."""
+    """After a failure: lets Orbax's reads and writes that are under way end, and what is left of them be collected."""
+    if not os.environ.get(SHOW):
+        _hide_dropped_work()
     time.sleep(0.05)
     gc.collect()
+
+
+@functools.cache
+def _hide_dropped_work() -> None:
+    """Hides what Python says about Orbax's abandoned coroutines, which may live until the process ends.
+
+    Installed by the first failure; everything else is passed on.
+    """
+    show = sys.unraisablehook
+
+    def hook(hint: "sys.UnraisableHookArgs") -> None:
+        coroutine = getattr(hint.object, "cr_code", None)
+        of_orbax = coroutine is not None and "orbax" in coroutine.co_filename
+        if not (of_orbax or "Event loop is closed" in str(hint.exc_value)):
+            show(hint)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 
 def _nothing(record: logging.LogRecord) -> bool:

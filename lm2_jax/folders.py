@@ -57,7 +57,11 @@ def check_writable(folder: epath.Path, field: str) -> None:
         trial.write_bytes(bytes(1 << 12))
         trial.unlink()
     except Exception as error:  # of a bucket, whatever its library raises
-        raise UserError(f"{field}={os.fspath(folder)!r} cannot be written to: {_line(error)}", status=1) from error
+        raise UserError(
+            f"{field}={os.fspath(folder)!r}: cannot write there: {_line(error)}. Choose another place, or make it "
+            "writable.",
+            status=1,
+        ) from error
 
 
 def prepare_folder(out: epath.PathLike, field: str = "out") -> epath.Path:
@@ -74,7 +78,7 @@ def prepare_folder(out: epath.PathLike, field: str = "out") -> epath.Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{field}={str(out)!r} cannot be made: {error}", status=1) from error
+        raise UserError(f"{field}={str(out)!r}: cannot write there: {error}", status=1) from error
     return folder
 
 

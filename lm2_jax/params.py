@@ -133,8 +133,8 @@ def nest(named: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `nest`."""
+def flatten(nested: PyTree) -> dict[str, Any]:
+    """The inverse of `nest`; lists count as tables of numbered entries."""
     return {"/".join(_path_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nested)}
 
 

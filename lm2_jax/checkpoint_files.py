@@ -16,7 +16,7 @@ from etils import epath
 from lm2_jax import checkpoint_format1, formats, params
 from lm2_jax.atomic import is_remote
 from lm2_jax.errors import UserError
-from lm2_jax.training.hosts import together
+from lm2_jax.training.hosts import run_on_all_hosts
 from lm2_jax.types import Array, PyTree
 
 _SAFE = re.compile(r"[A-Za-z0-9 ./_+@=,:~-]*")  # Orbax passes paths to glob, TensorStore wants UTF-8
@@ -120,7 +120,7 @@ def read_items(folder: epath.Path, step: int, wanted: dict[str, PyTree]) -> tupl
 
     # Not through Orbax's manager, in which the processes wait for each other: where a file is damaged that only some
     # of them read, it would wait for ever.
-    items, record = together(read)
+    items, record = run_on_all_hosts(read)
     if record.get("format", 1) == 1:
         items = {name: checkpoint_format1.verified(name, item, record) for name, item in items.items()}
         return items, record

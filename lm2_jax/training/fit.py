@@ -79,10 +79,10 @@ def fit(
     with StopSignals() as stop, workdirs.owned(workdir) as lock:
         workdir = open_path(workdir, "--workdir")
         run = prepare(config, workdir, layout)
-        evaluate = hosts.together(lambda: make_evaluate(run.plan, run.source, layout))
+        evaluate = hosts.run_on_all_hosts(lambda: make_evaluate(run.plan, run.source, layout))
         check_hosts(run.plan, workdir, layout, run.tokenizer)
-        hosts.together(profile.prepare)
-        hosts.together(lambda: workdirs.claim(workdir, config, run.tokenizer, run.exists))
+        hosts.run_on_all_hosts(profile.prepare)
+        hosts.run_on_all_hosts(lambda: workdirs.claim(workdir, config, run.tokenizer, run.exists))
         check = workdirs.resume_check(config, run.tokenizer)
         with layout.context(), Checkpoints(workdir, config, run.tokenizer.fingerprint, check) as checkpoints:
             return _train(run, workdir, layout, checkpoints, evaluate, profile, init_from, stop, lock)
@@ -202,7 +202,7 @@ def prepare(config: RunConfig, workdir: epath.Path, layout: Layout) -> Prepared:
         workdirs.check_space(workdir, config, plan.shapes)
         return Prepared(plan, tokenizer, source, exists)
 
-    return hosts.together(on_this_host)
+    return hosts.run_on_all_hosts(on_this_host)
 
 
 def check_hosts(plan: Plan, workdir: epath.Path, layout: Layout, tokenizer: FileTokenizer) -> None:

@@ -18,7 +18,7 @@ from lm2_jax.data.tokenizers import FileTokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.folders import check_writable, open_path
 from lm2_jax.training import lock, metrics
-from lm2_jax.training.hosts import everyone, together
+from lm2_jax.training.hosts import all_gather_hosts, run_on_all_hosts
 from lm2_jax.training.lock import WorkdirLock
 from lm2_jax.training.state import TrainState
 
@@ -139,11 +139,11 @@ def _check_fingerprint(checkpoint: str, fingerprint: str | None, tokenizer: File
 
 def check_shared(workdir: epath.Path) -> None:
     """Refuses a workdir that is not the same place for all processes of the job."""
-    mark = workdir / f".mark-{everyone(np.int32(os.getpid()))[0]}"
+    mark = workdir / f".mark-{all_gather_hosts(np.int32(os.getpid()))[0]}"
     if jax.process_index() == 0:
         mark.write_bytes(b"")
-    everyone(np.int32(0))  # it is written
-    blind = np.flatnonzero(everyone(np.int32(not mark.exists())))
+    all_gather_hosts(np.int32(0))  # it is written
+    blind = np.flatnonzero(all_gather_hosts(np.int32(not mark.exists())))
     if jax.process_index() == 0:
         mark.unlink()
     if blind.size:
@@ -194,7 +194,7 @@ def owned(workdir: epath.PathLike) -> Iterator[WorkdirLock | None]:
             undo.callback(_remove_empty, missing)
             return undo.enter_context(WorkdirLock(path)) if jax.process_index() == 0 else None
 
-        yield together(acquire)
+        yield run_on_all_hosts(acquire)
 
 
 def _remove_empty(folders: list[epath.Path]) -> None:

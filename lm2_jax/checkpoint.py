@@ -19,6 +19,7 @@ from lm2_jax.atomic import is_remote
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.library_logs import drop_late_work, quiet_libraries
+from lm2_jax.training.hosts import FailedElsewhere, run_on_all_hosts
 from lm2_jax.training.state import TrainState
 from lm2_jax.types import PyTree
 
@@ -99,9 +100,9 @@ class Checkpoints:
                 continue
             try:
                 return self._read(step, targets)
-            except UserError:
-                raise
             except Exception as error:  # whatever the many layers below make of a damaged file
+                if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
+                    raise
                 self._damaged.add(step)
                 _warn(f"skipping the damaged checkpoint {where}: {self._brief(error)}", always=True)
         if steps:
@@ -219,9 +220,7 @@ class Checkpoints:
         ) from None  # the frames of the failure keep Orbax's half-done work alive until the process ends
 
     def _read(self, step: int, targets: TrainState) -> Restored:
-        record, config = files.read_record(self._path, step)
-        if self._check is not None:
-            self._check(str(self.folder / str(step)), config, record.get("tokenizer"))
+        _check_record(self._path, self.folder, step, self._check)
         wanted: dict[str, PyTree] = {"params": targets.params, "opt_state": targets.opt_state}
         if targets.memory is not None:
             wanted["memory"] = _retype(targets.memory, self._config.checkpoint.memory_dtype)
@@ -285,16 +284,25 @@ def read_params(workdir: epath.PathLike, shapes: PyTree, check: Check | None = N
         for step in reversed(steps):
             try:
                 with quiet_libraries():
-                    record, config = files.read_record(path, step)
-                    if check is not None:
-                        check(str(folder / str(step)), config, record.get("tokenizer"))
+                    _check_record(path, folder, step, check)
                     return files.read_items(path, step, {"params": shapes})[0]["params"], step
-            except UserError:
-                raise
             except Exception as error:  # whatever the many layers below make of a damaged file
+                if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
+                    raise
                 cause = brief(error).replace(str(path), str(folder))
                 _warn(f"skipping the damaged checkpoint {folder / str(step)}: {cause}")
     raise UserError(f"{folder}: no usable checkpoint there", status=1)
+
+
+def _check_record(path: epath.Path, folder: epath.Path, step: int, check: Check | None) -> None:
+    """Reads the record of a checkpoint, on all processes or on none, and compares it with the run."""
+
+    def read() -> None:
+        record, config = files.read_record(path, step)
+        if check is not None:
+            check(str(folder / str(step)), config, record.get("tokenizer"))
+
+    run_on_all_hosts(read)
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:

@@ -13,6 +13,11 @@ from lm2_jax.errors import UserError
 
 T = TypeVar("T")
 
+
+class FailedElsewhere(UserError):
+    """Something failed on other processes of the job, and so on this one."""
+
+
 # How long a process that ends, also with an error, waits for the others to end; after that jax kills them.
 LEAVE_SECONDS = 60
 
@@ -69,7 +74,7 @@ def run_on_all_hosts(make: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed.size:
-        raise UserError(f"this failed on process {_listed(failed)} of the job, whose output says why", status=1)
+        raise FailedElsewhere(f"this failed on process {_listed(failed)} of the job, whose output says why", status=1)
     return result  # pyright: ignore[reportReturnType]
 
 

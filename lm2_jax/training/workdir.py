@@ -148,8 +148,8 @@ def check_shared(workdir: epath.Path) -> None:
         mark.unlink()
     if blind.size:
         raise UserError(
-            f"--workdir {workdir}: process {', '.join(map(str, blind))} does not see what the first process writes "
-            "there. Choose a folder on a disk that all hosts share, or in a bucket (gs://...)."
+            f"--workdir {workdir}: what the first process writes there, process {', '.join(map(str, blind))} does not "
+            "see. Choose a folder on a disk that all hosts share, or in a bucket (gs://...)."
         )
 
 
@@ -214,6 +214,8 @@ def claim(workdir: epath.Path, config: RunConfig, tokenizer: FileTokenizer, exis
     Raises:
       UserError: nothing can be written.
     """
+    if jax.process_index() != 0:
+        return
     try:
         atomic.remove_temporaries(workdir)
         if not exists:

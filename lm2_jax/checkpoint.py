@@ -125,9 +125,11 @@ class Checkpoints:
           UserError: the state is not finite, or this or the previous checkpoint cannot be written; those before stay
             as they are.
         """
-        items: dict[str, PyTree] = {"params": state.params, "opt_state": state.opt_state}
-        if state.memory is not None and with_memory:
-            items["memory"] = _cast(state.memory, self._config.checkpoint.memory_dtype)
+        items = _items(state)
+        if "memory" in items:
+            items["memory"] = _cast(items["memory"], self._config.checkpoint.memory_dtype)
+        if not with_memory:
+            items.pop("memory", None)
         sums, finite = files.checksums(items)
         if not finite:
             raise UserError(
@@ -221,17 +223,15 @@ class Checkpoints:
 
     def _read(self, step: int, targets: TrainState) -> Restored:
         _check_record(self._path, self.folder, step, self._check)
-        wanted: dict[str, PyTree] = {"params": targets.params, "opt_state": targets.opt_state}
-        if targets.memory is not None:
-            wanted["memory"] = _retype(targets.memory, self._config.checkpoint.memory_dtype)
+        wanted = _items(targets)
+        if "memory" in wanted:
+            wanted["memory"] = _retype(wanted["memory"], self._config.checkpoint.memory_dtype)
         items, record = files.read_items(self._path, step, wanted)
-        memory = None
-        if targets.memory is not None:
-            memory = jax.tree.map(lambda x, to: x.astype(to.dtype), items["memory"], targets.memory)
+        if "memory" in items:
+            items["memory"] = jax.tree.map(lambda x, to: x.astype(to.dtype), items["memory"], targets.memory)
         place = targets.step.sharding
         counter = jax.device_put(np.int32(step), place) if place is not None else jnp.int32(step)
-        state = targets._replace(step=counter, params=items["params"], opt_state=items["opt_state"], memory=memory)
-        return Restored(state, record["first_loss"])
+        return Restored(targets._replace(step=counter, **items), record["first_loss"])
 
     def _brief(self, error: BaseException) -> str:
         return brief(error).replace(str(getattr(self, "_path", self.folder)), str(self.folder))
@@ -267,11 +267,19 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def read_params(workdir: epath.PathLike, shapes: PyTree, check: Check | None = None) -> tuple[PyTree, int]:
-    """Parameters of the newest checkpoint that is intact, and its step; nothing in the workdir changes.
+    """Parameters of the newest checkpoint that is intact, and its step; see `read_newest`."""
+    items, step = read_newest(workdir, {"params": shapes}, check)
+    return items["params"], step
+
+
+def read_newest(
+    workdir: epath.PathLike, wanted: dict[str, PyTree], check: Check | None = None
+) -> tuple[dict[str, Any], int]:
+    """Items of the newest checkpoint that is intact, and its step; nothing in the workdir changes.
 
     Args:
       workdir: folder or bucket of a run.
-      shapes: of the parameters, with shardings where they matter.
+      wanted: shapes, with shardings where they matter, by the name of a field of `TrainState`.
       check: refuses a checkpoint that does not belong to the workdir's config and tokenizer.
     Raises:
       UserError: there is no usable checkpoint.
@@ -285,7 +293,7 @@ def read_params(workdir: epath.PathLike, shapes: PyTree, check: Check | None = N
             try:
                 with quiet_libraries():
                     _check_record(path, folder, step, check)
-                    return files.read_items(path, step, {"params": shapes})[0]["params"], step
+                    return files.read_items(path, step, wanted)[0], step
             except Exception as error:  # whatever the many layers below make of a damaged file
                 if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
                     raise
@@ -332,6 +340,11 @@ def brief(error: BaseException) -> str:
     if len(text) > 200:  # TensorStore names layer after layer; the system's own words come last
         text = text.rsplit('": ', 1)[-1]
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """The trees of a train state that a checkpoint holds as items of their own."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
 def _cast(memory: PyTree, dtype: str | None) -> PyTree:

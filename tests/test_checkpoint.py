@@ -325,8 +325,8 @@ def test_a_checksum_depends_on_order_and_place():
     assert sums(a=np.zeros((2, 3)))["a"] == 0
     x = np.arange(6, dtype=np.int32)
     assert sums(a=x.reshape(2, 3))["a"] == sums(a=x)["a"], "the place is counted in the file's order"
-    for x in (a, x.astype(bool), x.astype(np.int8), np.float32(3), a.astype(jnp.bfloat16)):
-        assert checkpoint_files._host_checksum(np.asarray(x)) == sums(a=x)["a"]
+    for y in (a, x.astype(bool), x.astype(np.int8), np.float32(3), a.astype(jnp.bfloat16)):
+        assert checkpoint_files._host_checksum(np.asarray(y)) == sums(a=y)["a"]
     stacked = checkpoint_files.checksums({"params": {"blocks_0": {"w": jnp.stack([jnp.asarray(a), jnp.asarray(b)])}}})
     assert stacked[0]["params"] == {"layers/0/w": one["a"], "layers/1/w": one["b"]}
 

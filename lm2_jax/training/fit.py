@@ -255,9 +255,8 @@ def start_from(workdir: epath.PathLike, state: TrainState, plan: Plan, layout: L
     """
     run = load_run(workdir, layout)
     loaded = load_by_name(to_canonical(run.params), state.params)
-    opt_state = jax.jit(plan.optimizer.init, out_shardings=plan.shardings(layout).opt_state)(loaded.params)
-    report = loaded.report(f"step {run.step} of {os.fspath(workdir)}")
-    return state._replace(params=loaded.params, opt_state=opt_state), report
+    state = jax.jit(plan._first_state, out_shardings=plan.shardings(layout))(loaded.params)
+    return state, loaded.report(f"step {run.step} of {os.fspath(workdir)}")
 
 
 def replicated_arrays(state: PyTree, layout: Layout) -> str:

@@ -48,9 +48,12 @@ class Plan:
         """The state before the first step, made where it lies; called inside the layout's context."""
 
         def first() -> TrainState:
-            return _first_state(self.config, self.model, self.optimizer, _unbox(_first_params(self.config, self.model)))
+            return self._first_state(_unbox(_first_params(self.config, self.model)))
 
         return jax.jit(first, out_shardings=self.shardings(layout))()
+
+    def _first_state(self, params: PyTree) -> TrainState:
+        return _first_state(self.config, self.model, self.optimizer, params)
 
 
 @contextlib.contextmanager

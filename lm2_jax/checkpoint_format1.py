@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lm2_jax import params
 from lm2_jax.types import Array, PyTree
@@ -89,9 +88,7 @@ def _stacked(stored: dict[str, tuple[int, ...]], canonical: dict[str, Any]) -> d
         if entry.names[0] not in match:
             raise ValueError(f"{name}: this version has no such array")
         one = canonical[match[entry.names[0]]]
-        sharding = one.sharding
-        if entry.stacked and isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        sharding = params.with_layers(one.sharding) if entry.stacked else one.sharding
         shape = (stored[name][0], *one.shape) if entry.stacked else one.shape
         wanted[name] = jax.ShapeDtypeStruct(shape, one.dtype, sharding=sharding)
     return wanted

@@ -8,7 +8,7 @@ parameters' tree: `1/mu/layers/2/attention/q/w`.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,10 +159,10 @@ def _parts(entry: Entry, leaf: Any) -> list[Any]:
     if not entry.stacked:
         return [leaf]
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        part = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=_without_layers(leaf.sharding))
+        part = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=without_layers(leaf.sharding))
         return [part] * len(entry.names)
     if isinstance(leaf, jax.Array):
-        return [_slicer(_without_layers(leaf.sharding))(leaf, np.int32(index)) for index in range(leaf.shape[0])]
+        return [_slicer(without_layers(leaf.sharding))(leaf, np.int32(index)) for index in range(leaf.shape[0])]
     return list(leaf)
 
 
@@ -185,11 +185,21 @@ def _joined(entry: Entry, parts: list[Any], like: Any) -> Any:
     return jax.make_array_from_single_device_arrays(like.shape, sharding, pieces)
 
 
-def _without_layers(sharding: Any) -> Any:
+def without_layers(sharding: Any) -> Any:
     """The sharding of one layer of a stacked array."""
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*tuple(sharding.spec)[1:]))
-    return sharding  # of one device
+    return _with_spec(sharding, lambda spec: spec[1:])
+
+
+def with_layers(sharding: Any) -> Any:
+    """The sharding of a stacked array whose layers have this one; its first axis is not split."""
+    return _with_spec(sharding, lambda spec: (None, *spec))
+
+
+def _with_spec(sharding: Any, change: Callable[[tuple], tuple]) -> Any:
+    """A sharding with other dimensions; that of a single device names none and stays."""
+    if not hasattr(sharding, "spec"):
+        return sharding
+    return type(sharding)(sharding.mesh, type(sharding.spec)(*change(tuple(sharding.spec))))
 
 
 @functools.cache

@@ -271,6 +271,9 @@ def replicated_arrays(state: PyTree, layout: Layout) -> str:
     return "\n  ".join([f"\nwarning: {len(lines)} arrays are replicated on every device:", *lines[:most], *more])
 
 
+whole_arrays = replicated_arrays  # the name of older versions
+
+
 def describe(plan: Plan, layout: Layout, workdir: epath.Path, start: int) -> str:
     """What is about to be trained, on what, and where."""
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.shapes.params))

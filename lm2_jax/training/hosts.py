@@ -98,5 +98,8 @@ def check_same(**texts: str) -> None:
             )
 
 
+everyone, together = all_gather_hosts, run_on_all_hosts  # the names of older versions
+
+
 def _listed(processes: np.ndarray) -> str:
     return ", ".join(str(process) for process in processes)

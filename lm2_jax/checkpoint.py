@@ -209,6 +209,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except _REFUSALS as error:
             self._failure = self._failure or error
+            drop_late_work()
 
     def _raise_failure(self) -> None:
         if self._failure is None:

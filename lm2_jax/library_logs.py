@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 SHOW = "LM2_JAX_LIBRARY_LOGS"  # set to 1, this environment variable lets everything through
+_CLOSED = "Event loop is closed"
 _LOGGERS = ("absl", "asyncio", "concurrent.futures", "orbax")
 
 
@@ -28,14 +30,15 @@ def quiet_libraries() -> Iterator[None]:
     show = threading.excepthook
 
     def thread_failed(hint: threading.ExceptHookArgs) -> None:
-        if "Event loop is closed" not in str(hint.exc_value):
+        if _CLOSED not in str(hint.exc_value):
             show(hint)
 
     for logger in loggers:
         logger.addFilter(_nothing)
     threading.excepthook = thread_failed
     try:
-        yield
+        with _HiddenWork():
+            yield
     except BaseException:
         drop_late_work()
         raise
@@ -55,20 +58,36 @@ def drop_late_work() -> None:
 
 @functools.cache
 def _hide_dropped_work() -> None:
-    """Hides what Python says about Orbax's abandoned coroutines, which may live until the process ends.
-
-    Installed by the first failure; everything else is passed on.
-    """
-    show = sys.unraisablehook
-
-    def hook(hint: "sys.UnraisableHookArgs") -> None:
-        coroutine = getattr(hint.object, "cr_code", None)
-        of_orbax = coroutine is not None and "orbax" in coroutine.co_filename
-        if not (of_orbax or "Event loop is closed" in str(hint.exc_value)):
-            show(hint)
-
-    sys.unraisablehook = hook
+    """Hides for good what Python says about Orbax's abandoned coroutines, which may live until the process ends."""
+    _HiddenWork().__enter__()
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+
+
+class _HiddenWork:
+    """Inside it, Python does not print exceptions of Orbax's coroutines that nobody waits for; all others it does.
+
+    Several may be open; each passes on to the hook that was there before the first.
+    """
+
+    count: int = 0
+    show: Any = None
+
+    def __enter__(self) -> None:
+        if _HiddenWork.count == 0:
+            _HiddenWork.show, sys.unraisablehook = sys.unraisablehook, _unraisable
+        _HiddenWork.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        _HiddenWork.count -= 1
+        if _HiddenWork.count == 0:
+            sys.unraisablehook = _HiddenWork.show
+
+
+def _unraisable(hint: "sys.UnraisableHookArgs") -> None:
+    coroutine = getattr(hint.object, "cr_code", None)
+    of_orbax = coroutine is not None and "orbax" in coroutine.co_filename
+    if not (of_orbax or _CLOSED in str(hint.exc_value)):
+        _HiddenWork.show(hint)
 
 
 def _nothing(record: logging.LogRecord) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from lm2_jax import checkpoint_files, load_run
 from lm2_jax.checkpoint import Checkpoints, saved_steps
 from lm2_jax.config import RunConfig, from_dict, to_dict
+from lm2_jax.data.tokenizers import load_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
 from lm2_jax.presets import PRESETS
@@ -50,6 +51,7 @@ class Bench:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.documents = folder / "documents"
         if not self.documents.exists():
             write_documents(self.documents)
@@ -216,7 +218,7 @@ def _resume(config: RunConfig, workdir: pathlib.Path, layout: Layout) -> dict:
         exists = workdirs.check_owner(folder, config)
         if not exists:
             raise UserError("nothing to resume")
-        tokenizer = workdirs.load_tokenizer(folder, config.data.tokenizer)
+        tokenizer = load_tokenizer(folder, config.data.tokenizer)
         plan = make_plan(config, LanguageModel(config.model))
         workdirs.claim(folder, config, tokenizer, exists)
         check = workdirs.resume_check(config, tokenizer)

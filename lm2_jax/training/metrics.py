@@ -105,8 +105,7 @@ class MetricsLog:
             self._path.write_bytes(b"".join(self._lines))
             self._uploaded = time.monotonic()
         else:
-            with open(os.open(self._path, os.O_WRONLY | os.O_APPEND), "ab") as file:  # which must still be there
-                file.writelines(self._pending)
+            _append(self._path, b"".join(self._pending))
         self._pending = []
 
     def __enter__(self) -> Self:
@@ -147,8 +146,7 @@ class _EventFile:
             self._content += self._pending
             self._path.write_bytes(self._content)
         else:
-            with open(os.open(self._path, os.O_WRONLY | os.O_APPEND), "ab") as file:
-                file.write(self._pending)
+            _append(self._path, self._pending)
         self._pending = b""
 
     def _append(self, event: Event) -> None:
@@ -156,6 +154,15 @@ class _EventFile:
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         self._pending += length + _masked_crc(length) + data + _masked_crc(data)
+
+
+def _append(path: epath.Path, content: bytes) -> None:
+    """Appends to a local file, which must still be there; an error names it."""
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_APPEND), "ab") as file:
+            file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _masked_crc(data: bytes) -> bytes:

@@ -360,7 +360,10 @@ def _value(hint: Any, plain: Any, path: str) -> Any:
     accepted = (int, float) if hint is float else hint
     if not isinstance(plain, accepted) or (isinstance(plain, bool) and hint is not bool):
         raise UserError(f"{path}: expected {hint.__name__}, got {plain!r}", status=1)
-    return float(plain) if hint is float else plain
+    try:
+        return float(plain) if hint is float else plain
+    except OverflowError:
+        raise UserError(f"{path}: expected a number, got one of more than 300 digits", status=1) from None
 
 
 # Fields that change nothing of what a run computes or reads back; a resumed run may have other values.

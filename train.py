@@ -4,6 +4,10 @@ A second call with the same workdir goes on where the first one stopped. With --
 for a TPU slice, on any machine, and what it costs is printed.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the work begins, Ctrl-C ends the process without a traceback
+
 import dataclasses
 import os
 import sys
@@ -46,6 +50,7 @@ class Command:
 
 def main() -> None:
     """Parses the command line and trains."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     names = [word for word in sys.argv[1:2] if not word.startswith("-")]
     if names and names[0] not in PRESETS:
         known = sorted(PRESETS)

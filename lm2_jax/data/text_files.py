@@ -49,7 +49,7 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
     describes the texts next to it.
     """
     root = epath.Path(os.path.expanduser(os.fspath(path))) if not is_remote(path) else epath.Path(path)
-    if root.is_dir():
+    if os.fspath(path) and root.is_dir():
         files = sorted(_walk(root))
         texts = [file for file in files if file.suffix.lower() != ".json"] or files
         if not texts:
@@ -60,7 +60,7 @@ def list_files(path: epath.PathLike) -> list[epath.Path]:
         if not found:
             raise UserError(f"{path}: no file matches this pattern")
         return _without_copies(found)
-    if not root.exists() and not os.path.islink(root):
+    if not os.fspath(path) or (not root.exists() and not os.path.islink(root)):
         raise UserError(
             f"{path}: no such file or folder; expected .txt, .md, .jsonl or other text files. Change --text "
             "(or data.source.path)"

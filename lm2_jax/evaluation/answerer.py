@@ -16,7 +16,7 @@ from lm2_jax.config import RunConfig
 from lm2_jax.data.base import Example, Tokenizer
 from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.data.tokenizers import token_array
-from lm2_jax.layout import Layout, whole
+from lm2_jax.layout import Layout, replicated
 from lm2_jax.loss import token_losses
 from lm2_jax.runs import Run, load_run
 from lm2_jax.training.workdir import read_config
@@ -104,7 +104,7 @@ class RunAnswerer:
     def __init__(self, run: Run, layout: Layout | None = None, workdir: str = "", absorb: Absorb = streaming.absorb):
         self.run, self.layout, self.workdir, self._absorb = run, layout, workdir, absorb
         self._start_of = functools.lru_cache(maxsize=8)(self._make_start)
-        self._replicate = None if layout is None else jax.jit(lambda x: x, out_shardings=whole(layout))
+        self._replicate = None if layout is None else jax.jit(lambda x: x, out_shardings=replicated(layout))
 
     @classmethod
     def load(cls, workdir: epath.PathLike, layout_of: LayoutOf | None = None) -> Self:
@@ -200,7 +200,7 @@ class RunAnswerer:
         if self.layout is None:
             return rows
         # Whatever shares the batch divides the number of all devices.
-        devices = len(whole(self.layout).device_set)
+        devices = len(replicated(self.layout).device_set)
         split = self.layout.shardings(("batch",), jax.ShapeDtypeStruct((devices,), jnp.int32))
         shards = devices // split.shard_shape((devices,))[0]
         return -(-rows // shards) * shards

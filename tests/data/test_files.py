@@ -150,7 +150,7 @@ def test_what_is_no_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "?" * 5000])
 def test_names_that_no_file_can_have(name):
-    with pytest.raises(UserError, match="no such file or folder|no file matches|no texts in this folder"):
+    with pytest.raises(UserError, match=r"no such file or folder|no file matches"):
         texts(name)
 
 

@@ -267,12 +267,6 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or owner.damaged(step) for step in steps]
 
 
-def read_params(workdir: epath.PathLike, shapes: PyTree, check: Check | None = None) -> tuple[PyTree, int]:
-    """Parameters of the newest checkpoint that is intact, and its step; see `read_newest`."""
-    items, step = read_newest(workdir, {"params": shapes}, check)
-    return items["params"], step
-
-
 def read_newest(
     workdir: epath.PathLike, wanted: dict[str, PyTree], check: Check | None = None
 ) -> tuple[dict[str, Any], int]:
@@ -345,7 +339,7 @@ def brief(error: BaseException) -> str:
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     """The trees of a train state that a checkpoint holds as items of their own."""
-    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and jax.tree.leaves(tree)}
 
 
 def _cast(memory: PyTree, dtype: str | None) -> PyTree:

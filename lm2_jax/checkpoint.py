@@ -92,7 +92,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             where = self.folder / str(step)
-            if targets.memory is not None and not (self._path / str(step) / "memory").exists():
+            if jax.tree.leaves(targets.memory) and not (self._path / str(step) / "memory").exists():
                 _warn(
                     f"checkpoint {where} holds no memory (checkpoint.memory_every="
                     f"{self._config.checkpoint.memory_every}); the run resumes from the newest one that does"
@@ -182,7 +182,10 @@ class Checkpoints:
         """Whether the run could resume exactly from this checkpoint, as far as its folder shows."""
         if step in self._damaged:
             return False
-        return not self._config.data.carry_state or (self._path / str(step) / "memory").exists()
+        model = self._config.model
+        has_state = model.has_memory or (model.decoder.window_tokens or 1) > 1
+        carries = self._config.data.carry_state and has_state
+        return not carries or (self._path / str(step) / "memory").exists()
 
     def damaged(self, step: int) -> bool:
         """Whether this checkpoint was found damaged."""

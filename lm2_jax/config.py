@@ -22,6 +22,8 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
 
+FORBIDDEN_IN_NAMES = {"/", "\\", *map(chr, range(32)), chr(127)}
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -260,6 +262,10 @@ class RunConfig(Checked, root=True):
     """Checkpoints."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.name not in ("", ".", "..") and len(self.name) <= 100 and not set(self.name) & FORBIDDEN_IN_NAMES,
+            f"name={self.name[:100]!r} must name a folder: 1 to 100 characters, no slash, backslash or control character",
+        )
         _require(
             self.data.rows % self.optim.accumulate == 0,
             f"data.rows={self.data.rows} is not a multiple of optim.accumulate={self.optim.accumulate}; change one of "

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import os
 import re
-import reprlib
 import typing
 from typing import Any, Literal, NamedTuple
 
 from lm2_jax.errors import UserError
-from lm2_jax.fields import FieldError, Resume, Since, bare, hints, marks, optional
+from lm2_jax.fields import FieldError, Resume, Since, bare, hints, marks, optional, shown
 from lm2_jax.registry import Family, near_misses
 
 
@@ -52,22 +51,23 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config", source: Source =
         that is newer than this version reads.
     """
     if not isinstance(plain, dict):
-        raise _wrong(path, f"expected a table of fields of {cls.__name__}, got {_shown(plain)}", source)
+        raise _wrong(path, f"expected a table of fields of {cls.__name__}, got {shown(plain)}", source)
     plain = dict(plain)
     if getattr(cls, "format", None) is not None:
-        source = source._replace(format=_format(cls, plain.pop("format", 1), path, source))
+        source = source._replace(format=_format(cls, plain, path, source))
     if issubclass(cls, Family):
         cls = _member(cls, plain.pop("kind", cls.first_kind), path, source)
-    _follow_renames(cls, plain)
+    follow_renames(cls, plain)
     known = hints(cls)
     for key in plain:
         if key not in known:
-            raise _wrong(path, f"unknown {_shown(key)}; known: {list(known)}.{near_misses(str(key), known)}", source)
+            raise _wrong(path, f"unknown {shown(key)}; known: {list(known)}.{near_misses(str(key), known)}", source)
     missing = [name for name, hint in known.items() if name not in plain and not _came_later(hint, source)]
     if missing:
-        raise _wrong(path, f"missing {missing}", source)
+        flags = ", ".join(f"--{_flag(path, name)}" for name in missing)
+        raise _wrong(path, f"missing; set {flags}" if source.status == 2 else f"missing {missing}", source)
     values = {
-        name: _value(hint, plain[name], f"{path}.{name}".lstrip("."), source)
+        name: convert(hint, plain[name], f"{path}.{name}".lstrip("."), source)
         if name in plain
         else marks(hint, Since).old
         for name, hint in known.items()
@@ -75,21 +75,24 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config", source: Source =
     try:
         return cls(**values)
     except FieldError as error:
-        is_here = path and error.owner is cls
+        is_here = error.owner is cls
         message = f"{path}.{error.name}: {error.problem}" if is_here else f"{path}: {error}".removeprefix(": ")
+        if source.status == 2 and error.owner is cls:
+            message = f"--{_flag(path, error.name)} {error.problem}"
         raise UserError(message, source.status) from error
     except ValueError as error:
         raise _wrong(path, str(error), source) from error
 
 
-def _format(cls: type[Any], written: Any, path: str, source: Source) -> int:
-    """The format of a root table, which must be one that this version reads."""
+def _format(cls: type[Any], plain: dict[str, Any], path: str, source: Source) -> int:
+    """Takes format and version out of a root table; the format must be one that this version reads."""
+    written, version = plain.pop("format", 1), plain.pop("version", "of a newer version")
     if not isinstance(written, int) or isinstance(written, bool) or written < 1:
-        raise _wrong(f"{path}.format", f"expected a positive whole number, got {_shown(written)}", source)
+        raise _wrong(f"{path}.format", f"expected a positive whole number, got {shown(written)}", source)
     if written > cls.format:
         raise _wrong(
             path,
-            f"written in format {written} by a newer version of lm2_jax; this version reads formats 1 to {cls.format}. "
+            f"written in format {written} by lm2_jax {version}; this version reads formats 1 to {cls.format}. "
             "Install the newer version to use it",
             source,
         )
@@ -101,7 +104,7 @@ def _came_later(hint: Any, source: Source) -> bool:
     return since is not None and source.format is not None and source.format < since.format
 
 
-def _follow_renames(cls: type[Any], plain: dict[str, Any]) -> None:
+def follow_renames(cls: type[Any], plain: dict[str, Any]) -> None:
     """Moves values from the names that older versions used to today's, which may be in a table below."""
     for old, new in getattr(cls, "renamed_fields", {}).items():
         if old in plain and old not in hints(cls):
@@ -117,14 +120,14 @@ def _member(family: type[Family], kind: Any, path: str, source: Source) -> type[
     if kind is None:
         raise _wrong(f"{path}.kind", f"missing; known: {sorted(family.registry)}", source)
     if not isinstance(kind, str):
-        raise _wrong(f"{path}.kind", f"expected a name, got {_shown(kind)}", source)
+        raise _wrong(f"{path}.kind", f"expected a name, got {shown(kind)}", source)
     try:
         return family.find(family.renamed_kinds.get(kind, kind))
     except UserError as error:
         raise _wrong(f"{path}.kind", str(error), source) from error
 
 
-def _value(hint: Any, plain: Any, path: str, source: Source) -> Any:
+def convert(hint: Any, plain: Any, path: str, source: Source) -> Any:
     """`plain` as the annotated type `hint`, of the few kinds that configs use."""
     if plain is None and optional(hint):
         return None
@@ -133,30 +136,29 @@ def _value(hint: Any, plain: Any, path: str, source: Source) -> Any:
     if origin is Literal:
         if plain not in args:
             misses = near_misses(str(plain), map(str, args))
-            raise _wrong(path, f"expected one of {list(args)}, got {_shown(plain)}.{misses}", source)
+            raise _wrong(path, f"expected one of {list(args)}, got {shown(plain)}.{misses}", source)
         return plain
     if origin is tuple:
         if not isinstance(plain, list):
-            raise _wrong(path, f"expected a list, got {_shown(plain)}", source)
-        return tuple(_value(args[0], item, f"{path}[{i}]", source) for i, item in enumerate(plain))
+            raise _wrong(path, f"expected a list, got {shown(plain)}", source)
+        return tuple(convert(args[0], item, f"{path}[{i}]", source) for i, item in enumerate(plain))
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), plain, path, source)
     accepted = (int, float) if hint is float else hint
     if not isinstance(plain, accepted) or (isinstance(plain, bool) and hint is not bool):
-        raise _wrong(path, f"expected {hint.__name__}, got {_shown(plain)}", source)
+        raise _wrong(path, f"expected {hint.__name__}, got {shown(plain)}", source)
     try:
         return float(plain) if hint is float else plain
     except OverflowError:
-        raise _wrong(path, f"expected a float, got {_shown(plain)}", source) from None
+        raise _wrong(path, f"expected a float, got {shown(plain)}", source) from None
+
+
+def _flag(path: str, name: str) -> str:
+    return f"{path}.{name}".strip("._").replace("_", "-")
 
 
 def _wrong(path: str, problem: str, source: Source) -> UserError:
     return UserError(f"{path}: {problem}".removeprefix(": "), source.status)
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: of a deep or long one only the beginning."""
-    return reprlib.repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of over 30 digits"
 
 
 def read_table(path: str | os.PathLike[str], text: str) -> Any:
@@ -242,5 +244,3 @@ def _leaves(config: Any, path: str, rule: Any) -> dict[str, tuple[Any, Any]]:
         else:
             found[place] = value, own
     return found
-
-

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -83,7 +84,12 @@ GROWS = Resume("grows")
 DEFAULT_RANGES: tuple[tuple[str, type, Range], ...] = (
     ("*seed", int, Range(0, 2**31 - 1)),
     ("*layers", int, Range(0, 9_999)),  # numbers of blocks
-    ("*", int, Range(0, 10**9)),
+    ("num_*", int, Range(0, 2**20)),
+    ("*width", int, Range(1, 2**20)),
+    ("depth", int, Range(1, 100)),
+    ("expansion", int, Range(1, 1000)),
+    ("*steps", int, Range(0, 10**9)),
+    ("*", int, Range(0, 2**24)),
     ("*bias", float, Range(-100, 100)),
     ("*epsilon", float, Range(0, 1, above=True)),
     ("*smoothing", float, Range(0, 1, above=True)),
@@ -148,7 +154,7 @@ def check_ranges(config: Any) -> None:
             number = isinstance(item, int if found is int else NUMBERS) and not isinstance(item, bool)
             if not number or not allowed.holds(item):
                 problem = allowed.problem(item) if number else f"must be {'an integer' if found is int else 'a number'}"
-                raise FieldError(type(config), name, f"{problem}, got {_shown(item)}")
+                raise FieldError(type(config), name, f"{problem}, got {shown(value)}")
 
 
 @functools.cache
@@ -195,7 +201,9 @@ def range_of(cls: type, name: str) -> Range:
     declared, found = marks(hint, Range), number_type(hint)
     if declared is not None:
         return declared
-    return next(allowed for pattern, kind, allowed in DEFAULT_RANGES if kind is found and fnmatch.fnmatch(name, pattern))
+    return next(
+        allowed for pattern, kind, allowed in DEFAULT_RANGES if kind is found and fnmatch.fnmatch(name, pattern)
+    )
 
 
 def flag_paths(cls: type) -> list[str]:
@@ -234,8 +242,8 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of more than 30 digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
+def shown(value: Any) -> str:
+    """A value in a message: only the beginning of a long or deep one."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(shown, value[:6]))}{',' * (len(value) == 1)}{', ...' * (len(value) > 6)})"
+    return "a number of over 30 digits" if isinstance(value, int) and abs(value) > 10**30 else reprlib.repr(value)

@@ -48,7 +48,6 @@ class Family(Checked):
         other_names = {name: member for member in cls.registry.values() for name in member.also_called}
         found = cls.registry.get(kind) or other_names.get(kind)
         if found is None:
-            known = sorted(cls.registry)
-            misses = near_misses(kind, [*known, *other_names])
-            raise UserError(f"{cls.__name__}: unknown kind {kind!r}; known: {known}.{misses}")
+            known, misses = sorted(cls.registry), near_misses(kind, [*cls.registry, *other_names])
+            raise UserError(f"{cls.__name__}: unknown kind {kind!r}.{misses} Known: {', '.join(known)}")
         return found

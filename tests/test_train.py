@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import train
+from lm2_jax.commands import train
 from lm2_jax.presets import mesh_for
 from lm2_jax.sharding import MeshConfig
 

@@ -21,6 +21,7 @@ class GatedBankConfig(MemoryConfig):
     """LM2's gated bank of slots, as wide as the decoder."""
 
     kind: ClassVar[str] = "gated_bank"
+    also_called: ClassVar[tuple[str, ...]] = ("lm2",)
     num_slots: int = 16
     """Slots N; independent of segment length and width."""
     num_heads: int = 4

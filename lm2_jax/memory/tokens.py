@@ -19,6 +19,7 @@ class TokensConfig(MemoryConfig):
     """RMT's memory tokens; joined by `tokens`."""
 
     kind: ClassVar[str] = "tokens"
+    also_called: ClassVar[tuple[str, ...]] = ("rmt",)
     num_tokens: int = 16
     """Memory tokens m; they stand before the segment to be read and behind it to be written."""
 

@@ -264,7 +264,8 @@ class RunConfig(Checked, root=True):
     def __post_init__(self) -> None:
         _require(
             self.name not in ("", ".", "..") and len(self.name) <= 100 and not set(self.name) & FORBIDDEN_IN_NAMES,
-            f"name={self.name[:100]!r} must name a folder: 1 to 100 characters, no slash, backslash or control character",
+            f"name={self.name[:100]!r} must name a folder: 1 to 100 characters without slash, backslash or control "
+            "characters",
         )
         _require(
             self.data.rows % self.optim.accumulate == 0,

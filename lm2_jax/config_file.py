@@ -8,7 +8,7 @@ import typing
 from typing import Any, Literal, NamedTuple
 
 from lm2_jax.errors import UserError
-from lm2_jax.fields import FieldError, Resume, Since, bare, hints, marks, optional, shown
+from lm2_jax.fields import FieldError, Resume, Since, bare, group, hints, marks, optional, shown
 from lm2_jax.registry import Family, near_misses
 
 
@@ -54,7 +54,7 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config", source: Source =
         raise _wrong(path, f"expected a table of fields of {cls.__name__}, got {shown(plain)}", source)
     plain = dict(plain)
     if getattr(cls, "format", None) is not None:
-        source = source._replace(format=_format(cls, plain, path, source))
+        source = source._replace(format=take_format(cls, plain, path, source))
     if issubclass(cls, Family):
         cls = _member(cls, plain.pop("kind", cls.first_kind), path, source)
     follow_renames(cls, plain)
@@ -64,7 +64,7 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config", source: Source =
             raise _wrong(path, f"unknown {shown(key)}; known: {list(known)}.{near_misses(str(key), known)}", source)
     missing = [name for name, hint in known.items() if name not in plain and not _came_later(hint, source)]
     if missing:
-        flags = ", ".join(f"--{_flag(path, name)}" for name in missing)
+        flags = ", ".join(f"--{_flag(f'{path}.{name}')}" for name in missing)
         raise _wrong(path, f"missing; set {flags}" if source.status == 2 else f"missing {missing}", source)
     values = {
         name: convert(hint, plain[name], f"{path}.{name}".lstrip("."), source)
@@ -76,15 +76,16 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config", source: Source =
         return cls(**values)
     except FieldError as error:
         is_here = error.owner is cls
-        message = f"{path}.{error.name}: {error.problem}" if is_here else f"{path}: {error}".removeprefix(": ")
-        if source.status == 2 and error.owner is cls:
-            message = f"--{_flag(path, error.name)} {error.problem}"
-        raise UserError(message, source.status) from error
+        places = [f"{path}.{error.name}".lstrip(".")] if is_here else error.places()
+        if source.status == 2:
+            flags = " or ".join(f"--{_flag(place)}" for place in places)
+            raise UserError(f"{flags} {error.problem}") from error
+        raise UserError(f"{path}.{error.name}: {error.problem}" if is_here else f"{path}: {error}", 1) from error
     except ValueError as error:
         raise _wrong(path, str(error), source) from error
 
 
-def _format(cls: type[Any], plain: dict[str, Any], path: str, source: Source) -> int:
+def take_format(cls: Any, plain: dict[str, Any], path: str, source: Source) -> int:
     """Takes format and version out of a root table; the format must be one that this version reads."""
     written, version = plain.pop("format", 1), plain.pop("version", "of a newer version")
     if not isinstance(written, int) or isinstance(written, bool) or written < 1:
@@ -142,19 +143,19 @@ def convert(hint: Any, plain: Any, path: str, source: Source) -> Any:
         if not isinstance(plain, list):
             raise _wrong(path, f"expected a list, got {shown(plain)}", source)
         return tuple(convert(args[0], item, f"{path}[{i}]", source) for i, item in enumerate(plain))
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), plain, path, source)
+    if group(hint):
+        return from_dict(group(hint), plain, path, source)
     accepted = (int, float) if hint is float else hint
     if not isinstance(plain, accepted) or (isinstance(plain, bool) and hint is not bool):
         raise _wrong(path, f"expected {hint.__name__}, got {shown(plain)}", source)
     try:
-        return float(plain) if hint is float else plain
+        return float(typing.cast(float, plain)) if hint is float else plain
     except OverflowError:
         raise _wrong(path, f"expected a float, got {shown(plain)}", source) from None
 
 
-def _flag(path: str, name: str) -> str:
-    return f"{path}.{name}".strip("._").replace("_", "-")
+def _flag(path: str) -> str:
+    return path.strip("._").replace("_", "-")
 
 
 def _wrong(path: str, problem: str, source: Source) -> UserError:

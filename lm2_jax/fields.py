@@ -41,18 +41,22 @@ class Range:
         highest = value < self.max if self.below else value <= self.max
         return lowest and highest  # both are False for NaN
 
-    def problem(self, value: Any) -> str:
-        """What `value`, which is outside, must be instead."""
-        low = {(0, False): "not be negative", (0, True): "be positive"}.get(
-            (self.min, self.above), f"be {'above' if self.above else 'at least'} {_number(self.min)}"
-        )
-        high = f"be {'below' if self.below else 'at most'} {_number(self.max)}"
-        if self.max <= 1 or not (value < self.min or value > self.max or value in (self.min, self.max)):  # or NaN
-            closed = not (self.above or self.below)
-            low = f"be {'above' if self.above else 'at least'} {_number(self.min)}"
-            both = f"{low} and {high.removeprefix('be ')}"
-            return f"must lie between {_number(self.min)} and {_number(self.max)}" if closed else f"must {both}"
-        return f"must {low if value <= self.min else high}"
+    def problem(self, value: float) -> str:
+        """What `value`, which is outside, must be instead: the bound that it crosses, or both."""
+        low = f"{'above' if self.above else 'at least'} {_number(self.min)}"
+        high = f"{'below' if self.below else 'at most'} {_number(self.max)}"
+        if self.max <= 1 or value != value:  # NaN
+            is_closed = not self.above and not self.below
+            return (
+                f"must lie between {_number(self.min)} and {_number(self.max)}"
+                if is_closed
+                else (f"must be {low} and {high}")
+            )
+        if value > self.min:
+            return f"must be {high}"
+        if self.min == 0:
+            return "must be positive" if self.above else "must not be negative"
+        return f"must be {low}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +112,11 @@ class FieldError(ValueError):
         self.owner, self.name, self.problem = owner, name, problem
 
     def __str__(self) -> str:
-        places = flag_paths(self.owner) or [self.owner.__name__]
-        return f"{' or '.join(f'{place}.{self.name}'.lstrip('.') for place in places)} {self.problem}"
+        return f"{' or '.join(self.places())} {self.problem}"
+
+    def places(self) -> list[str]:
+        """The field with dots, from the root config; more than one where its class is used twice."""
+        return [f"{place}.{self.name}".lstrip(".") for place in flag_paths(self.owner) or [self.owner.__name__]]
 
 
 class Checked:
@@ -150,7 +157,8 @@ def check_ranges(config: Any) -> None:
         if found is None or value is None:
             continue
         allowed = range_of(type(config), name)
-        for item in value if isinstance(value, tuple) else (value,):
+        items: Any = value if isinstance(value, tuple) else (value,)
+        for item in items:
             number = isinstance(item, int if found is int else NUMBERS) and not isinstance(item, bool)
             if not number or not allowed.holds(item):
                 problem = allowed.problem(item) if number else f"must be {'an integer' if found is int else 'a number'}"
@@ -172,6 +180,13 @@ def bare(hint: Any) -> Any:
         rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return bare(rest[0]) if len(rest) == 1 else hint
     return hint
+
+
+def group(hint: Any) -> Any:
+    """The config class or family whose fields a field holds; None for a single value."""
+    inner = bare(hint)
+    is_config = isinstance(inner, type) and (dataclasses.is_dataclass(inner) or issubclass(inner, Checked))
+    return inner if is_config else None
 
 
 def optional(hint: Any) -> bool:
@@ -222,8 +237,8 @@ def _walk(cls: type, path: str, above: tuple[type, ...]) -> Iterator[tuple[str, 
             inner = bare(hint)
             repeated = typing.get_origin(inner) is tuple
             inner = bare(typing.get_args(inner)[0]) if repeated else inner
-            if dataclasses.is_dataclass(inner):
-                yield from _walk(inner, f"{path}.{name}{'.*' * repeated}".lstrip("."), (*above, member))  # pyright: ignore[reportArgumentType]
+            if group(inner):
+                yield from _walk(group(inner), f"{path}.{name}{'.*' * repeated}".lstrip("."), (*above, member))
 
 
 def members(cls: type) -> list[type]:

@@ -1,5 +1,6 @@
 """A lower bound of the memory that a run needs, from its config alone, before anything of that size is made."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -81,9 +82,7 @@ def _bytes(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if count < 1024 or unit == "PiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+def _size(count: float) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
+    return f"{count / 1024**power:,.{1 if power else 0}f} {units[power]}"

@@ -12,7 +12,7 @@ from etils import epath
 
 from lm2_jax.commands.flags import merge
 from lm2_jax.config import RunConfig, from_dict, to_dict
-from lm2_jax.config_file import Source, read_table
+from lm2_jax.config_file import Source, read_table, take_format
 from lm2_jax.errors import UserError
 from lm2_jax.fields import hints
 
@@ -47,12 +47,9 @@ def config_table(path: str, base: dict[str, Any] | None) -> dict[str, Any]:
                 f"`train.py quickstart --config {path}`"
             )
         base = to_dict(PRESETS[name])
-    part = (
-        {key: value for key, value in found.items() if key not in ("format", "version")}
-        if isinstance(found, dict)
-        else found
-    )
-    merge(RunConfig, base, part, path, Source())
+    if isinstance(found, dict):
+        take_format(RunConfig, found, path, Source())
+    merge(RunConfig, base, found, path, Source())
     return base
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from lm2_jax.config_file import Source, convert, follow_renames, to_dict
 from lm2_jax.errors import UserError
-from lm2_jax.fields import bare, hints, marks, number_type, optional, shown
+from lm2_jax.fields import bare, group, hints, marks, number_type, optional, shown
 from lm2_jax.registry import Family, near_misses
 
 # What other programs call a field.
@@ -86,7 +86,7 @@ def apply(roots: Sequence[tuple[type, dict[str, Any]]], flags: Sequence[Flag]) -
     Raises:
       UserError: no such flag, with what may have been meant, or a value that is none of the field's type.
     """
-    kinds = [flag for flag in flags if (field := find(roots, flag.name)) and dataclasses.is_dataclass(bare(field.hint))]
+    kinds = [flag for flag in flags if (field := find(roots, flag.name)) and group(field.hint)]
     for flag in sorted(kinds, key=lambda flag: flag.name.count(".")):
         field = find(roots, flag.name)
         assert field is not None
@@ -129,16 +129,17 @@ def _find(cls: type, table: dict[str, Any], names: list[str]) -> Field | None:
         inner = bare(typing.get_args(inner)[0])
         if len(rest) == 1:
             return Field(items, int(rest[0]), inner)
-        return _find(inner, items[int(rest[0])], rest[1:]) if dataclasses.is_dataclass(inner) else None
-    if not dataclasses.is_dataclass(inner):
+        return _find(group(inner), items[int(rest[0])], rest[1:]) if group(inner) else None
+    inner = group(hint)
+    if inner is None:
         return None
     if table.get(name) is None:  # an optional group is switched on by a flag of it
         fresh = default_table(_class(inner, {}))
-        found = _find(inner, fresh, rest)  # pyright: ignore[reportArgumentType]
+        found = _find(inner, fresh, rest)
         if found is not None:
             table[name] = fresh
         return found
-    return _find(inner, table[name], rest)  # pyright: ignore[reportArgumentType]
+    return _find(inner, table[name], rest)
 
 
 def _class(cls: type, table: dict[str, Any]) -> type:
@@ -146,10 +147,10 @@ def _class(cls: type, table: dict[str, Any]) -> type:
     return cls.find(table["kind"]) if issubclass(cls, Family) and "kind" in table else cls
 
 
-def default_table(cls: type) -> dict[str, Any]:
+def default_table(cls: Any) -> dict[str, Any]:
     """A class's defaults as a table; fields without a default are left out."""
     table: dict[str, Any] = {"kind": cls.kind} if issubclass(cls, Family) else {}
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(typing.cast(Any, cls)):
         if field.default is not dataclasses.MISSING:
             value = field.default
         elif field.default_factory is not dataclasses.MISSING:
@@ -186,7 +187,7 @@ def change_kind(family: type[Family], table: dict[str, Any] | None, kind: str, n
         return table
     new = default_table(cls)
     for field, hint in hints(cls).items():
-        if table is not None and field in table and not dataclasses.is_dataclass(bare(hint)):
+        if table is not None and field in table and not group(hint):
             try:
                 convert(hint, table[field], field, FLAGS)
             except UserError:
@@ -276,8 +277,8 @@ def _flags(cls: type, table: dict[str, Any], prefix: str) -> Iterator[tuple[str,
 
 def is_group(hint: Any) -> bool:
     """Whether a field only holds other fields, and has no kind to choose."""
-    inner = bare(hint)
-    return dataclasses.is_dataclass(inner) and not (isinstance(inner, type) and issubclass(inner, Family))
+    cls = group(hint)
+    return cls is not None and not issubclass(cls, Family)
 
 
 def suggestion(roots: Sequence[tuple[type, dict[str, Any]]], name: str) -> str:
@@ -305,8 +306,8 @@ def suggestion(roots: Sequence[tuple[type, dict[str, Any]]], name: str) -> str:
 def _of_another_kind(roots: Sequence[tuple[type, dict[str, Any]]], section: str, last: str) -> str:
     """Says so where the field exists under another kind of the same family."""
     field = find(roots, section) if section else None
-    family = bare(field.hint) if field else None
-    if field is None or not (isinstance(family, type) and issubclass(family, Family)):
+    family = group(field.hint) if field else None
+    if field is None or family is None or not issubclass(family, Family):
         return ""
     kinds = [kind for kind, cls in family.registry.items() if last in hints(cls)]
     if not kinds:
@@ -332,12 +333,13 @@ def merge(cls: type, table: dict[str, Any], part: Any, path: str, source: Source
         if key not in known:
             misses = near_misses(str(key), known)
             raise UserError(f"{path}: unknown {shown(key)}; known: {list(known)}.{misses}", source.status)
-        inner = bare(known[key])
-        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+        inner = group(known[key])
+        if inner is not None and isinstance(value, dict):
             if issubclass(inner, Family) and "kind" in value:
                 table[key] = change_kind(inner, table.get(key), str(value["kind"]), f"{path}.{key}.kind")
             if table.get(key) is None:
                 table[key] = default_table(_class(inner, value))
             merge(inner, table[key], value, f"{path}.{key}", source)
         else:
+            convert(known[key], value, f"{path}.{key}", source)
             table[key] = value

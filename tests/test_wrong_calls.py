@@ -89,7 +89,7 @@ EVAL = [
     ("", 2, ["expected a suite", "babilong"]),
     ("babilon --workdir x", 2, ["Did you mean 'babilong'"]),
     ("babilong", 2, ["set --workdir"]),
-    ("babilong --workdir {tmp}/none", 2, ["no run there"]),
+    ("babilong --workdir x --mesh.data 2.5", 2, ["--mesh.data: expected a whole number"]),
     ("babilong --workdir x --sample 3", 2, ["Did you mean --samples"]),
     ("babilong --workdir x --samples many", 2, ["--samples: expected a whole number"]),
 ]

@@ -23,7 +23,7 @@ class EvalOptions:
     """Options of every suite."""
 
     mesh: MeshConfig = MeshConfig()
-    """Devices along each axis of the mesh; without any --mesh option, the first device."""
+    """Devices along each axis of the mesh; prompts are split over data and fsdp. Results do not depend on it."""
     distributed: bool = False
     """Joins the processes that run this command on the other hosts of a slice."""
 
@@ -51,16 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     flags.apply(roots, typed)
     suite = from_dict(suite_class, table, "", flags.FLAGS)
-    _evaluate(suite, from_dict(EvalOptions, options_table, "", flags.FLAGS), typed)
+    _evaluate(suite, from_dict(EvalOptions, options_table, "", flags.FLAGS))
 
 
-def _evaluate(suite: Any, options: EvalOptions, typed: Sequence[flags.Flag]) -> None:
+def _evaluate(suite: Any, options: EvalOptions) -> None:
+    spare_threads(jax.config.values["jax_num_cpu_devices"])
     if options.distributed:
         join_hosts()
-    if not options.distributed and not any(flag.name.startswith("mesh.") for flag in typed):
+    if jax.device_count() == 1 and options.mesh == MeshConfig():
         suite.main()
         return
-    spare_threads(jax.config.values["jax_num_cpu_devices"])
     mesh = make_mesh(options.mesh)
 
     def layout_of(run: RunConfig) -> Layout:

@@ -17,7 +17,16 @@ from lm2_jax.errors import UserError
 from lm2_jax.fields import hints
 
 # What training writes into a workdir; names that begin with a dot are temporary.
-OF_A_RUN = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "tokenizer.json", "tokenizer.model")
+OF_A_RUN = (
+    "config.json",
+    "checkpoints",
+    "metrics.jsonl",
+    "metrics.damaged.jsonl",
+    "tensorboard",
+    "tokenizer.json",
+    "tokenizer.model",
+)
+NOT_REPLACED = ("run.lock", "eval")  # in a workdir too; --overwrite leaves them
 ASIDE = ".replaced"  # the old run while a new one with --overwrite is under way
 
 
@@ -90,7 +99,7 @@ def check_workdir(path: str) -> epath.Path:
     if not workdir.is_dir():
         raise UserError(f"--workdir {path}: expected a folder, this is a file")
     names = [entry.name for entry in workdir.iterdir()]
-    others = [name for name in names if name not in OF_A_RUN and not name.startswith(".")]
+    others = [name for name in names if name not in OF_A_RUN + NOT_REPLACED and not name.startswith(".")]
     if others and not any(name in OF_A_RUN for name in names):
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(

@@ -23,7 +23,6 @@ from etils import epath
 from lm2_jax.commands import files, flags, joins
 from lm2_jax.commands.flags import Bare, Flag, Flat
 from lm2_jax.config import RunConfig, from_dict, to_dict
-from lm2_jax.config_file import Source
 from lm2_jax.errors import UserError
 from lm2_jax.footprint import check_memory
 from lm2_jax.presets import PRESETS, mesh_for
@@ -130,20 +129,25 @@ def _start(words: Sequence[str], typed: Sequence[Flag]) -> dict[str, Any]:
         from lm2_jax.commands.overview import unknown_preset
 
         raise UserError(unknown_preset(preset))
-    run = None if preset is None else PRESETS[preset]
-    if run is not None and text is not None:
-        from lm2_jax.data.own_text import own_text
-
-        run = own_text(run, text)
-    table = None if run is None else to_dict(run)
+    table = None if preset is None else to_dict(PRESETS[preset])
+    if text is not None and table is not None:
+        table = _with_text(table, text)
     if config is not None:
         table = files.config_table(config, table)
     assert table is not None
-    if text is not None and run is None:
-        from lm2_jax.data.own_text import own_text
+    return _with_text(table, text) if text is not None and preset is None else table
 
-        table = to_dict(own_text(from_dict(RunConfig, table, config or "", Source(status=2)), text))
-    return table
+
+def _with_text(table: dict[str, Any], path: str) -> dict[str, Any]:
+    """The table of a run changed so that it trains on a person's own text."""
+    return to_dict(own_text()(from_dict(RunConfig, table, "", flags.FLAGS), path))
+
+
+def own_text() -> Any:
+    """The function that fits a run to a text; it loads the data stack."""
+    from lm2_jax.data.own_text import own_text
+
+    return own_text
 
 
 def _last(typed: Sequence[Flag], name: str) -> str | None:

@@ -65,11 +65,17 @@ class Since:
 
     Attributes:
       format: the first format with the field.
-      old: the value that reproduces what a run did before.
+      old: the value that reproduces what a run did before; left out: the field's default.
     """
 
     format: int
-    old: Any
+    old: Any = dataclasses.MISSING
+
+    def value(self, cls: type, name: str) -> Any:
+        """What the field of a class is for an older run."""
+        if self.old is not dataclasses.MISSING:
+            return self.old
+        return next(field.default for field in dataclasses.fields(cls) if field.name == name)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)

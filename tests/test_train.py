@@ -57,9 +57,7 @@ def test_the_mesh_of_a_preset_is_taken_where_none_is_asked_for(monkeypatch, word
 def test_fields_are_set_by_their_flags():
     run = run_of(
         "lm2_tiny --optim.learning-rate 1e-3 --optim.clip_norm inf --data.segments 2 4 --data.stage-steps 5 "
-        "--data.vary-segments --model.decoder.no-tie-head --model.join.layers 1 --model.memory.top-k=2 --name a b".replace(
-            " b", ""
-        )
+        "--data.vary-segments --model.decoder.no-tie-head --model.join.layers 1 --model.memory.top-k=2 --name a"
     )
     assert (run.optim.learning_rate, run.optim.clip_norm) == (1e-3, float("inf"))
     assert (run.data.segments, run.data.stage_steps, run.data.vary_segments) == ((2, 4), (5,), True)

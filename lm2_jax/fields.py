@@ -65,15 +65,15 @@ class Since:
 
     Attributes:
       format: the first format with the field.
-      old: the value that reproduces what a run did before; left out: the field's default.
+      old: the value that reproduces what a run did before; ...: the field's default.
     """
 
     format: int
-    old: Any = dataclasses.MISSING
+    old: Any = ...
 
     def value(self, cls: type, name: str) -> Any:
         """What the field of a class is for an older run."""
-        if self.old is not dataclasses.MISSING:
+        if self.old is not ...:
             return self.old
         return next(field.default for field in dataclasses.fields(cls) if field.name == name)  # pyright: ignore[reportArgumentType]
 

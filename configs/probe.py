@@ -85,7 +85,7 @@ ARMS = (
     ),
 )
 PRESETS = {run.name: run for run in ARMS}
-HARDWARE = "CPU, 5 to 15 minutes"
+HARDWARE = "CPU, minutes"
 PURPOSES = {
     "probe_none": "baseline: no memory",
     "probe_rmt": "RMT, the reference",

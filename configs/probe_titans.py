@@ -50,7 +50,7 @@ ARMS = (
     windowed(arm("none_window", 264, NoMemory(), PlainJoin(num_persistent=PERSISTENT))),
 )
 PRESETS = {run.name: run for run in ARMS}
-HARDWARE = "CPU, 15 to 30 minutes"
+HARDWARE = "CPU, tens of minutes"
 PURPOSES = {
     "probe_mac": "Titans, memory as context (MAC)",
     "probe_mac_mix": "MAC with a learned mix of memory and attention",

@@ -45,7 +45,7 @@ LM2 = RunConfig(
 NONE = dataclasses.replace(replace_model(LM2, memory=NoMemory(), join=PlainJoin()), name="quickstart_none")
 
 PRESETS = {run.name: run for run in (LM2, NONE)}
-HARDWARE = "CPU, 5 minutes"
+HARDWARE = "CPU, minutes"
 PURPOSES = {
     "quickstart": "LM2 on simulated stories; what `make quickstart` trains",
     "quickstart_none": "its baseline without memory",

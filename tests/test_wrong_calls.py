@@ -1,5 +1,6 @@
 """Sixty wrong calls of the programs: one message each, the right status, a suggestion, and no files left over."""
 
+import importlib.util
 import json
 import pathlib
 
@@ -137,6 +138,31 @@ def test_a_wrong_call_is_one_message(program, line, status, words, folders, caps
     assert not missing, err
     assert not list(pathlib.Path(folders["tmp"]).iterdir()), "a refused call leaves no files"
     assert sorted(pathlib.Path(folders["files"]).iterdir()) == before
+
+
+@pytest.mark.parametrize(("scheme", "library"), [("gs", "gcsfs"), ("s3", "s3fs")])
+@pytest.mark.parametrize("flag", ["--workdir", "--config", "--dump-config"])
+def test_a_bucket_without_its_library_is_one_message(scheme, library, flag, folders, capsys):
+    if importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed")
+    code, _, err = refuse(train, ["lm2_tiny", flag, f"{scheme}://bucket/run"], capsys)
+    assert code == 2
+    assert err == (
+        f"error: {flag} {scheme}://bucket/run: needs a library; install it with `pip install 'etils[epath-{scheme}]'`\n".replace(
+            "epath-gs]", "epath-gcs]"
+        )
+    )
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_message(monkeypatch, folders, capsys):
+    def fail(path):
+        raise ConnectionError("Cannot connect to host storage\nmore lines")
+
+    monkeypatch.setattr("etils.epath.Path", lambda path: type("Bucket", (), {"exists": fail})())
+    code, _, err = refuse(train, ["lm2_tiny", "--workdir", "gs://bucket/run"], capsys)
+    assert (code, err) == (
+        1, "error: --workdir gs://bucket/run: cannot be reached: Cannot connect to host storage\n"
+    )  # fmt: skip
 
 
 def test_there_are_sixty():

@@ -36,16 +36,19 @@ def tokens_per_step(run: RunConfig) -> int:
 
 
 def table() -> str:
-    """All presets by family, a line each."""
+    """All presets by family, one line each."""
     sizes = json.loads(SIZES.read_text())
-    lines = [f"{'preset':<28}  {'parameters':>10}  {'tokens/step':>11}  purpose"]
+    width = max(map(len, PRESETS)) + 2
+    lines = [f"{'preset':<{width}}  {'parameters':>10}  {'tokens/step':>11}  purpose"]
     for family in FAMILIES:
         lines += ["", f"{family.title} ({family.hardware})"]
         for name in family.presets:
             run = PRESETS[name]
             size = sizes[name] if name in sizes else count_parameters(run.model)
-            lines.append(f"  {name:<26}  {_short(size):>10}  {tokens_per_step(run):>11,}  {family.purpose(name)}")
-    return "\n".join(lines)
+            lines.append(
+                f"{f'  {name}':<{width}}  {_short(size):>10}  {tokens_per_step(run):>11,}  {family.purpose(name)}"
+            )
+    return "\n".join([*lines, "", "train.py PRESET trains one; train.py PRESET --help shows its options"])
 
 
 def names_by_family() -> str:

@@ -69,7 +69,7 @@ def from_dict(cls: type[Any], plain: Any, path: str = "config", source: Source =
     values = {
         name: convert(hint, plain[name], f"{path}.{name}".lstrip("."), source)
         if name in plain
-        else marks(hint, Since).value(cls, name)
+        else marks(hint, Since).value(cls, name, plain)
         for name, hint in known.items()
     }
     try:

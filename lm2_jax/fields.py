@@ -65,14 +65,17 @@ class Since:
 
     Attributes:
       format: the first format with the field.
-      old: the value that reproduces what a run did before; ...: the field's default.
+      old: the value that reproduces what a run did before, or a function of the older table that gives it; ...: the
+        field's default.
     """
 
     format: int
     old: Any = ...
 
-    def value(self, cls: type, name: str) -> Any:
-        """What the field of a class is for an older run."""
+    def value(self, cls: type, name: str, table: dict[str, Any]) -> Any:
+        """What the field of a class is for an older run, of which `table` has the other fields."""
+        if callable(self.old):
+            return self.old(table)
         if self.old is not ...:
             return self.old
         return next(field.default for field in dataclasses.fields(cls) if field.name == name)  # pyright: ignore[reportArgumentType]

@@ -171,11 +171,12 @@ class Later(Checked):
     rate: Annotated[float, Since(3, old=0.0)] = 0.5
     length: Annotated[int, GROWS] = 4
     width: Annotated[int, Since(3)] = 9
+    height: Annotated[int, Since(3, old=lambda table: table["length"] + 1)] = 2
 
 
 def test_a_field_of_a_later_format_takes_its_old_value():
     old = {"old_name": "a", "warmup": 7, "part": {"value": 2}, "length": 4}
-    assert from_dict(Later, old) == Later("a", Inner(7, "flat"), Plain(2), 0.0, width=9)
+    assert from_dict(Later, old) == Later("a", Inner(7, "flat"), Plain(2), 0.0, width=9, height=5)
 
 
 def test_without_its_old_value_a_missing_field_is_damage():

@@ -147,11 +147,8 @@ def test_a_bucket_without_its_library_is_one_message(scheme, library, flag, fold
         pytest.skip(f"{library} is installed")
     code, _, err = refuse(train, ["lm2_tiny", flag, f"{scheme}://bucket/run"], capsys)
     assert code == 2
-    assert err == (
-        f"error: {flag} {scheme}://bucket/run: needs a library; install it with `pip install 'etils[epath-{scheme}]'`\n".replace(
-            "epath-gs]", "epath-gcs]"
-        )
-    )
+    extra = {"gs": "etils[epath-gcs]", "s3": "etils[epath-s3]"}[scheme]
+    assert err == f"error: {flag} {scheme}://bucket/run: needs a library; install it with `pip install '{extra}'`\n"
 
 
 def test_a_bucket_that_cannot_be_reached_is_one_message(monkeypatch, folders, capsys):

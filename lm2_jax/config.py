@@ -17,7 +17,7 @@ from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import SourceConfig
 from lm2_jax.data.tokenizers import TokenizerConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.fields import FREE, Checked, Range
+from lm2_jax.fields import FREE, GROWS, Checked, Range
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
@@ -164,7 +164,7 @@ class DataConfig(Checked):
 class OptimConfig:
     """AdamW under warm-up and cosine decay."""
 
-    steps: int = 1000
+    steps: Annotated[int, GROWS] = 1000
     """Optimizer steps of the whole run."""
     learning_rate: float = 2e-3
     """Peak."""

@@ -161,6 +161,14 @@ def test_help_shows_each_option_once_and_the_most_used_first(capsys):
         assert rest.count(f"{flag} ") == 1, flag
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_without_a_preset_lists_all(word, capsys):
+    assert train.parse([word]) is None
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in lm2_jax.PRESETS)
+    assert "--config" in shown
+
+
 def test_every_option_has_a_docstring():
     classes = [*config_classes(), train.TrainOptions, train.InitConfig, train.CompileConfig, train.ProfileConfig]
     missing = [f"{cls.__name__}.{name}" for cls in classes for name in hints(cls) if not field_docs(cls).get(name)]

@@ -96,7 +96,9 @@ def parse(arguments: Sequence[str]) -> Command | None:
     if len(words) > 1:
         raise UserError(f"expected one preset, got {' '.join(words)}; options begin with --")
     if wants_help and not words:
-        print(f"{__doc__}\nPRESET --help shows its options.")
+        from lm2_jax.commands.overview import names_by_family
+
+        print(f"{__doc__}\nPresets by family:\n{names_by_family()}\n\nPRESET --help shows the options.")
         return None
     table, options = _start(words, typed), flags.default_table(TrainOptions)
     roots = [(RunConfig, table), (TrainOptions, options)]

@@ -179,7 +179,7 @@ def test_the_list_has_every_preset(capsys):
     assert train.parse(["--list"]) is None
     lines = capsys.readouterr().out.splitlines()
     for name in lm2_jax.PRESETS:
-        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
         assert len(line) < 130
 
 

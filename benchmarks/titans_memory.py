@@ -104,8 +104,8 @@ def ours(command: Command, tokens: int, chunk: int, remat: Remat | None = None) 
     import jax.numpy as jnp
     import numpy as np
 
-    from lm2_jax.memory.inner import MlpNetwork
     from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
+    from lm2_jax.ops.ttt_chunk.networks import MlpNetwork
     from lm2_jax.precision import Precision
 
     config = TitansConfig(

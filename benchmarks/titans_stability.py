@@ -25,8 +25,8 @@ from benchmarks.training import Blocks
 from lm2_jax import cli
 from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork
 from lm2_jax.presets.tiny import replace_model
 from lm2_jax.training.fit import prepare_jax
 

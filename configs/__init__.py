@@ -4,7 +4,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from lm2_jax.config import RunConfig
-from lm2_jax.presets import babilong_small, probe, probe_titans, published, quickstart, tiny, titans
+from lm2_jax.presets import babilong_small, probe, probe_titans, published, quickstart, text, tiny, titans
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding.mesh import MeshConfig
 
@@ -35,7 +35,7 @@ class PresetFamily(NamedTuple):
         return getattr(self.module, "PURPOSES", {}).get(name, first_line)
 
 
-MODULES = (tiny, quickstart, probe, probe_titans, babilong_small, titans, published)
+MODULES = (tiny, quickstart, text, probe, probe_titans, babilong_small, titans, published)
 FAMILIES = tuple(PresetFamily(module) for module in MODULES)
 PRESETS: dict[str, RunConfig] = {name: run for family in FAMILIES for name, run in family.presets.items()}
 

@@ -20,10 +20,11 @@ from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
-from lm2_jax.memory.inner import MlpNetwork
+from lm2_jax.memory.gated_delta import GatedDeltaConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
+from lm2_jax.ops.ttt_chunk.networks import MlpNetwork
 
 TITANS = TitansConfig(num_heads=2, chunk_tokens=4, network=MlpNetwork(expansion=2))
 
@@ -41,6 +42,7 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "none": (NoMemory(), PlainJoin()),
     "none_window": (NoMemory(), PlainJoin(num_persistent=3)),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
+    "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
     "titans_mag": (TITANS, GateJoin(num_persistent=3)),
     "titans_mal": (TITANS, LayerJoin(num_persistent=3)),

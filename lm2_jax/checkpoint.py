@@ -16,7 +16,7 @@ from etils import epath
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.training.hosts import together
-from lm2_jax.training.state import TrainState
+from lm2_jax.training.state import TrainState, with_average
 from lm2_jax.types import Array, PyTree
 
 FOLDER = "checkpoints"
@@ -98,7 +98,9 @@ class Checkpoints:
         Raises:
           UserError: the state is not finite, or the disk refuses; checkpoints before this one stay as they are.
         """
-        items: dict[str, PyTree] = {"params": state.params, "opt_state": state.opt_state, "key": {"data": state.key}}
+        items: dict[str, PyTree] = {"params": state.params, "opt_state": state.opt_state}
+        if state.averaged is not None:
+            items["averaged"] = state.averaged
         if state.memory is not None and with_memory:
             items["memory"] = _cast(state.memory, self._config.checkpoint.memory_dtype)
         sums, finite = jax.device_get(_inspect(items))
@@ -163,11 +165,9 @@ class Checkpoints:
         return step in self._damaged
 
     def _read(self, step: int, targets: TrainState) -> Restored:
-        wanted: dict[str, PyTree] = {
-            "params": targets.params,
-            "opt_state": targets.opt_state,
-            "key": {"data": targets.key},
-        }
+        wanted: dict[str, PyTree] = {"params": targets.params, "opt_state": targets.opt_state}
+        if targets.averaged is not None:
+            wanted["averaged"] = targets.averaged
         if targets.memory is not None:
             wanted["memory"] = _retype(targets.memory, self._config.checkpoint.memory_dtype)
         items, position = read_items(self.folder, step, wanted)
@@ -176,7 +176,7 @@ class Checkpoints:
             memory = jax.tree.map(lambda x, to: x.astype(to.dtype), items["memory"], targets.memory)
         place = targets.step.sharding
         counter = jax.device_put(np.int32(step), place) if place is not None else jnp.int32(step)
-        state = TrainState(counter, items["params"], items["opt_state"], memory, items["key"]["data"])
+        state = TrainState(counter, items["params"], items["opt_state"], memory, items.get("averaged"))
         return Restored(state, position["first_loss"])
 
     def _failed(self, error: Exception) -> UserError:
@@ -254,12 +254,13 @@ def _read_files(folder: epath.Path, wanted: dict[str, PyTree]) -> tuple[dict[str
         texts.close()
 
 
-def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
+def read_params(workdir: epath.PathLike, shapes: PyTree, averaged: PyTree = None) -> tuple[PyTree, int]:
     """Parameters of the newest checkpoint that is intact, and its step; nothing in the workdir changes.
 
     Args:
       workdir: folder or bucket of a run.
       shapes: of the parameters, with shardings where they matter.
+      averaged: likewise, of their moving average where the run keeps one; it is what is then returned.
     Raises:
       UserError: there is no usable checkpoint.
     """
@@ -272,7 +273,10 @@ def read_params(workdir: epath.PathLike, shapes: PyTree) -> tuple[PyTree, int]:
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                return read_items(folder, step, {"params": shapes})[0]["params"], step
+                wanted = {"params": shapes} | ({} if averaged is None else {"averaged": averaged})
+                items = read_items(folder, step, wanted)[0]
+                params = items["params"]
+                return (params if averaged is None else with_average(params, items["averaged"])), step
             except Exception as error:  # whatever the many layers below make of a damaged file
                 _warn(f"skipping the damaged checkpoint {folder / str(step)}: {_brief(error)}")
     finally:

@@ -17,10 +17,12 @@ from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import SourceConfig
 from lm2_jax.data.tokenizers import TokenizerConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.fields import FREE, GROWS, Checked, Range
+from lm2_jax.fields import FREE, Checked, Range
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
+from lm2_jax.training.optim_config import LossConfig as LossConfig
+from lm2_jax.training.optim_config import OptimConfig as OptimConfig
 
 FORBIDDEN_IN_NAMES = {"/", "\\", *map(chr, range(32)), chr(127)}
 
@@ -61,7 +63,7 @@ class ModelConfig(Checked):
         self.join.check(self)
         if self.schedule == "layer_major":
             _require(
-                self.join.carrier(self.block_spec, parent=None) is None,
+                self.join.stack(self.block_spec, parent=None) is None,
                 f"model.schedule='layer_major' needs state per layer, but join {self.join.kind!r} feeds the top of one "
                 "segment to the bottom of the next; use 'auto' or 'segment_major'",
             )
@@ -70,7 +72,7 @@ class ModelConfig(Checked):
     def has_memory(self) -> bool:
         """Whether any state besides an attention window crosses a segment border."""
         layers = self.join.memory_layers(self.decoder.num_layers)
-        return bool(layers) or self.join.carrier(self.block_spec, parent=None) is not None
+        return bool(layers) or self.join.stack(self.block_spec, parent=None) is not None
 
     @property
     def learns_within_segment(self) -> bool:
@@ -80,7 +82,7 @@ class ModelConfig(Checked):
     @property
     def takes_packed(self) -> bool:
         """Whether a document may begin inside a segment."""
-        return self.join.takes_packed(self.memory) and self.join.carrier(self.block_spec, parent=None) is None
+        return self.join.takes_packed(self.memory) and self.join.stack(self.block_spec, parent=None) is None
 
     def block_of(self, layer: int) -> tuple[type[Block], BlockSpec]:
         """The block class of one layer, and its arguments."""
@@ -90,24 +92,6 @@ class ModelConfig(Checked):
     def block_spec(self) -> BlockSpec:
         """The arguments of a block."""
         return BlockSpec(self.decoder, self.precision, self.segment_tokens, self.memory, self.join)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """What is learned from; a mix of answers and text when both weights are positive."""
-
-    answer_weight: float = 1.0
-    """Weight of an answer token."""
-    text_weight: float = 0.0
-    """Weight of every other token."""
-    time_chunk: int = 2048
-    """Positions whose logits exist at once; the loss runs over chunks of at most this many, rematerialised."""
-
-    def __post_init__(self) -> None:
-        _require(self.answer_weight >= 0, "loss.answer_weight must not be negative")
-        _require(self.text_weight >= 0, "loss.text_weight must not be negative")
-        _require(self.answer_weight + self.text_weight > 0, "loss: both weights are 0, nothing would be learned")
-        _require(self.time_chunk >= 1, f"loss.time_chunk must be at least 1, got {self.time_chunk}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,53 +142,6 @@ class DataConfig(Checked):
             f"{self.source.kind!r} continues from row to row or step to step, so part of it would be left out: switch "
             "data.fill_rows off",
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW under warm-up and cosine decay."""
-
-    steps: Annotated[int, GROWS] = 1000
-    """Optimizer steps of the whole run."""
-    learning_rate: float = 2e-3
-    """Peak."""
-    final_fraction: float = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """On matrices only: norms, biases, gates and starts have none."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm."""
-    accumulate: int = 1
-    """Micro-batches of one step; divides data.rows."""
-    gate_multiplier: float = 1.0
-    """Learning rate of gates, relative."""
-    memory_multiplier: float = 1.0
-    """Learning rate of the memory's other parameters, relative."""
-
-    def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"optim.steps must be at least 1, got {self.steps}")
-        _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
-        _require(
-            0 <= self.warmup_steps < self.steps,
-            f"optim.warmup_steps={self.warmup_steps} must be below optim.steps={self.steps}",
-        )
-        _require(
-            0 <= self.final_fraction <= 1, f"optim.final_fraction must lie between 0 and 1, got {self.final_fraction}"
-        )
-        for name in ("beta1", "beta2"):
-            beta = getattr(self, name)
-            _require(0 <= beta < 1, f"optim.{name} must be at least 0 and below 1, got {beta}")
-        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
-        _require(self.clip_norm > 0, f"optim.clip_norm must be positive, got {self.clip_norm}; inf clips nothing")
-        _require(self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,10 +57,10 @@ class DecoderConfig(Checked):
     norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5
     """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; norms inside a
     memory and in join.combine always add 1e-5."""
-    attention_kernel: Literal["auto", "plain", "splash"] = "auto"
-    """How attention within a segment is computed: with plain operations, with the TPU kernel (splash attention), or
-    with the kernel on TPUs wherever it supports the case. `splash` is emulated on other machines, which is slow, and
-    fails where the kernel does not support the case (docs/tpu.md)."""
+    attention_kernel: Literal["auto", "plain", "splash", "cudnn"] = "auto"
+    """Implementation of attention within a segment: plain operations, the TPU kernel (splash attention), cuDNN's fused
+    kernel (NVIDIA GPUs, bfloat16), or auto: splash on TPUs wherever it supports the model, else plain. A kernel that is
+    chosen by name and does not support the model is an error (docs/tpu.md); off TPUs splash is emulated, slowly."""
 
     def __post_init__(self) -> None:
         if self.head_width is None and self.width % self.num_heads:

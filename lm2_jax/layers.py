@@ -1,7 +1,6 @@
-"""Layers shared by decoder and memories: every kernel names its logical axes."""
+"""Layers that decoder and memories share. Every parameter declares its logical axes and its role."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +8,20 @@ import numpy as np
 from flax import linen as nn
 
 from lm2_jax.decoder import RopeScaling
+from lm2_jax.parameters import Role
+from lm2_jax.parameters import named as named
 from lm2_jax.partition import constrain as constrain
 from lm2_jax.partition import is_split, pin
-from lm2_jax.precision import Precision, safe
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Axes, Float, Int
 
-GATHERED = frozenset({"embed", "row_width"})  # dimensions of a kernel that are gathered where it is used
-TABLE = ("vocab", "row_width")  # of the embedding
-WHOLE = GATHERED | {"gate_width"}  # dimensions that activations never split
-
-
-def named(init: Any, axes: tuple[str, ...]) -> Any:
-    """`init`, whose parameter carries a logical name for each axis and is a plain array wherever it is used."""
-    return nn.with_logical_partitioning(init, axes)
+GATHERED = frozenset({"embed", "row_width"})  # kernel dimensions that are gathered before use
+TABLE_AXES = ("vocab", "row_width")  # of the embedding
+NEVER_SPLIT = GATHERED | {"gate_width"}  # dimensions that activations never split
 
 
 class Einsum(nn.Module):
-    """A kernel with one axis name per dimension; the equation stands at the call.
+    """A kernel with one logical axis per dimension; the equation is given in the call.
 
     `Einsum((D, H, K), ("embed", "heads", "head"), precision)("btd,dhk->bthk", x)`
 
@@ -35,6 +31,8 @@ class Einsum(nn.Module):
       precision: number types.
       in_dims: leading kernel dimensions that are summed over; their product is the fan-in.
       scale: initial standard deviation times the root of the fan-in.
+      role: what the kernel does; `Role.GATE` if its product is a gate.
+      group: see `named`.
     """
 
     shape: tuple[int, ...]
@@ -42,25 +40,32 @@ class Einsum(nn.Module):
     precision: Precision
     in_dims: int = 1
     scale: float = 1.0
+    role: Role = Role.WEIGHT
+    group: str | None = None
 
     @nn.compact
     def __call__(self, equation: str, x: Array) -> Array:
         """`einsum(equation, x, kernel)` in the compute type."""
         std = self.scale / math.sqrt(math.prod(self.shape[: self.in_dims]))
-        init = named(nn.initializers.normal(std), self.axes)
+        init = named(nn.initializers.normal(std), self.axes, self.role, self.in_dims, self.group)
         w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
         dtype = jnp.dtype(self.precision.compute)
-        kernel_axes, axes = _without(GATHERED, self.axes), _without(WHOLE, self.axes)
-        w, x = gathered(w.astype(dtype), self.axes, kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
-        if kernel_axes != axes:  # each device takes its part of what is summed; without this, all would sum the whole
+        kernel_axes, axes = _without(GATHERED, self.axes), _without(NEVER_SPLIT, self.axes)
+        w, x = fsdp_gather(w.astype(dtype), self.axes, kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
+        if kernel_axes != axes:  # each device sums over its shard of the input; without this, each would do it all
             x = pin(x, kernel_axes[: self.in_dims])
         return pin(_flat_einsum(equation, x, w, self.in_dims), axes[self.in_dims :])
 
 
-def gathered(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
-    """The kernel as it is used; its gradient is summed right into the parts that devices keep.
+def fsdp_gather(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
+    """All-gathers a sharded kernel for use; its gradient is reduce-scattered.
 
-    A constraint alone would hold for the gradient too: an all-reduce, of which each device then takes its part.
+    A sharding constraint alone would apply to the gradient too: an all-reduce, followed by a slice on each device.
+
+    Args:
+      w: kernel.
+      axes: logical axes of the stored kernel.
+      kernel_axes: logical axes of the kernel in use, None for a gathered dimension.
     """
     if not is_split():
         return constrain(w, kernel_axes)
@@ -69,16 +74,19 @@ def gathered(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
     return used(w)
 
 
+gathered = fsdp_gather  # the name that other files still use
+
+
 def _without(names: frozenset[str], axes: Axes) -> Axes:
     return tuple(None if name in names else name for name in axes)
 
 
 def _flat_einsum(equation: str, x: Array, w: Array, in_dims: int) -> Array:
-    """`einsum(equation, x, w)` with the leading dimensions of `x` as one, where it lies on one device.
+    """`einsum(equation, x, w)`; on a single device, the leading dimensions of `x` are merged into one.
 
-    The kernel's gradient then sums over one dimension; over three, XLA's CPU backend took 1.8 times as long for the
-    forward and backward pass of an MLP (64 x 4 x 32 tokens, width 64). Rows and tokens that are both split cannot
-    become one dimension without being gathered.
+    The kernel's gradient then sums over one dimension. Summing over three took XLA's CPU backend 1.8 times as long for
+    the forward and backward pass of an MLP (64 x 4 x 32 tokens, width 64). On several devices, merging two sharded
+    dimensions would gather them.
     """
     inputs, output = equation.split("->")
     x_names, w_names = inputs.split(",")
@@ -93,36 +101,39 @@ def _flat_einsum(equation: str, x: Array, w: Array, in_dims: int) -> Array:
 
 
 class Vector(nn.Module):
-    """A bias or a learned start: one array with named axes, initially `fill`."""
+    """One array with named axes, initially `fill`: a bias, unless `role` says otherwise."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     precision: Precision
     fill: float = 0.0
+    role: Role = Role.BIAS
+    group: str | None = None
 
     @nn.compact
     def __call__(self) -> Array:
         """The array, in the parameters' type."""
-        init = named(nn.initializers.constant(self.fill), self.axes)
+        init = named(nn.initializers.constant(self.fill), self.axes, self.role, group=self.group)
         return self.param("b", init, self.shape, jnp.dtype(self.precision.params))
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + epsilon) * scale, in float32 at least."""
+    """y = x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 or wider."""
 
     precision: Precision
     epsilon: float = 1e-5
     axis: str = "norm"
+    group: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalises the last dimension; the result has the compute type."""
-        init = named(nn.initializers.ones, (self.axis,))
+        init = named(nn.initializers.ones, (self.axis,), Role.NORM, group=self.group)
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.precision.params))
-        wide = x.astype(safe(x.dtype))
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        scale = jnp.expand_dims(scale.astype(wide.dtype), range(x.ndim - 1))
-        return (wide * scale).astype(jnp.dtype(self.precision.compute))
+        x = x.astype(at_least_float32(x.dtype))
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        scale = jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
+        return (x * scale).astype(jnp.dtype(self.precision.compute))
 
 
 class SwiGLU(nn.Module):
@@ -145,21 +156,21 @@ class SwiGLU(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding whose transpose can serve as the head."""
+    """Token embedding; its transpose can be the output head (tied head)."""
 
     vocab_size: int
     width: int
     precision: Precision
 
     def setup(self) -> None:
-        init = named(nn.initializers.normal(self.width**-0.5), TABLE)
+        init = named(nn.initializers.normal(self.width**-0.5), TABLE_AXES, Role.EMBEDDING)
         self.table_VD = self.param("table", init, (self.vocab_size, self.width), jnp.dtype(self.precision.params))
 
     def __call__(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
-        """Rows of the table in the compute type.
+        """Embeddings in the compute type.
 
-        Each device looks up, for all rows of its copy of the model, the part of the width that it keeps, and the parts
-        are exchanged: the gradient is then summed part by part, not as a whole table on every device.
+        Each device looks up its shard of the width for all rows of its model replica, then the shards are exchanged.
+        So the gradient is reduced shard by shard, and no device holds the gradient of the full table.
         """
         table_VD = self.table_VD.astype(jnp.dtype(self.precision.compute))
         rest = (None,) * (tokens.ndim - 1)
@@ -167,17 +178,17 @@ class Embed(nn.Module):
         return constrain(x, ("copies", *rest, "row_width"))
 
     def attend(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Logits under the tied head, in the logits' type."""
+        """Logits of the tied head, in the type `precision.logits`."""
         logits = jnp.dtype(self.precision.logits)
-        table_VD = gathered(self.table_VD.astype(hidden_BSD.dtype), TABLE, _without(GATHERED, TABLE))
+        table_VD = fsdp_gather(self.table_VD.astype(hidden_BSD.dtype), TABLE_AXES, _without(GATHERED, TABLE_AXES))
         return jnp.einsum("bsd,vd->bsv", hidden_BSD, table_VD, preferred_element_type=logits)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per position of each of the K/2 rotated pairs, float64.
+    """Rotary frequencies in radians per position, one for each of the K/2 pairs, float64.
 
-    f_i = theta^(-2i/K);  Llama 3 divides f by `factor` below a first frequency, keeps it above a second one and
-    blends linearly in original_tokens * f / (2 pi) between them.
+    f_i = theta^(-2i/K). Llama 3's scaling divides f by `factor` below a first frequency, keeps f above a second one,
+    and interpolates linearly in original_tokens * f / (2 pi) between the two.
     """
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
@@ -189,19 +200,20 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rotate(x: Array, positions: Int[Array, "..."], frequencies: np.ndarray) -> Array:
-    """Rotary embedding of `x`, its halves paired as in Llama (i with i + K/2).
+    """Rotary position embedding of `x`; dimension i is paired with i + K/2, as in Llama.
 
     Args:
       x: [... T heads K].
-      positions: [T], or [... T] with leading dimensions as in `x`; may be negative.
-      frequencies: K/2 radians per position.
+      positions: [T], or [... T] with the leading dimensions of `x`; may be negative.
+      frequencies: radians per position of the K/2 pairs.
     Returns:
-      As `x`; angles are float32 at least, exact because positions count from the segment.
+      The shape and type of `x`. Angles are computed in float32 or wider; positions count from the start of the
+      segment, so they stay small enough to be exact.
     """
-    dtype = safe(x.dtype)
+    dtype = at_least_float32(x.dtype)
     angle = positions[..., None].astype(dtype) * jnp.expand_dims(jnp.asarray(frequencies, dtype), range(positions.ndim))
     angle = jnp.expand_dims(angle, (*range(x.ndim - 1 - angle.ndim), -2))
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

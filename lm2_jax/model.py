@@ -1,4 +1,4 @@
-"""The language model: embedding, runs of equal blocks, head; all state explicit."""
+"""The language model: embedding, groups of equal blocks, head; all state explicit."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -7,28 +7,39 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.attention import Segments
-from lm2_jax.blocks.base import Block, Carrier, Carry, Context, OpenLayer, Place, by_segment
+from lm2_jax.blocks.base import Block, Carry, Context
+from lm2_jax.blocks.ports import Buffers, OpenLayer, Place, by_segment, segments_first
+from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
+from lm2_jax.parameters import Role
 from lm2_jax.partition import parts
-from lm2_jax.state import reset_rows, select_rows, stack_axes, stack_layers, stop_where
+from lm2_jax.state import (
+    Segments,
+    begin_rows,
+    clear_start,
+    reset_rows,
+    select_rows,
+    stack_axes,
+    stack_layers,
+    stop_where,
+)
 from lm2_jax.types import Array, Bool, Float, Int, State
 
 
 class ModelState(NamedTuple):
     """Everything that crosses a segment border."""
 
-    runs: tuple[State, ...]  # per run of equal blocks, the layers axis first
-    shared: State  # what the join's carrier keeps, or None
+    groups: tuple[State, ...]  # per group of equal blocks, the layers axis first
+    stack: State  # of the stack's memory, or None
 
 
 class StreamState(NamedTuple):
-    """A model inside an unfinished segment; rows may stand at different positions."""
+    """A model inside an unfinished segment; rows may be at different positions."""
 
     position: Int[Array, " B"]  # tokens of the open segment so far
     state: ModelState  # at the segment's start
-    runs: tuple[OpenLayer, ...]
+    groups: tuple[OpenLayer, ...]
 
 
 class Output(NamedTuple):
@@ -40,22 +51,22 @@ class Output(NamedTuple):
     aux: dict[str, Array]  # diagnostics by name, one value per layer
 
 
-class Run(NamedTuple):
-    """Consecutive blocks of one kind."""
+class LayerGroup(NamedTuple):
+    """Consecutive equal blocks, which run as one loop."""
 
     first: int
     length: int
 
 
-def split_runs(config: ModelConfig) -> list[Run]:
-    """The blocks as runs of equal ones."""
-    runs: list[Run] = []
+def layer_groups(config: ModelConfig) -> list[LayerGroup]:
+    """The blocks in groups of equal ones."""
+    groups: list[LayerGroup] = []
     for layer in range(config.decoder.num_layers):
-        if runs and config.block_of(runs[-1].first) == config.block_of(layer):
-            runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
+        if groups and config.block_of(groups[-1].first) == config.block_of(layer):
+            groups[-1] = groups[-1]._replace(length=groups[-1].length + 1)
         else:
-            runs.append(Run(layer, 1))
-    return runs
+            groups.append(LayerGroup(layer, 1))
+    return groups
 
 
 def check_rows(rows: int, batch: int) -> None:
@@ -80,51 +91,59 @@ class LanguageModel(nn.Module):
         c = self.config
         d = c.decoder
         self.embed = Embed(c.vocab_size, d.width, c.precision)
-        self.runs = [self._scanned(run) for run in split_runs(c)]
-        self.carrier = c.join.carrier(self.config.block_spec)
+        self.groups = [self._scanned(group) for group in layer_groups(c)]
+        self.stack = c.join.stack(c.block_spec, name="carrier")
         self.final_norm = RMSNorm(c.precision, d.norm_epsilon)
         if not d.tie_head:
-            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision)
+            self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision, role=Role.HEAD)
 
-    def _unbound(self, run: Run) -> Block:
-        """A block of the run, to ask it for what needs no parameters."""
-        block, spec = self.config.block_of(run.first)
-        return block(spec, parent=None)
+    def _unbound(self) -> list[tuple[Block, int]]:
+        """A block of each group, to be asked for what needs no parameters, and the group's length."""
+        pairs = [(self.config.block_of(group.first), group.length) for group in layer_groups(self.config)]
+        return [(block(spec, parent=None), length) for (block, spec), length in pairs]
 
-    def _scanned(self, run: Run) -> Any:
-        """One run as a scan over stacked layers; the module's methods keep their meaning for the whole run."""
-        block, spec = self.config.block_of(run.first)
+    @property
+    def _unbound_stack(self) -> StackMemory | None:
+        return self.config.join.stack(self.config.block_spec, parent=None)
+
+    def _scanned(self, group: LayerGroup) -> Any:
+        """One group as a scan over stacked layers; the module's methods keep their meaning for the group."""
+        block, spec = self.config.block_of(group.first)
         policy = REMAT_POLICIES[self.config.remat]
         if policy is not None:
             block = nn.remat(block, policy=policy, prevent_cse=False, methods=["forward"])
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=run.length,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-            methods=["forward", "open", "extend", "close"],
-        )
-        return scanned(spec, name=f"blocks_{run.first}")
-
-    @property
-    def _unbound_carrier(self) -> Carrier | None:
-        return self.config.join.carrier(self.config.block_spec, parent=None)
+        axes = {
+            "forward": (0, nn.broadcast),
+            "open": (0, 0, nn.broadcast),
+            "extend": (0, 0, nn.broadcast),
+            "close": (0, 0),
+        }
+        common = {
+            "variable_axes": {"params": 0},
+            "split_rngs": {"params": True},
+            "length": group.length,
+            "metadata_params": {nn.PARTITION_NAME: "layers"},
+        }
+        scanned = nn.scan(block, methods={name: {"in_axes": axes[name], **common} for name in axes})
+        return scanned(spec, name=f"blocks_{group.first}")
 
     def init_state(self, batch: int) -> ModelState:
-        """The state before any text; needs no parameters."""
+        """The state before any text; needs no parameters.
+
+        Raises:
+          ValueError: a batch of less than one row.
+        """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        runs = tuple(stack_layers(self._unbound(run).init_state(batch), run.length) for run in split_runs(self.config))
-        carrier = self._unbound_carrier
-        return ModelState(runs, None if carrier is None else carrier.init_state(batch))
+        groups = tuple(stack_layers(block.init_state(batch), length) for block, length in self._unbound())
+        stack = self._unbound_stack
+        return ModelState(groups, None if stack is None else stack.init_state(batch))
 
     def state_axes(self) -> ModelState:
         """The logical axes of `init_state`, in the same tree."""
-        runs = tuple(stack_axes(self._unbound(run).state_axes()) for run in split_runs(self.config))
-        carrier = self._unbound_carrier
-        return ModelState(runs, None if carrier is None else carrier.state_axes())
+        stack = self._unbound_stack
+        axes = None if stack is None else stack.state_axes()
+        return ModelState(tuple(stack_axes(block.state_axes()) for block, _ in self._unbound()), axes)
 
     def __call__(
         self,
@@ -133,7 +152,7 @@ class LanguageModel(nn.Module):
         reset: Bool[Array, "..."] | None = None,
         valid: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S V"], ModelState]:
-        """Logits of K whole segments, S = K*T, and the state behind them; see `forward`."""
+        """Logits of K full segments, S = K*T, and the state after them; arguments as of `forward`."""
         out = self.forward(tokens, state, reset, valid, with_logits=True)
         assert out.logits is not None
         return out.logits, out.state
@@ -149,7 +168,7 @@ class LanguageModel(nn.Module):
         bptt_segments: int | None = None,
         with_logits: bool = False,
     ) -> Output:
-        """K whole segments.
+        """K full segments.
 
         Args:
           tokens: K*T of them per row, K >= 1.
@@ -169,10 +188,9 @@ class LanguageModel(nn.Module):
                 f"tokens must be whole segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream"
             )
         self._check_state(B, state)
-        J = S // T
-        segments = self._segments(B, J, reset, valid, document, bptt_segments)
-        x_BJTD = self.embed(tokens.reshape(B, J, T))
-        # Each takes its part of the tokens first: in one step, all devices would gather all rows.
+        segments = self._segments(B, S // T, reset, valid, document, bptt_segments)
+        x_BJTD = self.embed(tokens.reshape(B, S // T, T))
+        # Each device takes its part of the tokens first; in one step, all devices would gather all rows.
         x_BJTD = constrain(x_BJTD, ("copies", "segments", "time", "row_width"))
         x_BJTD = constrain(x_BJTD, ("batch", "segments", "time", "embed"))
         schedule = self._segment_major if self._schedule() == "segment_major" else self._layer_major
@@ -181,7 +199,7 @@ class LanguageModel(nn.Module):
         return Output(hidden_BSD, self.logits(hidden_BSD) if with_logits else None, state, aux)
 
     def logits(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """The head, in the logits' type."""
+        """The head, in the logits' dtype."""
         dtype = jnp.dtype(self.config.precision.logits)
         if self.config.decoder.tie_head:
             logits_BSV = self.embed.attend(hidden_BSD)
@@ -193,10 +211,10 @@ class LanguageModel(nn.Module):
         """Segments outside where the top of one feeds the bottom of the next, else layers."""
         if self.config.schedule != "auto":
             return self.config.schedule
-        return "layer_major" if self.carrier is None else "segment_major"
+        return "layer_major" if self.stack is None else "segment_major"
 
     def _check_state(self, batch: int, state: ModelState) -> None:
-        """Refuses what would fail far inside, or be broadcast: a state of another model or of other rows."""
+        """Refuses a state of another model or of other rows, which would fail deep inside or be broadcast."""
         expected = jax.eval_shape(lambda: self.init_state(batch))
         try:
             chex.assert_trees_all_equal_structs(state, expected)
@@ -231,75 +249,79 @@ class LanguageModel(nn.Module):
         return Segments(reset_BJ, cut_J, valid_BJT, None if document is None else document.reshape(B, J, T))
 
     def _layer_major(self, x_BJTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
-        """Layers outside, segments inside: projections and attention are batched over all segments."""
-        carry, runs, notes = Carry(x_BJTD, None), [], []
-        for run, run_state in zip(self.runs, state.runs, strict=True):
-            carry, (run_state, run_notes) = run.forward(carry, run_state, Context(segments, None))
-            runs.append(run_state)
-            notes.append(run_notes)
-        return self.final_norm(carry.x), ModelState(tuple(runs), state.shared), self._aux(notes)
+        """Layers outside, segments inside: what needs no memory is batched over all segments."""
+        carry, groups, aux = self._through(Carry(x_BJTD, None), state.groups, Context(segments, None))
+        return self.final_norm(carry.x), ModelState(groups, state.stack), aux
+
+    def _through(self, carry: Carry, states: Any, context: Context) -> tuple[Carry, tuple[State, ...], dict]:
+        """All blocks, with their states and diagnostics."""
+        after, metrics = [], []
+        for group, group_state in zip(self.groups, states, strict=True):
+            carry, (group_state, group_metrics) = group.forward(carry, group_state, context)
+            after.append(group_state)
+            metrics.append(group_metrics)
+        names = sorted({name for group in metrics for name in group})
+        aux = {name: jnp.concatenate([group[name] for group in metrics if name in group]) for name in names}
+        return carry, tuple(after), aux
 
     def _segment_major(self, x_BJTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
         """Segments outside, all layers inside."""
 
         def body(model: "LanguageModel", state: ModelState, inputs: tuple[Array, Segments]) -> tuple[ModelState, Any]:
             x_BTD, one = inputs
-            document = None if one.document is None else one.document[:, None]
-            one = Segments(one.reset[:, None], one.cut[None], one.valid[:, None], document)
+            one = jax.tree.map(lambda a: a[:, None], one._replace(cut=None))._replace(cut=one.cut[None])
             y_BTD, state, aux = model._one_segment(x_BTD, state, one)
             return state, (y_BTD, aux)
 
-        document = None if segments.document is None else by_segment(segments.document)
-        per_segment = Segments(by_segment(segments.reset), segments.cut, by_segment(segments.valid), document)
         scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-        state, (y_JBTD, aux) = scan(self, state, (by_segment(x_BJTD), per_segment))
+        state, (y_JBTD, aux) = scan(self, state, (by_segment(x_BJTD), segments_first(segments)))
         return by_segment(y_JBTD), state, jax.tree.map(lambda a: a.mean(axis=0), aux)
 
     def _one_segment(self, x_BTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
-        """One segment (J = 1 in `segments`) through all layers and the carrier."""
-        carrier, shared, T = self.carrier, state.shared, x_BTD.shape[1]
-        extra, thread, valid_BT = 0, None, segments.valid[:, 0]
-        if carrier is not None:
-            shared = stop_where(segments.cut[0], reset_rows(shared, segments.reset[:, 0], carrier.state_axes()))
-            extra, thread = carrier.extra_tokens, carrier.thread(shared)
-            rows_BND = carrier.tokens(shared)
-            if rows_BND is not None:
-                if parts("time") > 1:  # uneven parts, on which XLA's partitioner aborts
-                    raise ValueError(
-                        f"join {self.config.join.kind!r} puts memory tokens beside a segment, which cannot be split "
-                        "then; set mesh.slots to 1"
-                    )
-                x_BTD = jnp.concatenate([rows_BND, x_BTD, rows_BND], axis=1)
-                beside = jnp.ones((x_BTD.shape[0], 1, extra), bool)
-                segments = segments._replace(valid=jnp.concatenate([beside, segments.valid, beside], axis=2))
-        carry, runs, notes = Carry(x_BTD[:, None], thread), [], []
-        for run, run_state in zip(self.runs, state.runs, strict=True):
-            carry, (run_state, run_notes) = run.forward(carry, run_state, Context(segments, thread))
-            runs.append(run_state)
-            notes.append(run_notes)
-        y_BTD, aux = self.final_norm(carry.x[:, 0]), self._aux(notes)
-        if carrier is not None:
-            after = carrier.leave(shared, carry.thread, y_BTD[:, T + extra :] if extra else None, aux)
-            shared = select_rows(valid_BT.any(axis=1), after, shared, carrier.state_axes())
-        return y_BTD[:, extra : extra + T], ModelState(tuple(runs), shared), aux
-
-    def _aux(self, notes: list[dict[str, Array]]) -> dict[str, Array]:
-        """Diagnostics of all layers that have them, by name."""
-        names = sorted({name for run in notes for name in run})
-        return {name: jnp.concatenate([run[name] for run in notes if name in run]) for name in names}
+        """One segment (J = 1 in `segments`) through all layers and the stack's memory."""
+        stack, T = self.stack, x_BTD.shape[1]
+        if stack is None:
+            y_BJTD, state, aux = self._layer_major(x_BTD[:, None], state, segments)
+            return y_BJTD[:, 0], state, aux
+        valid_BT, axes = segments.valid[:, 0], stack.state_axes()
+        before = stop_where(segments.cut[0], reset_rows(state.stack, segments.reset[:, 0], axes))
+        begun = begin_rows(before, stack.start_state(), axes)
+        rows = [stack.prefix(begun), x_BTD, stack.suffix(begun)]
+        if stack.prefix_tokens + stack.suffix_tokens:
+            if parts("time") > 1:  # uneven shards, on which XLA's partitioner aborts
+                raise ValueError(
+                    f"join {self.config.join.kind!r} adds memory tokens to a segment, which cannot be sharded along "
+                    "its tokens then; set mesh.slots to 1"
+                )
+            x_BTD = jnp.concatenate([part for part in rows if part is not None], axis=1)
+            pad = ((0, 0), (0, 0), (stack.prefix_tokens, stack.suffix_tokens))
+            segments = segments._replace(valid=jnp.pad(segments.valid, pad, constant_values=True))
+        shared = stack.shared(begun)
+        carry, groups, aux = self._through(Carry(x_BTD[:, None], shared), state.groups, Context(segments, shared))
+        y_BTD = self.final_norm(carry.x[:, 0])
+        end = stack.prefix_tokens + T
+        after = clear_start(stack.update(begun, carry.shared, y_BTD[:, end:], aux), axes)
+        after = select_rows(valid_BT.any(axis=1), after, before, axes)
+        return y_BTD[:, stack.prefix_tokens : end], ModelState(groups, after), aux
 
     def open(self, state: ModelState, batch: int) -> StreamState:
         """Begins a segment that arrives in pieces, for `batch` rows; raises ValueError for a state of others."""
         self._check_state(batch, state)
-        carrier, extra = self.carrier, self._extra
-        span_BT = jnp.zeros((batch, self.config.segment_tokens + 2 * extra))
-        thread = None if carrier is None else carrier.thread(state.shared)
-        runs = tuple(
-            run.open(span_BT, run_state, thread)[1] for run, run_state in zip(self.runs, state.runs, strict=True)
+        before, after = self._added
+        tokens = before + self.config.segment_tokens + after
+        buffers = [stack_layers(block.init_buffers(batch, tokens), n) for block, n in self._unbound()]
+        return self._begin_segment(jnp.zeros(batch, jnp.int32), state, buffers)
+
+    def _begin_segment(self, position_B: Array, state: ModelState, buffers: list[Buffers]) -> StreamState:
+        """An open segment without tokens but a prefix."""
+        begun, shared = self._stack_start(state)
+        groups = tuple(
+            group.open(None, group_state, space, shared)[1]
+            for group, group_state, space in zip(self.groups, state.groups, buffers, strict=True)
         )
-        stream = StreamState(jnp.zeros(batch, jnp.int32), state, runs)
-        rows_BND = None if carrier is None else carrier.tokens(state.shared)
-        return stream if rows_BND is None else self._beside(rows_BND, stream, 0)[1]
+        stream = StreamState(position_B, state, groups)
+        rows_BND = None if self.stack is None else self.stack.prefix(begun)
+        return stream if rows_BND is None else self._add(rows_BND, stream, 0)[1]
 
     def extend(
         self, tokens: Int[Array, "B S"], count: Int[Array, " B"], stream: StreamState
@@ -311,52 +333,67 @@ class LanguageModel(nn.Module):
           count: how many of them each row takes.
           stream: the open segment.
         Returns:
-          Hidden states as the head takes them, meaningless behind `count`, and the segment with these tokens.
+          Hidden states as the head takes them, meaningless after `count`, and the segment with these tokens.
         """
-        T, extra = self.config.segment_tokens, self._extra
-        step_1S = jnp.arange(tokens.shape[1])[None]
-        position_BS = stream.position[:, None] + step_1S
-        live_BS = step_1S < count[:, None]
-        slot_BS = jnp.where(live_BS, position_BS + extra, T + 2 * extra)
-        place = Place(position_BS + extra, slot_BS, jnp.where(live_BS, position_BS, T))
-        hidden_BSD, stream = self._through(self.embed(tokens), stream, place)
+        T, (before, after) = self.config.segment_tokens, self._added
+        position_BS = stream.position[:, None] + jnp.arange(tokens.shape[1])[None]
+        valid_BS = jnp.arange(tokens.shape[1])[None] < count[:, None]
+        slot_BS = jnp.where(valid_BS, position_BS + before, before + T + after)
+        place = Place(position_BS + before, slot_BS, jnp.where(valid_BS, position_BS, T), valid_BS)
+        hidden_BSD, stream = self._pieces(self.embed(tokens), stream, place)
         return hidden_BSD, stream._replace(position=stream.position + count)
 
     def close(self, stream: StreamState, full: Bool[Array, " B"]) -> StreamState:
         """Ends the segment of the rows that are full, and begins their next one."""
-        carrier, T, extra = self.carrier, self.config.segment_tokens, self._extra
-        batch, before = full.shape[0], stream.state
-        rows_BND = None if carrier is None else carrier.tokens(before.shared)
-        hidden_BND, ended = None, stream
+        stack, before = self.stack, stream.state
+        begun, shared = self._stack_start(before)
+        rows_BND, hidden_BND, ended = None if stack is None else stack.suffix(begun), None, stream
         if rows_BND is not None:
-            hidden_BND, ended = self._beside(rows_BND, stream, T + extra)
-        thread, runs = None if carrier is None else carrier.thread(before.shared), []
-        for run, run_open in zip(self.runs, ended.runs, strict=True):
-            thread, run_state = run.close(thread, run_open, None)
-            runs.append(run_state)
-        shared = None if carrier is None else carrier.leave(before.shared, thread, hidden_BND, {})
-        state = select_rows(full, ModelState(tuple(runs), shared), before, self.state_axes())
-        opened = self.open(state, batch)
+            hidden_BND, ended = self._add(rows_BND, stream, self._added[0] + self.config.segment_tokens)
+        groups = []
+        for group, opened, group_state in zip(self.groups, ended.groups, before.groups, strict=True):
+            shared, group_state = group.close(shared, opened, group_state)
+            groups.append(group_state)
+        after = before.stack
+        if stack is not None:
+            after = clear_start(stack.update(begun, shared, hidden_BND, {}), stack.state_axes())
+        state = select_rows(full, ModelState(tuple(groups), after), before, self.state_axes())
+        # Buffers are reused: causality hides what an older segment left in them.
+        begin = self._begin_segment(jnp.where(full, 0, stream.position), state, [g.buffers for g in stream.groups])
         # Every array of an open layer has the layers axis first and the batch next.
         chosen = jax.tree.map(
-            lambda new, old: jnp.where(full.reshape(1, -1, *[1] * (old.ndim - 2)), new, old), opened.runs, stream.runs
+            lambda new, old: jnp.where(full.reshape(1, -1, *[1] * (old.ndim - 2)), new, old),
+            begin.groups,
+            stream.groups,
         )
-        return StreamState(jnp.where(full, 0, stream.position), state, chosen)
+        return begin._replace(groups=chosen)
+
+    def _stack_start(self, state: ModelState) -> tuple[State, State]:
+        """The stack's memory with its start, and what blocks share of it."""
+        if self.stack is None:
+            return None, None
+        begun = begin_rows(state.stack, self.stack.start_state(), self.stack.state_axes())
+        return begun, self.stack.shared(begun)
 
     @property
-    def _extra(self) -> int:
-        return 0 if self.carrier is None else self.carrier.extra_tokens
+    def _added(self) -> tuple[int, int]:
+        """Rows that the stack adds before and after a segment."""
+        return (0, 0) if self.stack is None else (self.stack.prefix_tokens, self.stack.suffix_tokens)
 
-    def _beside(self, rows_BND: Array, stream: StreamState, first: int) -> tuple[Array, StreamState]:
-        """Memory tokens at positions `first` and on; nothing of them is written as text."""
+    def _add(self, rows_BND: Array, stream: StreamState, first: int) -> tuple[Array, StreamState]:
+        """A stack's rows at positions `first` and on; no memory of a block takes them."""
         position_BN = jnp.broadcast_to(first + jnp.arange(rows_BND.shape[1]), rows_BND.shape[:2])
-        nowhere_BN = jnp.full_like(position_BN, self.config.segment_tokens)
-        return self._through(rows_BND, stream, Place(position_BN, position_BN, nowhere_BN))
+        none_BN = jnp.zeros(rows_BND.shape[:2], bool)
+        return self._pieces(
+            rows_BND,
+            stream,
+            Place(position_BN, position_BN, jnp.full_like(position_BN, self.config.segment_tokens), none_BN),
+        )
 
-    def _through(self, x_BSD: Array, stream: StreamState, place: Place) -> tuple[Array, StreamState]:
+    def _pieces(self, x_BSD: Array, stream: StreamState, place: Place) -> tuple[Array, StreamState]:
         """New tokens through all blocks of the open segment."""
-        runs = []
-        for run, run_open in zip(self.runs, stream.runs, strict=True):
-            x_BSD, run_open = run.extend(x_BSD, run_open, place)
-            runs.append(run_open)
-        return self.final_norm(x_BSD), stream._replace(runs=tuple(runs))
+        groups = []
+        for group, opened, state in zip(self.groups, stream.groups, stream.state.groups, strict=True):
+            x_BSD, opened = group.extend(x_BSD, opened, state, place)
+            groups.append(opened)
+        return self.final_norm(x_BSD), stream._replace(groups=tuple(groups))

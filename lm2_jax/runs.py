@@ -28,7 +28,8 @@ class Run(NamedTuple):
 def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
     """Reads a run with the parameters of its newest intact checkpoint; the workdir is only read.
 
-    A run in float64 switches float64 on for the whole process.
+    If the run keeps a moving average of its parameters (`optim.ema_decay`), the average is read. A run in float64
+    switches float64 on for the whole process.
 
     Args:
       workdir: folder or bucket that train.py wrote.
@@ -40,15 +41,14 @@ def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
     prepare_numbers(config.model.precision)
     model = LanguageModel(config.model)
     plan = make_plan(config, model)
+    wanted, axes = (plan.shapes.params, plan.shapes.averaged), (plan.axes.params, plan.axes.averaged)
     if layout is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, plan.shapes.params)
+        shardings = jax.tree.map(lambda _: one, wanted)
     else:
-        shardings = layout.shardings(plan.axes.params, plan.shapes.params)
-    shapes = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        plan.shapes.params,
-        shardings,
+        shardings = layout.shardings(axes, wanted)
+    shapes, averaged = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), wanted, shardings
     )
-    params, step = read_params(workdir, shapes)
+    params, step = read_params(workdir, shapes, averaged)
     return Run(config, model, params, load_tokenizer(workdir, config.data.tokenizer), step)

@@ -1,12 +1,21 @@
-"""Recurrent state as a tree of NamedTuples: find its batch axis by name, reset rows, choose rows, stack layers."""
+"""Recurrent state as a tree of NamedTuples: resets, choice of rows, stacked layers; all found by logical axis names."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.types import Array, Bool, State
+from lm2_jax.types import Array, Bool, Int, State
+
+
+class Segments(NamedTuple):
+    """Borders and padding of K segments; docs/life_of_a_segment.md explains each word."""
+
+    reset: Bool[Array, "B K"]  # a document begins at this segment, so the row's state is its start
+    cut: Bool[Array, " K"]  # no gradient flows from this segment into the one before
+    valid: Bool[Array, "B K T"]  # false: padding
+    document: Int[Array, "B K T"] | None  # number of the document within the segment, where documents are packed
 
 
 def is_axes(leaf: Any) -> bool:
@@ -27,18 +36,41 @@ def along_batch(mask_B: Bool[Array, " B"], axes: tuple[str | None, ...]) -> Arra
 
 
 def select_rows(mask_B: Bool[Array, " B"], yes: State, no: State, axes: State) -> State:
-    """Rows of `yes` where the mask is true, rows of `no` elsewhere, bit for bit."""
+    """Rows of `yes` where the mask is true, rows of `no` elsewhere, bit for bit; either may have one row for all."""
     return map_axes(lambda a, y, n: jnp.where(along_batch(mask_B, a), y, n), axes, yes, no)
 
 
+def _flagged(state: State, axes: State, change: Callable[[Array, tuple[str | None, ...]], Array]) -> State:
+    def one(path: Any, leaf_axes: tuple[str | None, ...], leaf: Array) -> Array:
+        return change(leaf, leaf_axes) if getattr(path[-1], "name", None) == "is_start" else leaf
+
+    return jax.tree_util.tree_map_with_path(one, axes, state, is_leaf=is_axes)
+
+
 def reset_rows(state: State, reset_B: Bool[Array, " B"], axes: State) -> State:
-    """Marks rows as fresh; what a fresh row holds is the module's start, put in at its next use."""
+    """Marks rows as the start of a document; `begin_rows` puts the start in, at the next use."""
+    return _flagged(state, axes, lambda flag, names: flag | along_batch(reset_B, names))
 
-    def mark(path: Any, leaf_axes: tuple[str | None, ...], leaf: Array) -> Array:
-        name = getattr(path[-1], "name", None)
-        return leaf | along_batch(reset_B, leaf_axes) if name == "fresh" else leaf
 
-    return jax.tree_util.tree_map_with_path(mark, axes, state, is_leaf=is_axes)
+def clear_start(state: State, axes: State) -> State:
+    """Marks all rows as written."""
+    return _flagged(state, axes, lambda flag, _: jnp.zeros_like(flag))
+
+
+def begin_rows(state: State, start: State, axes: State) -> State:
+    """`state` with `start` (one row) in the rows that are marked as the start of a document."""
+    is_start_B = state.is_start
+    start = jax.tree.map(lambda s, leaf: s.astype(leaf.dtype), start, state)
+    return select_rows(is_start_B, start, state, axes)._replace(is_start=is_start_B)
+
+
+def check_state(axes: State, name: str) -> None:
+    """Raises TypeError for a memory's state that could never be reset: one without the flag `is_start` [B]."""
+    if getattr(axes, "is_start", None) != ("batch",):
+        raise TypeError(
+            f"the state of {name} must be a NamedTuple with a field is_start [B], whose axes are ('batch',); "
+            f"its axes are {axes}"
+        )
 
 
 def stack_layers(state: State, layers: int) -> State:
@@ -52,7 +84,7 @@ def stack_axes(axes: State) -> State:
 
 
 def stop_where(cut: Bool[Array, ""], state: State) -> State:
-    """`state`, with no gradient to where it came from if `cut`."""
+    """`state`, without a gradient to where it came from if `cut`."""
 
     def stop(leaf: Array) -> Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -63,5 +95,5 @@ def stop_where(cut: Bool[Array, ""], state: State) -> State:
 
 
 def state_floats(state: State) -> int:
-    """Numbers of all arrays of floating type: what a comparison of memories has to state."""
+    """Number of floating-point values in a state, which every comparison of memories reports."""
     return sum(leaf.size for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -27,7 +27,7 @@ def stream(
       params: its parameters.
       tokens_BS: S >= 1 tokens per row.
       state: at a segment border (`model.init_state`), or what the call before returned.
-      valid_BS: a prefix of each row; tokens behind it are not fed. None: all.
+      valid_BS: a prefix of each row; tokens after it are not fed. None: all.
     Returns:
       [B S V] logits, zero where nothing was fed, and the stream's state. At a segment border `.state` of it is the
       state that `model.apply` returns.
@@ -49,7 +49,7 @@ def absorb(
     state: ModelState | StreamState,
     valid_BS: Bool[Array, "B S"] | np.ndarray | None = None,
 ) -> tuple[Float[Array, "B V"], StreamState]:
-    """As `stream`, but computes only the logits behind each row's last token: memory is constant in S.
+    """As `stream`, but computes only the logits after each row's last token: memory is constant in S.
 
     Rows that are given no token have zero logits.
     """

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.attention import Attention, attend
+from lm2_jax.attention import Attention
+from lm2_jax.attention.keys import Keys, Queries, visible
+from lm2_jax.attention.softmax import dot_product_attention as attend
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.precision import Precision
 
@@ -15,6 +17,17 @@ def attention(window_tokens: int | None = None) -> Attention:
         width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=4, window_tokens=window_tokens
     )
     return Attention(decoder, Precision(), parent=None)
+
+
+def segment_keys(window_tokens: int | None, valid=None) -> Keys:
+    """The keys of a window and of a segment of T tokens."""
+    W = attention(window_tokens).window_keys
+    zeros = jnp.zeros((1, W + T, 1, 2))
+    return Keys(zeros, zeros, np.arange(-W, T), valid)
+
+
+def seen_by_segment(window_tokens: int | None, valid=None):
+    return visible(Queries(jnp.zeros((1, T, 1, 2))), segment_keys(window_tokens, valid), window_tokens)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +57,29 @@ def attention(window_tokens: int | None = None) -> Attention:
     ],
 )
 def test_a_token_of_the_window_sees_itself_and_those_before(window_tokens, sees):
-    layer = attention(window_tokens)
-    keys = layer.window_keys + T
-    mask = layer._mask(jnp.arange(T)[None], jnp.ones((1, keys), bool))
+    mask = seen_by_segment(window_tokens)
     expected = np.array([[c == "1" for c in row.replace(" ", "")] for row in sees])
     np.testing.assert_array_equal(mask[0], expected)
 
 
 def test_a_key_that_does_not_count_is_not_seen():
-    seen = jnp.array([[True, False, True, True, False, True]])
-    mask = attention(3)._mask(jnp.arange(T)[None], seen)
+    valid = jnp.array([[True, False, True, True, False, True]])
+    mask = seen_by_segment(3, valid)
     assert not np.asarray(mask)[0][:, [1, 4]].any()
+    assert np.asarray(mask)[0][:, [0, 2, 3, 5]].any(axis=0).all()
+
+
+def test_a_piece_of_a_segment_sees_what_its_positions_see():
+    rows = visible(Queries(jnp.zeros((1, 2, 1, 2)), jnp.array([[1, 3]])), segment_keys(3), 3)
+    np.testing.assert_array_equal(rows[0], np.asarray(seen_by_segment(3))[0][[1, 3]])
+
+
+def test_every_query_sees_a_prefix_and_its_own_document():
+    queries = Queries(jnp.zeros((1, 3, 1, 2)), document=jnp.array([[0, 0, 1]]))
+    zeros = jnp.zeros((1, 3, 1, 2))
+    assert visible(queries, Keys(zeros, zeros), 1).all()
+    tokens = visible(queries, Keys(zeros, zeros, np.arange(3), document=queries.document), None)
+    np.testing.assert_array_equal(tokens[0], [[1, 0, 0], [1, 1, 0], [0, 0, 1]])
 
 
 def test_without_a_window_no_key_is_carried():
@@ -63,7 +88,7 @@ def test_without_a_window_no_key_is_carried():
     window = attention(3).init_window(5)
     assert window is not None
     assert window.k.shape == (5, 2, 1, 4)
-    assert window.fresh.all()
+    assert window.is_start.all()
     assert not window.valid.any()
 
 

@@ -8,10 +8,12 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from lm2_jax.memory.bank_reads import BankKeys, attend_slots, slot_weights
+from lm2_jax.attention import ExtraKV
+from lm2_jax.memory.bank_reads import attend_slots, slot_weights
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite, gated_update
 from lm2_jax.memory.gated_bank import GatedBankConfig, identity_rows
 from lm2_jax.precision import Precision
+from lm2_jax.state import begin_rows
 from tests.contract.subjects import UNOPTIMIZED
 
 
@@ -33,8 +35,12 @@ def test_no_two_slots_are_equal_after_one_segment(slots, write):
     memory = GatedBankConfig(num_slots=slots, num_heads=2, write=write).build(8, Precision())
     x = jax.random.normal(jax.random.key(1), (1, 7, 8))
     state, valid = memory.init_state(1), jnp.ones((1, 7), bool)
-    init = jax.jit(memory.init_with_output, compiler_options=UNOPTIMIZED)
-    (_, state), _ = init(jax.random.key(0), x, state, valid)
+
+    def write(bank, x, state, valid):
+        return bank.write(x, begin_rows(state, bank.start_state(), bank.state_axes()), valid)
+
+    init = jax.jit(lambda *a: memory.init_with_output(*a, method=write), compiler_options=UNOPTIMIZED)
+    state, _ = init(jax.random.key(0), x, state, valid)
     rows = np.asarray(state.slots[0])
     gaps = [np.linalg.norm(a - b) for a, b in itertools.combinations(rows, 2)]
     assert min(gaps) > 1e-2
@@ -47,7 +53,7 @@ def test_no_two_slots_are_equal_after_one_segment_of_the_default_write():
     model, tokens = lm2_jax.build_model(config), jnp.arange(config.segment_tokens)[None] % 7
     params = jax.jit(model.init)(jax.random.key(0), tokens, model.init_state(1))
     _, state = jax.jit(model.apply)(params, tokens, model.init_state(1))
-    for slots_ND in state.runs[0].memory.slots[:, 0]:
+    for slots_ND in state.groups[0].memory.slots[:, 0]:
         distances = np.linalg.norm(slots_ND[:, None] - slots_ND[None], axis=-1)
         assert distances[~np.eye(len(slots_ND), dtype=bool)].min() > 1e-2
 
@@ -70,9 +76,9 @@ def test_gated_update_is_bounded():
 
 def test_gates_are_float32_in_a_bfloat16_model():
     narrow = jnp.full((1, 1, 2), 0.5, jnp.bfloat16)
-    notes = {}
-    assert gated_update(narrow, narrow, narrow, narrow, notes).dtype == jnp.float32
-    assert notes["gate_input"] == pytest.approx(1 / (1 + np.exp(-0.5)))
+    metrics = {}
+    assert gated_update(narrow, narrow, narrow, narrow, metrics).dtype == jnp.float32
+    assert metrics["gate_input"] == pytest.approx(1 / (1 + np.exp(-0.5)))
 
 
 def test_slot_weights_by_hand():
@@ -100,34 +106,33 @@ def test_query_heads_share_the_slots_of_their_group():
     q, k, v = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 5, 4, 3), (1, 6, 2, 3), (1, 6, 2, 3))
     )
-    found = attend_slots(q, BankKeys(k, v))
+    found = attend_slots(q, ExtraKV(k, v))
     for head in (1, 2):
         group = head // 2
-        alone = attend_slots(q[:, :, head : head + 1], BankKeys(k[:, :, group : group + 1], v[:, :, group : group + 1]))
+        alone = attend_slots(q[:, :, head : head + 1], ExtraKV(k[:, :, group : group + 1], v[:, :, group : group + 1]))
         np.testing.assert_allclose(found[:, :, head], alone[:, :, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_usage_entropy_is_one_where_all_slots_are_used_alike():
-    notes = {}
+    metrics = {}
     same = jnp.ones((1, 6, 2, 3))
-    attend_slots(jnp.ones((1, 5, 4, 3)), BankKeys(same, same), notes=notes)
-    assert notes["usage_entropy"] == pytest.approx(1, abs=1e-5)
+    attend_slots(jnp.ones((1, 5, 4, 3)), ExtraKV(same, same), metrics=metrics)
+    assert metrics["usage_entropy"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_learned_start_begins_as_the_identity():
     memory = GatedBankConfig(num_slots=3, num_heads=2, start="learned").build(4, Precision())
-    state = memory.init_state(1)
-    params = nn.unbox(memory.init(jax.random.key(0), state, method="slots"))
+    params = nn.unbox(memory.init(jax.random.key(0), method="start_state"))
     np.testing.assert_array_equal(params["params"]["start"], np.eye(3, 4))
-    np.testing.assert_array_equal(memory.apply(params, state, method="slots"), np.eye(3, 4)[None])
+    np.testing.assert_array_equal(memory.apply(params, method="start_state").slots, np.eye(3, 4)[None])
 
 
-def test_a_fresh_row_holds_the_start_whatever_its_slots_are():
+def test_a_row_that_begins_a_document_holds_the_start_whatever_its_slots_are():
     memory = GatedBankConfig(num_slots=3, num_heads=2).build(4, Precision())
     state = memory.init_state(2)
-    used = state._replace(slots=jnp.full((2, 3, 4), 7.0), fresh=jnp.array([True, False]))
-    slots = memory.apply({"params": {}}, used, method="slots")
-    np.testing.assert_array_equal(slots, [np.eye(3, 4), np.full((3, 4), 7.0)])
+    used = state._replace(slots=jnp.full((2, 3, 4), 7.0), is_start=jnp.array([True, False]))
+    begun = begin_rows(used, memory.apply({"params": {}}, method="start_state"), memory.state_axes())
+    np.testing.assert_array_equal(begun.slots, [np.eye(3, 4), np.full((3, 4), 7.0)])
 
 
 def test_positions_need_an_even_head_width():

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from lm2_jax.attention import Attention, Beside, Segments
+from lm2_jax.attention import Attention, ExtraKV
 from lm2_jax.blocks.base import Block
 from lm2_jax.blocks.combine import Mix, Product
 from lm2_jax.blocks.context import ContextJoin
@@ -26,17 +26,24 @@ from lm2_jax.data.shards import TokenShards
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
-from lm2_jax.memory.inner import LinearNetwork
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
-from lm2_jax.model import Run, split_runs
+from lm2_jax.model import LayerGroup, layer_groups
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork
 from lm2_jax.precision import Precision
+from lm2_jax.state import Segments
 from tests.contract.subjects import UNOPTIMIZED
 
 T, D = 4, 8
 BANK, TITANS = GatedBankConfig(num_slots=4, write=SlotsWrite()), TitansConfig(chunk_tokens=8)
 LINEAR = dataclasses.replace(TITANS, network=LinearNetwork(), conv_tokens=0, remat="none")
+
+
+def project_and_merge(layer, x, window, segments):
+    """All parameters of an attention layer."""
+    projected, window = layer.project(x, window, segments)
+    return layer.output(projected.q), window
 
 
 def sight(window_tokens: int | None, with_own: bool, documents: list[int] | None = None) -> list[str]:
@@ -56,17 +63,19 @@ def sight(window_tokens: int | None, with_own: bool, documents: list[int] | None
     x = jnp.asarray(rng.standard_normal((1, 1, T, D)), jnp.float32)
     window = layer.init_window(1)
     if window is not None:
-        window = window._replace(valid=jnp.ones_like(window.valid), fresh=jnp.zeros(1, bool))
-    params = layer.init(jax.random.key(0), x, window, segments)
+        window = window._replace(valid=jnp.ones_like(window.valid), is_start=jnp.zeros(1, bool))
+    params = layer.init(jax.random.key(0), x, window, segments, method=project_and_merge)
 
     def values(v_always, v_own, v_past, v_here):
-        asked, _ = layer.apply(params, x, window, segments, method="project")
-        one = jax.tree.map(lambda a: a[:, 0], asked)._replace(v=v_here)
-        if one.past is not None:
-            one = one._replace(past=one.past._replace(v=v_past))
-        own = Beside(one.k, v_own) if with_own else None
-        always = Beside(jnp.ones((1, 2, 1, 4)), v_always)
-        return layer.apply(params, one, always, own, method="meet").y[0].sum(axis=-1)
+        projected, _ = layer.apply(params, x, window, segments, method="project")
+        one = jax.tree.map(lambda a: a[:, 0], projected)
+        kv = one.kv._replace(v=v_here)
+        if kv.past is not None:
+            kv = kv._replace(past=kv.past._replace(v=v_past))
+        own = ExtraKV(kv.k, v_own) if with_own else None
+        always = ExtraKV(jnp.ones((1, 2, 1, 4)), v_always)
+        heads = layer.apply(params, one._replace(kv=kv), always, own, method="attend")
+        return layer.apply(params, heads, method="output")[0].sum(axis=-1)
 
     W = layer.window_keys
     shapes = [(1, n, 1, 4) for n in (2, T, W, T)]
@@ -115,15 +124,20 @@ def test_the_mix_by_hand():
     np.testing.assert_allclose(combined(Mix(), params, [8.0, 2.0], [4.0, 6.0]), [7.0, 4.0], rtol=1e-6)
 
 
-def test_runs_of_a_mixed_decoder_are_its_parts():
+def test_groups_of_a_mixed_decoder_are_its_parts():
     bank, titans = Part((0, 1, 4), BANK, GateJoin()), Part((3,), TITANS, ContextJoin())
     config = ModelConfig(memory=NoMemory(), join=MixedJoin(parts=(bank, titans)), decoder=DecoderConfig(num_layers=5))
-    assert split_runs(config) == [Run(0, 2), Run(2, 1), Run(3, 1), Run(4, 1)]
+    assert layer_groups(config) == [LayerGroup(0, 2), LayerGroup(2, 1), LayerGroup(3, 1), LayerGroup(4, 1)]
     assert config.has_memory
     assert config.block_of(3)[1].memory == TITANS
     assert config.block_of(2)[1].memory == NoMemory()
     state = lm2_jax.build_model(config).init_state(2)
-    assert [type(run.memory).__name__ for run in state.runs] == ["BankState", "NoneType", "TitansState", "BankState"]
+    assert [type(group.memory).__name__ for group in state.groups] == [
+        "BankState",
+        "NoneType",
+        "TitansState",
+        "BankState",
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +164,7 @@ PACKED = DataConfig(source=TokenShards(path="shards", packing="packed"))
     ("make", "words"),
     [
         (lambda: ModelConfig(memory=BANK, join=MixerJoin()), ["join 'mixer'", "'titans'", "'gated_bank'"]),
-        (lambda: ModelConfig(memory=TokensConfig(), join=GateJoin()), ["join 'gate'", "'gated_bank' or 'titans'"]),
+        (lambda: ModelConfig(memory=TokensConfig(), join=GateJoin()), ["join 'gate'", "'gated_bank'", "'titans'"]),
         (lambda: ModelConfig(memory=NoMemory(), join=LayerJoin()), ["join 'layer'", "'none'"]),
         (lambda: ModelConfig(memory=GatedBankConfig(), join=ContextJoin()), ["'context'", "memory.write", "'slots'"]),
         (lambda: ModelConfig(memory=TITANS, join=ContextJoin(retrieve="rows")), ["join.retrieve='rows'", "'titans'"]),

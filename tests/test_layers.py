@@ -9,7 +9,8 @@ from flax import linen as nn
 import lm2_jax
 from lm2_jax.decoder import RopeScaling
 from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rope_frequencies, rotate
-from lm2_jax.precision import Precision, safe
+from lm2_jax.parameters import DeclaredParameter, Role, named
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import abstract_params
 
@@ -33,8 +34,34 @@ def test_einsum_names_one_axis_per_dimension():
     layer = Einsum((5, 2, 3), ("embed", "heads", "head"), PRECISION)
     boxed = jax.eval_shape(lambda: layer.init(jax.random.key(0), "btd,dhk->bthk", jnp.zeros((1, 4, 5))))
     (kernel,) = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    assert isinstance(kernel, DeclaredParameter)
+    assert (kernel.role, kernel.in_dims) == (Role.WEIGHT, 1)
     assert kernel.names == ("embed", "heads", "head")
     assert kernel.value.shape == (5, 2, 3)
+
+
+def test_a_constant_start_is_a_jax_array_in_every_trace():
+    """Newer versions of Linen evaluate the trace of a scan, where a constant would come out as a numpy array."""
+    found = []
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _):
+            init = named(lambda *_: jnp.asarray(np.eye(3, dtype=np.float32)), ("slots", "embed"), Role.START)
+            start = self.param("start", init, (3, 3), jnp.float32)
+            found.append(isinstance(start, jax.Array))
+            return carry + start, None
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            step = nn.scan(Inner, variable_broadcast="params", split_rngs={"params": False}, length=2)
+            return step()(x, None)[0]
+
+    shapes = jax.eval_shape(Outer().init, jax.random.key(0), jnp.zeros((3, 3)))
+    assert [leaf.shape for leaf in jax.tree.leaves(nn.unbox(shapes))] == [(3, 3)]
+    assert found
+    assert all(found)
 
 
 def test_einsum_equals_the_plain_product():
@@ -100,8 +127,8 @@ def test_the_tied_head_is_the_transpose_of_the_embedding():
     np.testing.assert_allclose(logits, x @ table.T)
 
 
-def test_safe_types():
-    assert [safe(t) for t in ("bfloat16", "float32", "float64")] == ["float32", "float32", "float64"]
+def test_types_of_at_least_float32():
+    assert [at_least_float32(t) for t in ("bfloat16", "float32", "float64")] == ["float32", "float32", "float64"]
 
 
 def test_rotate_by_hand():

@@ -7,7 +7,7 @@ import lm2_jax
 from lm2_jax.blocks.plain import PlainJoin
 from lm2_jax.config import ModelConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.loss import token_losses
+from lm2_jax.loss import token_losses, token_terms
 from lm2_jax.memory.none import NoMemory
 from tests.contract.subjects import generic_params
 
@@ -37,6 +37,8 @@ def test_loss_and_best_token_by_the_definition(tie_head):
         losses, -np.take_along_axis(log_p, np.asarray(targets)[:, :, None], 2)[:, :, 0], rtol=1e-5
     )
     np.testing.assert_array_equal(best, logits.argmax(-1))
+    normalizer = token_terms(m, params, hidden, targets, time_chunk=3).log_normalizer_BS
+    np.testing.assert_allclose(normalizer, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("time_chunk", [1, 2, 3, 4, 6, 7])

@@ -12,7 +12,7 @@ import lm2_jax
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.config import ModelConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.model import Run, split_runs
+from lm2_jax.model import LayerGroup, layer_groups
 from tests.contract.subjects import abstract_params
 
 T = 32
@@ -91,15 +91,15 @@ def test_forward_gives_logits_on_demand_and_diagnostics_by_layer():
 @pytest.mark.parametrize(
     ("layers", "runs"),
     [
-        (None, [Run(0, 4)]),
-        ((0,), [Run(0, 1), Run(1, 3)]),
-        ((1, 2), [Run(0, 1), Run(1, 2), Run(3, 1)]),
-        ((0, 2), [Run(0, 1), Run(1, 1), Run(2, 1), Run(3, 1)]),
+        (None, [LayerGroup(0, 4)]),
+        ((0,), [LayerGroup(0, 1), LayerGroup(1, 3)]),
+        ((1, 2), [LayerGroup(0, 1), LayerGroup(1, 2), LayerGroup(3, 1)]),
+        ((0, 2), [LayerGroup(0, 1), LayerGroup(1, 1), LayerGroup(2, 1), LayerGroup(3, 1)]),
     ],
 )
 def test_equal_blocks_run_together(layers, runs):
     config = ModelConfig(decoder=DecoderConfig(num_layers=4), join=ResidualJoin(layers=layers))
-    assert split_runs(config) == runs
+    assert layer_groups(config) == runs
     params = abstract_params(lm2_jax.build_model(config))
     assert {name for name in params if name.startswith("blocks_")} == {f"blocks_{run.first}" for run in runs}
     with_memory = [run for run in runs if run.first in config.join.memory_layers(4)]

@@ -9,11 +9,12 @@ import pytest
 
 import lm2_jax
 from lm2_jax import runs
+from lm2_jax.aot import compile_only
+from lm2_jax.aot.topology import parse_topology
 from lm2_jax.config import to_dict
 from lm2_jax.errors import UserError
-from lm2_jax.sharding import MeshConfig, compile_only
+from lm2_jax.sharding import MeshConfig
 from lm2_jax.sharding.plan import describe_plan
-from lm2_jax.sharding.topology import parse_topology
 from tests.contract.subjects import FLOAT64
 
 NARROW = lm2_jax.preset("none_tiny")

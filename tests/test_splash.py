@@ -1,7 +1,6 @@
 """The TPU kernel, run as plain operations, against plain attention."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,11 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from lm2_jax import splash
+from lm2_jax.attention import splash
+from lm2_jax.attention.backends import attend as attend_sets
+from lm2_jax.attention.keys import Keys, Queries
+from lm2_jax.attention.softmax import dot_product_attention as attend
 from lm2_jax.blocks.plain import PlainJoin
-from lm2_jax.dot_product import attend
 from lm2_jax.precision import Precision
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import FLOAT64, abstract_params, generic_params, precise
@@ -153,7 +154,7 @@ def test_persistent_tokens_and_rows_of_a_bank_are_seen_alike_in_both_forms(name)
     [
         ("rmt_tiny", Precision(), r"multiple of 128 tokens .* got 134 in all \(.*twice memory.num_tokens\)"),
         ("titans_mac_tiny", Precision(), "no retrieved row per token"),
-        ("none_window_tiny", Precision(), "no persistent tokens .* beside an attention window"),
+        ("none_window_tiny", Precision(), "no persistent tokens .* with an attention window"),
         ("lm2_tiny", FLOAT64, "precision.compute is float64"),
     ],
 )
@@ -171,10 +172,22 @@ def test_what_the_kernel_does_not_take_is_refused_where_it_is_asked_for(name, ty
 
 
 def test_rows_that_all_tokens_see_are_taken_alone():
-    takes = functools.partial(splash.obstacle, 128, jnp.dtype("float32"), True, False)
-    assert takes(False, False) is None
-    assert "beside packed documents" in takes(False, True)
-    assert "decoder.window_tokens" in takes(True, False)
+    zeros = jnp.zeros((1, 128, 2, 8))
+    sets = [Keys(zeros[:, :3], zeros[:, :3]), Keys(zeros, zeros, np.arange(128))]
+    documents = jnp.zeros((1, 128), jnp.int32)
+    assert splash.unsupported(Queries(zeros), sets, None) is None
+    assert "with packed documents" in splash.unsupported(Queries(zeros, document=documents), sets, None)
+    assert "decoder.window_tokens" in splash.unsupported(Queries(zeros), sets, 8)
+    assert "pieces" in splash.unsupported(Queries(zeros, position=documents), sets, None)
+
+
+def test_cudnn_is_asked_for_by_name_and_needs_its_hardware():
+    zeros = jnp.zeros((1, 4, 2, 8))
+    keys = [Keys(zeros, zeros, np.arange(4))]
+    with pytest.raises(
+        ValueError, match="'cudnn' needs an NVIDIA GPU, this runs on 'cpu'; set it to 'auto' or 'plain'"
+    ):
+        attend_sets(Queries(zeros), keys, None, "cudnn")
 
 
 def test_short_segments_stay_with_plain_attention():

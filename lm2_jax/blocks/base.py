@@ -1,41 +1,45 @@
-"""What every block offers, whatever joins it: whole segments at once, or one segment in pieces."""
+"""What every block shares: its modules, its state, and how its data flow is run; see `ports`."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.attention import WINDOW_AXES, Attention, Beside, OpenAttention, Segments, Window
+from lm2_jax.attention import Attention, ExtraKV
+from lm2_jax.attention.layer import WINDOW_AXES
+from lm2_jax.blocks.ports import Buffers, LayerState, OpenLayer, PiecePort, Place, SegmentsPort
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.layers import RMSNorm, SwiGLU, constrain, named
-from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.layers import RMSNorm, SwiGLU, named
+from lm2_jax.memory.base import Capability, MemoryConfig, Metrics
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
-from lm2_jax.types import Array, Bool, Float, Int, State
+from lm2_jax.state import Segments
+from lm2_jax.types import Array, Float, State
 
 if TYPE_CHECKING:
+    from lm2_jax.blocks.stack import StackMemory
     from lm2_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinConfig(Family):
-    """Base of all joins; `model.join` of a run."""
+    """Base of all joins, the ways in which a memory meets the decoder; `model.join` of a run."""
 
     layers_field: ClassVar[str] = "join.layers"  # where `memory_layers` come from, for messages
 
-    def memory_kinds(self) -> tuple[str, ...]:
-        """Kinds of memory that make sense in this join."""
+    def requires(self) -> tuple[Capability, ...]:
+        """What the memory must be capable of: all of one of these sets."""
         raise NotImplementedError
 
     def memory_layers(self, num_layers: int) -> tuple[int, ...]:
         """Blocks that have a memory of their own."""
-        raise NotImplementedError
+        return ()
 
     def block(self) -> type["Block"]:
         """The block of a layer with memory."""
-        raise NotImplementedError
+        return Block
 
     def block_of(self, layer: int, spec: "BlockSpec") -> tuple[type["Block"], "BlockSpec"]:
         """The block of one layer and what it is built from; layers with equal ones run as one loop."""
@@ -53,16 +57,20 @@ class JoinConfig(Family):
         """Whether a loss depends on writes of its own segment; else only those of segments before it are learned."""
         return False
 
-    def carrier(self, spec: "BlockSpec", **linen: Any) -> "Carrier | None":
-        """What travels through the whole stack with a segment, if anything does; `linen` passes on `parent`."""
+    def stack(self, spec: "BlockSpec", **linen: Any) -> "StackMemory | None":
+        """State of the stack of all blocks, if there is any; `linen` passes on `parent`."""
         return None
 
     def check(self, model: "ModelConfig") -> None:
-        """Raises ValueError where memory, decoder and join do not fit."""
-        if model.memory.kind not in self.memory_kinds():
+        """Raises ValueError, naming the field to change, where memory, decoder and join do not fit."""
+        needed, memory = self.requires(), model.memory
+        if not any(one in memory.capabilities if one else not memory.capabilities for one in needed):
+            wanted = " or ".join(repr(kind) for kind in _kinds_with(needed))
+            missing = min((one & ~memory.capabilities for one in needed), key=lambda one: bin(one.value).count("1"))
+            lack = f"cannot {missing.name}" if missing else "is not used there"
             raise ValueError(
-                f"join {self.kind!r} takes a memory of kind {' or '.join(map(repr, self.memory_kinds()))}, "
-                f"got {model.memory.kind!r}; change model.memory or model.join"
+                f"join {self.kind!r} takes a memory of kind {wanted}, got {memory.kind!r}, which {lack}; "
+                "change model.memory or model.join"
             )
         layers = self.memory_layers(model.decoder.num_layers)
         if layers != tuple(sorted(set(layers))) or (
@@ -72,6 +80,18 @@ class JoinConfig(Family):
                 f"{self.layers_field}={layers} must be increasing block numbers below decoder.num_layers="
                 f"{model.decoder.num_layers}"
             )
+        if memory.capabilities:
+            memory.check_module(model.decoder.width, model.precision)
+
+
+def _kinds_with(needed: tuple[Capability, ...]) -> list[str]:
+    """Kinds of memory that some setting of theirs gives one of these sets of capabilities, for messages."""
+    kinds = []
+    for kind, config in MemoryConfig.registry.items():
+        offered = config().capabilities | config.optional_capabilities
+        if any(one in offered if one else not offered for one in needed):
+            kinds.append(kind)
+    return sorted(kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,36 +109,14 @@ class Carry(NamedTuple):
     """What goes from block to block."""
 
     x: Float[Array, "B J T D"]
-    thread: State  # a memory that all blocks write in turn, or None
+    shared: State  # a memory that all blocks write in turn, or None
 
 
 class Context(NamedTuple):
-    """What all blocks share: the segments, and the threaded memory as it stood before them."""
+    """What is the same for all blocks: the segments, and the shared memory before them."""
 
     segments: Segments
-    start: State
-
-
-class LayerState(NamedTuple):
-    """What one block carries across a segment border."""
-
-    window: Window | None
-    memory: State
-
-
-class OpenLayer(NamedTuple):
-    """One block inside an unfinished segment."""
-
-    attention: OpenAttention | None  # None in a block without attention
-    memory: Any  # what the memory's `open` made, or None
-
-
-class Place(NamedTuple):
-    """Where S new tokens stand in their segment."""
-
-    position: Int[Array, "B S"]  # counted from the segment's start, memory tokens included
-    slot: Int[Array, "B S"]  # where their keys are kept; at least the segment's length for tokens that do not count
-    buffer: Int[Array, "B S"]  # the same without memory tokens, for what is written at the segment's end
+    shared_start: State
 
 
 class PersistentTokens(nn.Module):
@@ -130,147 +128,128 @@ class PersistentTokens(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "1 N D"]:
-        """In the compute type, on the scale of the embedding."""
-        init = named(nn.initializers.normal(self.width**-0.5), ("window", "embed"))
+        """In the compute dtype, on the scale of the embedding."""
+        init = named(nn.initializers.normal(self.width**-0.5), ("window", "embed"), Role.START)
         start_ND = self.param("start", init, (self.rows, self.width), jnp.dtype(self.precision.params))
         return start_ND[None].astype(jnp.dtype(self.precision.compute))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the base of all joins and the whole of a block without memory.
+    """A decoder block without memory, and the base of all blocks with one.
 
-    Every method has the form `(carry, state of this layer, shared) -> (carry, new state of this layer)`, so that runs
-    of equal blocks can be scanned.
+    A subclass describes its data flow once, in `flow`. `forward` (full segments) and `open`, `extend`, `close` (one
+    segment in pieces) run it. They have the form `(carry, state of this layer, ...) -> (carry, new state of this
+    layer)`, so that equal blocks can be scanned.
     """
 
     spec: BlockSpec
+    has_attention: ClassVar[bool] = True
+    reads: ClassVar[bool] = False  # whether the flow calls `port.read`
+    makes_own_keys: ClassVar[bool] = False  # whether the flow calls `port.own_keys`
+    is_shared: ClassVar[bool] = False  # whether the memory is one for all layers
 
     def setup(self) -> None:
         d, precision = self.spec.decoder, self.spec.precision
-        self.attention_norm = RMSNorm(precision, d.norm_epsilon)
-        self.attention = Attention(d, precision)
+        if self.has_attention:
+            self.attention_norm = RMSNorm(precision, d.norm_epsilon)
+            self.attention = Attention(d, precision)
         self.mlp_norm = RMSNorm(precision, d.norm_epsilon)
         self.mlp = SwiGLU(d.width, d.mlp_width, precision)
-        self.setup_persistent()
+        rows = self.spec.join.persistent_tokens()
+        self.persistent = PersistentTokens(rows, d.width, precision) if rows else None
         self.setup_memory()
 
-    def setup_persistent(self) -> None:
-        """Builds the persistent tokens, if the join has any."""
-        rows = self.spec.join.persistent_tokens()
-        self.persistent = PersistentTokens(rows, self.spec.decoder.width, self.spec.precision) if rows else None
-
     def setup_memory(self) -> None:
-        """Builds what the join adds."""
+        """Builds what a block with memory adds."""
 
-    def init_state(self, batch: int) -> LayerState:
-        """State before the first segment; needs no parameters."""
-        attention = Attention(self.spec.decoder, self.spec.precision, parent=None)
-        return LayerState(attention.init_window(batch), None)
+    def flow(self, x: Array, port: Any) -> Array:
+        """h = x + attention(norm(x)), y = h + mlp(norm(h)).
 
-    def state_axes(self) -> LayerState:
-        """Logical axes of `init_state`."""
-        return LayerState(WINDOW_AXES if (self.spec.decoder.window_tokens or 1) > 1 else None, None)
+        Args:
+          x: the residual stream, [B J T D] or, in pieces, [B S D].
+          port: a `SegmentsPort` or a `PiecePort`.
+        """
+        return self.feed_forward(x + self.attended(self.attention_norm(x), port))
 
-    def visible(self) -> Beside | None:
-        """Persistent tokens as every token sees them."""
-        return None if self.persistent is None else self.attention.beside(self.attention_norm(self.persistent()))
+    def attended(self, normed: Array, port: Any) -> Array:
+        """Attention of normalised tokens."""
+        return self.attention.output(port.attend(port.project(normed)))
 
     def feed_forward(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """x + mlp(norm(x))."""
         return x + self.mlp(self.mlp_norm(x))
 
-    def forward(
-        self, carry: Carry, state: LayerState, context: Context
-    ) -> tuple[Carry, tuple[LayerState, dict[str, Array]]]:
-        """J whole segments.
+    def begin_document(self) -> tuple[ExtraKV | None, State]:
+        """What a document begins with: persistent tokens as attention sees them, and the memory, one row for all."""
+        if self.persistent is None or not self.has_attention:
+            return None, None
+        return self.attention.kv(self.attention_norm(self.persistent())), None
+
+    def begin_segment(self, state: LayerState, start: State, shared_start: State) -> OpenLayer:
+        """An open layer's parts that depend on the memory; without one, nothing."""
+        return OpenLayer(Buffers(None, None, None), None, None, None, None)
+
+    def written(self, opened: OpenLayer, memory: State) -> State:
+        """The memory after a segment that is full; without one, nothing."""
+        return None
+
+    def init_state(self, batch: int) -> LayerState:
+        """State before the first segment; needs no parameters."""
+        attention = Attention(self.spec.decoder, self.spec.precision, parent=None)
+        return LayerState(attention.init_window(batch) if self.has_attention else None, None)
+
+    def state_axes(self) -> LayerState:
+        """Logical axes of `init_state`."""
+        has_window = self.has_attention and (self.spec.decoder.window_tokens or 1) > 1
+        return LayerState(WINDOW_AXES if has_window else None, None)
+
+    def init_buffers(self, batch: int, tokens: int) -> Buffers:
+        """Buffers of a segment of so many tokens, a stack's prefix and suffix included; needs no parameters."""
+        if not self.has_attention:
+            return Buffers(None, None, None)
+        kv = Attention(self.spec.decoder, self.spec.precision, parent=None).init_keys(batch, tokens)
+        return Buffers(kv, kv if self.makes_own_keys else None, None)
+
+    def forward(self, carry: Carry, state: LayerState, context: Context) -> tuple[Carry, tuple[LayerState, Metrics]]:
+        """J full segments.
 
         Args:
-          carry: input [B J T D].
+          carry: input [B J T D], and the shared memory.
           state: of this layer before the first segment.
-          context: borders and padding.
+          context: what is the same for all blocks.
         Returns:
           Output, and the state after the last segment with diagnostics.
         """
-        normed_BJTD = self.attention_norm(carry.x)
-        attended, window = self.attention(normed_BJTD, state.window, context.segments, self.visible())
-        x_BJTD = constrain(self.feed_forward(carry.x + attended.y), ("batch", "segments", "time", "embed"))
-        return carry._replace(x=x_BJTD), (state._replace(window=window), {})
+        port = SegmentsPort(self, state, carry.shared, context.shared_start, context.segments)
+        x_BJTD = port.shard(self.flow(carry.x, port))
+        return Carry(x_BJTD, port.shared), (port.state, port.metrics)
 
-    def open(
-        self, span_BT: Float[Array, "B T"], state: LayerState, start: State
-    ) -> tuple[Float[Array, "B T"], OpenLayer]:
+    def open(self, _: None, state: LayerState, buffers: Buffers, shared_start: State) -> tuple[None, OpenLayer]:
         """Begins a segment that arrives in pieces.
 
         Args:
-          span_BT: its shape says how many rows and tokens, memory tokens included.
           state: at the segment's start.
-          start: the threaded memory at the segment's start, or None.
+          buffers: from `init_buffers`.
+          shared_start: the shared memory at the segment's start, or None.
         """
-        batch, tokens = span_BT.shape
-        return span_BT, OpenLayer(self.attention.open(state.window, batch, tokens, self.visible()), None)
+        prefix, start = self.begin_document()
+        if prefix is not None and buffers.kv is not None:
+            batch = len(buffers.kv.k)
+            prefix = ExtraKV(*(jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in prefix))
+        opened = self.begin_segment(state, start, shared_start)
+        return None, opened._replace(buffers=buffers, prefix=prefix)
 
     def extend(
-        self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
+        self, x_BSD: Float[Array, "B S D"], opened: OpenLayer, state: LayerState, place: Place
     ) -> tuple[Float[Array, "B S D"], OpenLayer]:
         """S more tokens of the open segment."""
-        assert state.attention is not None
-        attended, attention = self.attention.extend(
-            self.attention_norm(x_BSD), place.position, place.slot, state.attention
-        )
-        return self.feed_forward(x_BSD + attended.y), state._replace(attention=attention)
+        port = PiecePort(self, opened, state, place)
+        return self.flow(x_BSD, port), port.opened
 
-    def close(self, thread: State, state: OpenLayer, _: Any) -> tuple[State, LayerState]:
-        """The state after a segment that is full."""
-        assert state.attention is not None
-        return thread, LayerState(self.attention.close(state.attention), None)
-
-
-class Carrier(nn.Module):
-    """State of the whole stack: memory tokens, or one memory that all blocks write in turn.
-
-    A model that has one runs segment by segment, because the top of a segment feeds the bottom of the next.
-    """
-
-    spec: BlockSpec
-
-    @property
-    def extra_tokens(self) -> int:
-        """Tokens it adds before a segment, and as many behind it."""
-        return 0
-
-    def init_state(self, batch: int) -> State:
-        """Fresh rows."""
-        raise NotImplementedError
-
-    def state_axes(self) -> State:
-        """Logical axes of `init_state`."""
-        raise NotImplementedError
-
-    def tokens(self, state: State) -> Float[Array, "B N D"] | None:
-        """Rows that stand before the segment, and again behind it."""
-        return None
-
-    def thread(self, state: State) -> State:
-        """What the blocks write in turn."""
-        return None
-
-    def leave(self, state: State, thread: State, tokens_BND: Array | None, notes: dict[str, Array]) -> State:
-        """State after a segment.
-
-        Args:
-          state: before it.
-          thread: as the last block left it.
-          tokens_BND: normalised output at the rows behind the segment.
-          notes: diagnostics are added here.
-        """
-        raise NotImplementedError
-
-
-def any_valid(valid_BT: Bool[Array, "B T"]) -> Bool[Array, " B"]:
-    """Rows in which a segment holds anything but padding."""
-    return valid_BT.any(axis=1)
-
-
-def by_segment(tree: Any) -> Any:
-    """[B J ...] as [J B ...], for a scan over segments."""
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tree)
+    def close(self, shared: State, opened: OpenLayer, state: LayerState) -> tuple[State, LayerState]:
+        """The state after a segment that is full; `shared` is the shared memory as the block below left it."""
+        kv, window = opened.buffers.kv, None
+        if kv is not None:
+            window = self.attention.last_window(kv, state.window)
+        memory = self.written(opened, shared if self.is_shared else state.memory)
+        return (memory, LayerState(window, None)) if self.is_shared else (shared, LayerState(window, memory))

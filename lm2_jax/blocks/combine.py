@@ -7,7 +7,8 @@ import jax
 from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, Vector
-from lm2_jax.memory.base import Notes, note
+from lm2_jax.memory.base import Metrics, record
+from lm2_jax.parameters import MEMORY, Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Float
@@ -18,7 +19,7 @@ class CombineConfig(Family):
     """Base of all combinations; `model.join.combine` of a run."""
 
     def build(self, width: int, precision: Precision) -> nn.Module:
-        """The module `(y, m, notes) -> output`, all [... D]."""
+        """The module `(y, m, metrics) -> output`, all [... D]."""
         raise NotImplementedError
 
 
@@ -52,19 +53,19 @@ class ProductModule(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision)
+        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision, group=MEMORY)
 
-    def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], notes: Notes) -> Array:
+    def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], metrics: Metrics) -> Array:
         """Both sides normalised with learned scales, as Titans (arXiv:2501.00663, section 4.2) says of its gating.
 
         Args:
           y: output of attention.
           m: output of the memory.
-          notes: receives the mean of the gate.
+          metrics: receives the mean of the gate.
         """
         gate = self.norm_memory(m)
         gate = jax.nn.sigmoid(gate.astype(safe(gate.dtype)))
-        note(notes, gate_memory=gate)
+        record(metrics, gate_memory=gate)
         normed = self.norm_attention(y)
         return (normed.astype(gate.dtype) * gate).astype(normed.dtype)
 
@@ -78,16 +79,18 @@ class MixModule(nn.Module):
 
     def setup(self) -> None:
         shape, axes = (self.width, self.width), ("gate_width", "embed")
-        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision)
-        self.gate_attention, self.gate_memory = (Einsum(shape, axes, self.precision, scale=0.5) for _ in range(2))
-        self.gate_bias = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)
+        self.norm_attention, self.norm_memory = RMSNorm(self.precision), RMSNorm(self.precision, group=MEMORY)
+        self.gate_attention, self.gate_memory = (
+            Einsum(shape, axes, self.precision, scale=0.5, role=Role.GATE) for _ in range(2)
+        )
+        self.gate_bias = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias, role=Role.GATE)
 
-    def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], notes: Notes) -> Array:
+    def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], metrics: Metrics) -> Array:
         """A convex combination, so that either side can be silent; arguments as of `ProductModule`."""
         project = "...d,de->...e"
         logit = self.gate_attention(project, self.norm_attention(y)) + self.gate_memory(project, self.norm_memory(m))
         logit = logit.astype(safe(logit.dtype))
         bias = self.gate_bias().astype(logit.dtype).reshape((1,) * (logit.ndim - 1) + (-1,))
         gate = jax.nn.sigmoid(logit + bias)
-        note(notes, gate_memory=1 - gate)
+        record(metrics, gate_memory=1 - gate)
         return (gate * y.astype(gate.dtype) + (1 - gate) * m.astype(gate.dtype)).astype(y.dtype)

@@ -1,20 +1,19 @@
-"""Memory beside attention, combined by a gate (Titans' memory as gate, MAG)."""
+"""Attention and memory in parallel, combined by a gate (Titans' memory as gate, MAG)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lm2_jax.blocks.base import Carry, Context, LayerState, OpenLayer, Place
+from lm2_jax.attention import ExtraKV
 from lm2_jax.blocks.combine import CombineConfig, Product
-from lm2_jax.blocks.per_layer import PerLayerJoin, RunningBlock
-from lm2_jax.layers import constrain
-from lm2_jax.types import Array, Float, State
+from lm2_jax.blocks.memory_block import MemoryBlock, RunningJoin
+from lm2_jax.types import Array, State
 
 
 @dataclasses.dataclass(frozen=True)
-class GateJoin(PerLayerJoin):
+class GateJoin(RunningJoin):
     """h = x + combine(Attention([P; n(x)]), Memory([P; n(x)])) (arXiv:2501.00663, equations 26-28).
 
-    Attention is as wide as `decoder.window_tokens` says; persistent tokens P are always in sight.
+    Attention reaches as far as `decoder.window_tokens` says; every token sees the persistent tokens P.
     """
 
     kind: ClassVar[str] = "gate"
@@ -26,41 +25,22 @@ class GateJoin(PerLayerJoin):
         return GateBlock
 
 
-class GateBlock(RunningBlock):
-    """Attention and memory side by side on the same normalised input."""
+class GateBlock(MemoryBlock):
+    """Attention and memory on the same normalised input."""
 
     def setup_join(self) -> None:
         assert isinstance(self.spec.join, GateJoin)
         self.combine = self.spec.join.combine.build(self.spec.decoder.width, self.spec.precision)
 
-    def memory_norm_of(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        """As attention takes it."""
-        return self.attention_norm(x)
+    def begin_document(self) -> tuple[ExtraKV | None, State]:
+        """A document's memory begins with the persistent tokens."""
+        kv, start = super().begin_document()
+        if self.persistent is not None:
+            start = self.after_persistent(self.attention_norm(self.persistent()))[1]
+        return kv, start
 
-    def forward(
-        self, carry: Carry, state: LayerState, context: Context
-    ) -> tuple[Carry, tuple[LayerState, dict[str, Array]]]:
-        """See the base class."""
-        normed_BJTD = self.attention_norm(carry.x)
-        attended, window = self.attention(normed_BJTD, state.window, context.segments, self.visible())
-        m_BJTD, memory, notes = self.remember(normed_BJTD, state.memory, self.opening()[1], context.segments)
-        x_BJTD = self.feed_forward(carry.x + self.combine(attended.y, m_BJTD, notes))
-        x_BJTD = constrain(x_BJTD, ("batch", "segments", "time", "embed"))
-        return carry._replace(x=x_BJTD), (LayerState(window, memory), notes)
-
-    def open(
-        self, span_BT: Float[Array, "B T"], state: LayerState, start: State
-    ) -> tuple[Float[Array, "B T"], OpenLayer]:
-        """See the base class."""
-        span_BT, layer = super().open(span_BT, state, start)
-        return span_BT, layer._replace(memory=self.open_memory(self.begun(state.memory, self.opening()[1])))
-
-    def extend(
-        self, x_BSD: Float[Array, "B S D"], state: OpenLayer, place: Place
-    ) -> tuple[Float[Array, "B S D"], OpenLayer]:
-        """See the base class."""
-        assert state.attention is not None
-        normed_BSD = self.attention_norm(x_BSD)
-        attended, attention = self.attention.extend(normed_BSD, place.position, place.slot, state.attention)
-        m_BSD, memory = self.memory.extend(normed_BSD, place.buffer, state.memory)
-        return self.feed_forward(x_BSD + self.combine(attended.y, m_BSD, {})), OpenLayer(attention, memory)
+    def flow(self, x: Array, port: Any) -> Array:
+        """See `GateJoin`."""
+        normed = self.attention_norm(x)
+        y, m = self.attended(normed, port), port.remember(normed)
+        return self.feed_forward(x + self.combine(y, m, port.metrics))

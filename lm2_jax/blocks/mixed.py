@@ -5,7 +5,7 @@ from typing import ClassVar, NoReturn
 
 from lm2_jax.blocks.base import Block, BlockSpec, JoinConfig
 from lm2_jax.blocks.residual import ResidualJoin
-from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.memory.base import Capability, MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 
 
@@ -30,9 +30,9 @@ class MixedJoin(JoinConfig):
     parts: tuple[Part, ...] = ()
     """The parts; no block may be in two."""
 
-    def memory_kinds(self) -> tuple[str, ...]:
-        """None beside those of the parts."""
-        return ("none",)
+    def requires(self) -> tuple[Capability, ...]:
+        """No memory but those of the parts."""
+        return (Capability.NONE,)
 
     def memory_layers(self, num_layers: int) -> tuple[int, ...]:
         """Blocks of all parts."""
@@ -74,7 +74,7 @@ class MixedJoin(JoinConfig):
                 alone = dataclasses.replace(model, memory=part.memory, join=part.join)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-            if part.join.carrier(alone.block_spec, parent=None) is not None or not alone.has_memory:
+            if part.join.stack(alone.block_spec, parent=None) is not None or not alone.has_memory:
                 raise ValueError(
                     f"{where}.join: {part.join.kind!r} as configured gives no block a memory of its own; "
                     "parts need memories per layer"

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from lm2_jax.blocks.base import Block, JoinConfig
+from lm2_jax.blocks.base import JoinConfig
+from lm2_jax.memory.base import Capability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +19,10 @@ class PlainJoin(JoinConfig):
         if self.num_persistent < 0:
             raise ValueError(f"join.num_persistent must not be negative, got {self.num_persistent}")
 
+    def requires(self) -> tuple[Capability, ...]:
+        """No memory."""
+        return (Capability.NONE,)
+
     def persistent_tokens(self) -> int:
         """As configured."""
         return self.num_persistent
-
-    def memory_kinds(self) -> tuple[str, ...]:
-        """Only none."""
-        return ("none",)
-
-    def memory_layers(self, num_layers: int) -> tuple[int, ...]:
-        """No block."""
-        return ()
-
-    def block(self) -> type[Block]:
-        """The plain block."""
-        return Block

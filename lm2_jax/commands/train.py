@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 from etils import epath
 
+from lm2_jax.aot.compile_only import CompileConfig, compile_and_tell
 from lm2_jax.commands import files, flags, joins
 from lm2_jax.commands.flags import Bare, Flag, Flat
 from lm2_jax.config import RunConfig, from_dict, to_dict
@@ -27,7 +28,6 @@ from lm2_jax.errors import UserError
 from lm2_jax.footprint import check_memory
 from lm2_jax.presets import PRESETS, mesh_for
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
-from lm2_jax.sharding.compile_only import CompileConfig, compile_and_tell
 from lm2_jax.sharding.mesh import spare_threads
 from lm2_jax.sharding.plan import describe_plan
 from lm2_jax.training.fit import fit

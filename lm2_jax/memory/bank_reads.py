@@ -2,25 +2,17 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.memory.base import Notes, note
+from lm2_jax.attention.softmax import ExtraKV
+from lm2_jax.memory.base import Metrics, record
 from lm2_jax.partition import Shards, logical_shard_map, parts
 from lm2_jax.precision import safe
 from lm2_jax.types import Array, Bool, Float
 
-
-class BankKeys(NamedTuple):
-    """Slots as keys and values, grouped heads G."""
-
-    k: Float[Array, "B N G K"]
-    v: Float[Array, "B N G K"]
-
-
-KEY_AXES = BankKeys(
+KEY_AXES = ExtraKV(
     k=("batch", "slots", "kv_heads", "head"),  # pyright: ignore[reportArgumentType]
     v=("batch", "slots", "kv_heads", "head"),  # pyright: ignore[reportArgumentType]
 )
@@ -62,7 +54,7 @@ def weigh(weights_BTHN: Float[Array, "B T H N"], v_BNGK: Float[Array, "B N G K"]
 
 
 def attend_slots(
-    q_BTHK: Float[Array, "B T H K"], keys: BankKeys, top_k: int | None = None, notes: Notes | None = None
+    q_BTHK: Float[Array, "B T H K"], keys: ExtraKV, top_k: int | None = None, metrics: Metrics | None = None
 ) -> Float[Array, "B T H K"]:
     """softmax(Q K^T / sqrt(K)) V over slots, without a mask: the bank holds past segments only.
 
@@ -71,7 +63,7 @@ def attend_slots(
     """
     in_parts = q_BTHK.shape[1] % parts("time") == 0  # a piece of a stream may be too short; it stays whole
 
-    def read(shards: Shards, q_BTHK: Array, keys: BankKeys) -> tuple[Array, Array]:
+    def read(shards: Shards, q_BTHK: Array, keys: ExtraKV) -> tuple[Array, Array]:
         q_BTHK = shards.gather(q_BTHK, 1) if in_parts else q_BTHK
         weights_BTHN = slot_weights(q_BTHK, keys.k, top_k, shards)
         y_BTHK = weigh(weights_BTHN, keys.v)
@@ -79,16 +71,16 @@ def attend_slots(
 
     axes = ("batch", "time" if in_parts else None, "heads", "head")
     y_BTHK, usage_BHN = logical_shard_map(read, (axes, KEY_AXES), (axes, ("batch", "heads", "slots")))(q_BTHK, keys)
-    if notes is not None:
+    if metrics is not None:
         usage_BN = usage_BHN.mean(axis=1)
         entropy_B = -jnp.sum(usage_BN * jnp.log(usage_BN + 1e-9), axis=-1)
-        note(notes, usage_entropy=entropy_B / math.log(max(usage_BN.shape[-1], 2)))
+        record(metrics, usage_entropy=entropy_B / math.log(max(usage_BN.shape[-1], 2)))
     return y_BTHK
 
 
 def tokens_to_slots(
     q_BTHK: Float[Array, "B T H K"],
-    keys: BankKeys,
+    keys: ExtraKV,
     x_BTHK: Float[Array, "B T H K"],
     valid_BT: Bool[Array, "B T"],
     top_k: int | None,
@@ -103,7 +95,7 @@ def tokens_to_slots(
       top_k: as of the read.
     """
 
-    def bring(shards: Shards, q: Array, keys: BankKeys, x: Array, valid: Array) -> tuple[Array, Array]:
+    def bring(shards: Shards, q: Array, keys: ExtraKV, x: Array, valid: Array) -> tuple[Array, Array]:
         q_BTHK, x_BTHK, valid_BT = (shards.gather(a, 1) for a in (q, x, valid))
         weights_BTHN = slot_weights(q_BTHK, keys.k, top_k, shards)
         memory_BTHK = shards.sum(weigh(weights_BTHN, keys.v))
@@ -115,6 +107,6 @@ def tokens_to_slots(
         return to_slots(memory_BTHK), to_slots(x_BTHK.astype(memory_BTHK.dtype))
 
     tokens, slots = ("batch", "time", "heads", "head"), ("batch", "slots", "heads", "head")
-    keys_axes = BankKeys(slots, slots)  # pyright: ignore[reportArgumentType]
+    keys_axes = ExtraKV(slots, slots)  # pyright: ignore[reportArgumentType]
     mapped = logical_shard_map(bring, (tokens, keys_axes, tokens, ("batch", "time")), (slots, slots))
     return mapped(q_BTHK, keys, x_BTHK, valid_BT)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.dot_product import Keys, attend_behind
+from lm2_jax.attention.softmax import ExtraKV, attend_from_end
 from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, gathered, named, rope_frequencies, rotate
-from lm2_jax.memory.bank_reads import BankKeys, tokens_to_slots
-from lm2_jax.memory.base import Notes, note
+from lm2_jax.memory.bank_reads import tokens_to_slots
+from lm2_jax.memory.base import Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Bool, Float
@@ -19,37 +20,37 @@ from lm2_jax.types import Array, Bool, Float
 if TYPE_CHECKING:
     from lm2_jax.memory.gated_bank import GatedBankConfig
 
-# How the written tokens ask the bank: queries [B T H K], and the bank's keys.
-Asking = tuple[Array, BankKeys]
+# The read of the bank by the tokens that are written: queries [B T H K], and the bank's keys and values.
+BankQuery = tuple[Array, ExtraKV]
 
 
 @dataclasses.dataclass(frozen=True)
 class WriteConfig(Family):
     """Base of all write forms; `model.memory.write` of a run."""
 
-    by_block: ClassVar[bool] = False  # the join sends the slots through its own block, instead of giving tokens
+    through_block: ClassVar[bool] = False  # the join sends the slots through its own block instead of giving tokens
 
     def check(self, bank: "GatedBankConfig", width: int) -> None:
         """Raises ValueError where the form does not fit the bank."""
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> nn.Module:
-        """The module `(x_BTD, slots_BND, valid_BT, asking, notes) -> new slots [B N D]`."""
+        """The module `(x_BTD, slots_BND, valid_BT, query, metrics) -> new slots [B N D]`."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotsWrite(WriteConfig):
-    """Slots ask the segment what to remember, and gates decide how much of it replaces what they hold."""
+    """Slots attend to the segment; gates decide how much of what they found replaces what they hold."""
 
     kind: ClassVar[str] = "slots"
     positions: bool = True
-    """RoPE on the segment's keys, the slots asking from behind its end: tells the newer of two facts."""
+    """RoPE on the segment's keys, with the slots' queries at its end: tells the newer of two facts."""
     codes: bool = False
-    """A learned vector per slot is added before it asks, so that a slot keeps its role."""
+    """A learned embedding per slot is added to its query, so that a slot keeps its role."""
     attend_slots: bool = True
-    """Slots see each other beside the tokens, in one softmax."""
+    """Slots see each other as well as the tokens, in one softmax."""
     candidate: Literal["linear", "mlp"] = "mlp"
-    """Whether an MLP makes the candidate out of what a slot held and found."""
+    """Whether an MLP computes the candidate from what a slot held and found."""
     mlp_width: int | None = None
     """Hidden width of that MLP; None: twice the width."""
     gated: bool = True
@@ -74,12 +75,12 @@ class SlotsWrite(WriteConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BlockWrite(WriteConfig):
-    """Slots go through the decoder block like tokens behind the segment, and gates decide how much of them stays."""
+    """Slots go through the decoder block like tokens after the segment; gates decide how much of a slot is replaced."""
 
     kind: ClassVar[str] = "block"
-    by_block: ClassVar[bool] = True
+    through_block: ClassVar[bool] = True
     codes: bool = True
-    """A learned vector per slot is added before it goes through the block, so that a slot keeps its role."""
+    """A learned embedding per slot is added before it goes through the block, so that a slot keeps its role."""
     gated: bool = True
     """Input and forget gates; without them the candidate replaces the slot."""
     forget_bias: float = 1.0
@@ -94,7 +95,7 @@ class BlockWrite(WriteConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PaperWrite(WriteConfig):
-    """The paper's equations 4-6, tokens brought to slots by the transposed read weights."""
+    """The paper's equations 4-6; the transposed read weights bring tokens to slots."""
 
     kind: ClassVar[str] = "paper"
     forget_bias: float = 1.0
@@ -110,7 +111,7 @@ def gated_update(
     candidate_BND: Float[Array, "B N D"],
     input_BND: Float[Array, "B N D"],
     forget_BND: Float[Array, "B N D"],
-    notes: Notes | None = None,
+    metrics: Metrics | None = None,
 ) -> Float[Array, "B N D"]:
     """Moves each slot towards its candidate.
 
@@ -123,13 +124,13 @@ def gated_update(
       candidate_BND: U, unbounded.
       input_BND: logits of the input gate.
       forget_BND: logits of the forget gate.
-      notes: receives the mean of both gates.
+      metrics: receives the mean of both gates.
     Returns:
       [B N D] in float32 at least; |M'| <= |M| + 1.
     """
     wide = safe(slots_BND.dtype)
     g_in, g_forget = jax.nn.sigmoid(input_BND.astype(wide)), jax.nn.sigmoid(forget_BND.astype(wide))
-    note(notes, gate_input=g_in, gate_forget=g_forget)
+    record(metrics, gate_input=g_in, gate_forget=g_forget)
     return g_in * jnp.tanh(candidate_BND.astype(wide)) + g_forget * slots_BND.astype(wide)
 
 
@@ -141,9 +142,9 @@ class Gate(nn.Module):
     bias: float = 0.0
 
     def setup(self) -> None:
-        # Split by what is summed, so that gates lie like the slots they open: whole in width.
-        self.w = Einsum((self.width, self.width), ("gate_width", "embed"), self.precision)
-        self.b = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias)
+        # Sharded along the summed dimension, so that gates are sharded like their slots: not along the width.
+        self.w = Einsum((self.width, self.width), ("gate_width", "embed"), self.precision, role=Role.GATE)
+        self.b = Vector((self.width,), ("state_embed",), self.precision, fill=self.bias, role=Role.GATE)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """In float32 at least."""
@@ -182,8 +183,8 @@ class SlotsWriter(nn.Module):
         x_BTD: Float[Array, "B T D"],
         slots_BND: Float[Array, "B N D"],
         valid_BT: Bool[Array, "B T"],
-        asking: Callable[[], Asking],
-        notes: Notes | None,
+        query: Callable[[], BankQuery],
+        metrics: Metrics | None,
     ) -> Float[Array, "B N D"]:
         """U = candidate(M + attention(M -> [M; X])), then the gated update (`gated_update`)."""
         c = self.config
@@ -193,7 +194,9 @@ class SlotsWriter(nn.Module):
         candidate_BND = self.mlp(normed_BND) if c.candidate == "mlp" else found_BND
         if not c.gated:
             return self.norm_new(found_BND + candidate_BND)
-        return gated_update(slots_BND, candidate_BND, self.gate_input(normed_BND), self.gate_forget(normed_BND), notes)
+        return gated_update(
+            slots_BND, candidate_BND, self.gate_input(normed_BND), self.gate_forget(normed_BND), metrics
+        )
 
     def _attend(self, x_BTD: Array, slots_BND: Array, valid_BT: Array) -> Float[Array, "B N D"]:
         """Multi-head attention of the slots over valid tokens, and over each other if configured."""
@@ -204,12 +207,12 @@ class SlotsWriter(nn.Module):
             y = projection("bnd,dhk->bnhk", rows)
             return rotate(y, position, frequencies) if c.positions and position is not None else y
 
-        # Slots stand right behind the segment, all at one place, so that among them positions cancel.
-        rows_BND, normed_BTD, behind_N = self.norm_slots(slots_BND), self.norm_tokens(x_BTD), jnp.full(N, T)
-        q_BNHK = heads(self.q, rows_BND + self.code() if c.codes else rows_BND, behind_N)
-        tokens = Keys(heads(self.k, normed_BTD, jnp.arange(T)), heads(self.v, normed_BTD))
-        rows = Keys(heads(self.k, rows_BND, behind_N), heads(self.v, rows_BND)) if c.attend_slots else None
-        return self.o("bnhk,hkd->bnd", attend_behind(q_BNHK, tokens, valid_BT, rows))
+        # All slots are at the one position after the segment, so that positions cancel among them.
+        rows_BND, normed_BTD, end_N = self.norm_slots(slots_BND), self.norm_tokens(x_BTD), jnp.full(N, T)
+        q_BNHK = heads(self.q, rows_BND + self.code() if c.codes else rows_BND, end_N)
+        tokens = ExtraKV(heads(self.k, normed_BTD, jnp.arange(T)), heads(self.v, normed_BTD))
+        rows = ExtraKV(heads(self.k, rows_BND, end_N), heads(self.v, rows_BND)) if c.attend_slots else None
+        return self.o("bnhk,hkd->bnd", attend_from_end(q_BNHK, tokens, valid_BT, rows))
 
 
 class SlotCode(nn.Module):
@@ -223,7 +226,7 @@ class SlotCode(nn.Module):
     def __call__(self) -> Float[Array, "1 N D"]:
         """In the compute type."""
         axes = ("slots", "row_width")
-        init = named(nn.initializers.normal(1.0), axes)
+        init = named(nn.initializers.normal(1.0), axes, Role.START)
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
         return gathered(code_ND.astype(jnp.dtype(self.precision.compute)), axes, ("slots", None))[None]
 
@@ -244,7 +247,7 @@ class BlockWriter(nn.Module):
             self.gate_input = Gate(self.width, self.precision, self.config.input_bias)
             self.gate_forget = Gate(self.width, self.precision, self.config.forget_bias)
 
-    def asking(self, rows_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    def query_rows(self, rows_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """Slots as they go through the block."""
         return rows_BND + self.code() if self.config.codes else rows_BND
 
@@ -253,15 +256,15 @@ class BlockWriter(nn.Module):
         x_BND: Float[Array, "B N D"],
         slots_BND: Float[Array, "B N D"],
         valid_BT: Bool[Array, "B T"],
-        asking: Callable[[], Asking],
-        notes: Notes | None,
+        query: Callable[[], BankQuery],
+        metrics: Metrics | None,
     ) -> Float[Array, "B N D"]:
         """U = norm(block(M)), then the gated update (`gated_update`) with both gates made from U."""
         candidate_BND = self.norm(x_BND)
         if not self.config.gated:
             return candidate_BND
         return gated_update(
-            slots_BND, candidate_BND, self.gate_input(candidate_BND), self.gate_forget(candidate_BND), notes
+            slots_BND, candidate_BND, self.gate_input(candidate_BND), self.gate_forget(candidate_BND), metrics
         )
 
 
@@ -282,17 +285,17 @@ class PaperWriter(nn.Module):
         x_BTD: Float[Array, "B T D"],
         slots_BND: Float[Array, "B N D"],
         valid_BT: Bool[Array, "B T"],
-        asking: Callable[[], Asking],
-        notes: Notes | None,
+        query: Callable[[], BankQuery],
+        metrics: Metrics | None,
     ) -> Float[Array, "B N D"]:
         """With R = A^T normalised over tokens: U = R E_mem, X = R E, M' = sig(X W + b) tanh(U) + sig(U W' + b') M.
 
         Differs from the paper: that adds T token rows to N slot rows, which is defined for T = N only; R brings tokens
         to slots, each head its part of the width. And its gates have no biases, as the released code's have.
         """
-        q_BTHK, keys = asking()
+        q_BTHK, keys = query()
         brought = tokens_to_slots(q_BTHK, keys, x_BTD.reshape(q_BTHK.shape), valid_BT, self.top_k)
         candidate_BND, tokens_BND = (y_BNHK.reshape(slots_BND.shape) for y_BNHK in brought)
         return gated_update(
-            slots_BND, candidate_BND, self.gate_input(tokens_BND), self.gate_forget(candidate_BND), notes
+            slots_BND, candidate_BND, self.gate_input(tokens_BND), self.gate_forget(candidate_BND), metrics
         )

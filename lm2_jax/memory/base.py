@@ -1,60 +1,64 @@
-"""The one interface that every memory implements; docs/adding_a_memory.md is its guide."""
+"""The interface that every memory implements; docs/adding_a_memory.md is its guide.
+
+A memory declares what it can do (`Capability`); a join declares what it requires and does not know kinds of memory.
+There are two shapes:
+
+- a *store* answers `read` from its state at the segment's start and takes the segment with `write` at its end;
+- a *running* memory has `advance(inputs, state) -> (outputs, state)` over any number of tokens.
+
+Whole segments, streams of pieces, resets, padding and packed documents are derived from these methods by
+`lm2_jax.blocks.ports`.
+"""
 
 import dataclasses
-from typing import Any, NamedTuple
+import enum
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.parameters import MEMORY
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
+from lm2_jax.state import check_state
 from lm2_jax.types import Array, Bool, Float, Int, State
 
-Notes = dict[str, Array]  # diagnostics that a call adds to, scalars by name
+Metrics = dict[str, Array]  # scalars by name, to which a call adds
+
+
+class Capability(enum.Flag):
+    """What a memory can do, and what a join requires."""
+
+    NONE = 0
+    READ = enum.auto()  # `reader`, `read`: answers queries from a state that does not change meanwhile
+    ROWS = enum.auto()  # `rows`: is a set of rows, which a join may attend to with its own projections
+    WRITE = enum.auto()  # `write`: takes the tokens of a segment
+    WRITE_THROUGH_BLOCK = enum.auto()  # `query_rows`, `write`: takes its own rows after they went through the block
+    RUNNING = enum.auto()  # `advance`: a token sees what the tokens of its segment up to it have written
+    SHAREABLE = enum.auto()  # one state may serve all layers: what a document begins with is no parameter of a layer
+    PACKED = enum.auto()  # `read` depends on its own token alone, and `advance` honours a reset at any token
+    STACK_TOKENS = enum.auto()  # `rows` travel through the decoder with each segment, `write` takes their outputs
+
+
+class TokenInputs(NamedTuple):
+    """Tokens as a running memory takes them."""
+
+    x: Float[Array, "B T D"]
+    valid: Bool[Array, "B T"]  # false: padding, which leaves the state as it is
+    reset: Bool[Array, "B T"] | None = None  # the token begins a document; given only to memories with PACKED
+    position: Int[Array, "B T"] | None = None  # in the segment; None: the T tokens are a full segment
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig(Family):
     """Base of all memory configs; `model.memory` of a run."""
 
-    @property
-    def can_be_threaded(self) -> bool:
-        """Whether all blocks may write one state in turn: if what a document begins with is no parameter of a block."""
-        return False
+    optional_capabilities: ClassVar[Capability] = Capability.NONE  # that some settings have, for messages
 
-    def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
-        """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
+    @property
+    def capabilities(self) -> Capability:
+        """What the memory can do as configured."""
         raise NotImplementedError
-
-    @property
-    def takes_packed(self) -> bool:
-        """Whether a segment may hold several documents: if what a read says to a token depends on that token alone."""
-        return False
-
-    @property
-    def shows_own_segment(self) -> bool:
-        """Whether a running call shows a token what the tokens of its segment up to it have written."""
-        return False
-
-    def check_segment(self, segment_tokens: int) -> None:
-        """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""
-
-
-class OpenMemory(NamedTuple):
-    """A memory inside an unfinished segment: reads see `state`, writes wait in `buffer`."""
-
-    state: State  # at the segment's start
-    prepared: Any  # what a read needs of it, computed once
-    buffer: Float[Array, "B T D"]
-
-
-class Memory(nn.Module):
-    """What is stored, and how; where it meets attention is the join's business.
-
-    Reads and writes take one segment. Every NamedTuple of a state has a field `fresh` [B]: true where a row begins
-    a document, whatever else the row holds. The module puts its start in there, so that a state is made without
-    parameters, a reset sets one flag, and a learned start gets its gradient. `write` returns `fresh` false.
-    """
 
     @property
     def top_k(self) -> int | None:
@@ -62,96 +66,128 @@ class Memory(nn.Module):
         return None
 
     @property
-    def written_by_block(self) -> bool:
-        """Whether `write` takes the memory's own rows, after they went through the block, instead of tokens."""
-        return False
+    def stack_tokens(self) -> int:
+        """With STACK_TOKENS, how many rows travel with a segment."""
+        return 0
+
+    def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
+        """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
+        raise NotImplementedError
+
+    def check_segment(self, segment_tokens: int) -> None:
+        """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""
+
+    def check_module(self, width: int, precision: Precision) -> None:
+        """Raises TypeError where the module lacks a method that `capabilities` promise, or cannot be reset."""
+        module = self.build(width, precision, parent=None)
+        for capability, names in _METHODS.items():
+            missing = [name for name in names if getattr(type(module), name) is getattr(Memory, name)]
+            if capability in self.capabilities and missing:
+                raise TypeError(f"memory {self.kind!r} declares {capability.name} but does not define {missing}")
+        overridden = [name for name in ("open", "close") if getattr(type(module), name) is not getattr(Memory, name)]
+        if len(overridden) == 1:
+            raise TypeError(
+                f"memory {self.kind!r} defines {overridden[0]} alone; `open` and `close` convert between the state at "
+                "a border and inside a segment: define both or neither"
+            )
+        check_state(module.state_axes(), f"memory {self.kind!r}")
+
+
+class Memory(nn.Module):
+    """What is stored, and how; where it meets attention is the join's business.
+
+    A state is a NamedTuple with the flag `is_start` [B], true where the row begins a document. The caller maintains
+    the flag and puts `start_state` into such rows before it passes a state to any method below.
+    """
+
+    parameter_group: ClassVar[str] = MEMORY  # of every parameter made below this module
 
     def init_state(self, batch: int) -> State:
-        """A state of `batch` fresh rows; needs no parameters."""
+        """A state of `batch` rows that begin a document, everything but `is_start` zero; needs no parameters."""
         raise NotImplementedError
 
     def state_axes(self) -> State:
         """The same tree with the logical axis names of each array."""
         raise NotImplementedError
 
-    def prepare(self, state: State) -> Any:
-        """What `read` needs of a state and no query changes, such as projected keys."""
-        return state
+    def start_state(self) -> State:
+        """What a document begins with, one row for all; by default zeros."""
+        return self.init_state(1)
+
+    def reader(self, state: State) -> Any:
+        """What `read` needs of a state, computed once per segment, such as projected keys."""
+        raise NotImplementedError
 
     def read(
-        self, q_BTD: Float[Array, "B T D"], state: State, prepared: Any = None, notes: Notes | None = None
-    ) -> Float[Array, "B T D"]:
-        """What stood in the memory at the segment's start, asked by each token.
+        self, q_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], reader: Any, metrics: Metrics | None = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Answers each token from the state that `reader` was made of.
 
         Args:
-          q_BTD: queries, in the compute type; zero at padding, as a memory may look at neighbours of a token.
-          state: at the segment's start.
-          prepared: `prepare(state)`, where the caller has it already.
-          notes: diagnostics are added here.
+          q_BTD: queries in the compute dtype, zero at padding; consecutive tokens, any number.
+          valid_BT: false at padding.
+          reader: from `reader`, or from the call for the tokens before.
+          metrics: diagnostics are added here.
         Returns:
-          [B T D] in the compute type.
+          [B T D] in the compute dtype, and the reader for the tokens that follow in the segment.
         """
         raise NotImplementedError
 
-    def rows(self, state: State) -> Float[Array, "B N D"] | None:
-        """The memory as rows that a join can attend to with its own projections; None where there are none."""
-        return None
+    def rows(self, state: State) -> Float[Array, "B N D"]:
+        """The memory as rows in the compute dtype."""
+        raise NotImplementedError
 
-    def asking_rows(self, state: State) -> Float[Array, "B N D"] | None:
-        """The rows as they go through the block, where `written_by_block`; by default those that are read."""
-        return self.rows(state)
+    def query_rows(self, state: State) -> Float[Array, "B N D"]:
+        """The rows as they enter the block, with WRITE_THROUGH_BLOCK."""
+        raise NotImplementedError
 
     def write(
-        self, x_BTD: Float[Array, "B T D"], state: State, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
+        self, x_BTD: Float[Array, "B T D"], state: State, valid_BT: Bool[Array, "B T"], metrics: Metrics | None = None
     ) -> State:
-        """The state after a segment, of which only valid tokens count.
+        """The state after a full segment, of which only valid tokens count.
 
         The caller keeps the old state for rows without a valid token.
         """
         raise NotImplementedError
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], state: State, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
-    ) -> tuple[Float[Array, "B T D"], State]:
-        """Reads and writes a segment; token i may see writes of tokens <= i. Here: read all, then write all."""
-        return self.read(x_BTD, state, notes=notes), self.write(x_BTD, state, valid_BT, notes)
+    def advance(
+        self, inputs: TokenInputs, state: Any, metrics: Metrics | None = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Takes T tokens, any number, and answers each; token i sees the writes of tokens up to and including i.
 
-    def open(self, state: State, segment_tokens: int, dtype: jnp.dtype) -> Any:
-        """Begins a segment that arrives in pieces: an `OpenMemory`, or a tuple of the memory's own."""
-        batch = self.rows_of(state)
-        width = getattr(self, "width")  # noqa: B009 (every memory has it as a field, the base class has no fields)
-        return OpenMemory(state, self.prepare(state), jnp.zeros((batch, segment_tokens, width), dtype))
+        Args:
+          inputs: consecutive tokens of each row; padding may be anywhere.
+          state: inside a segment, from `open` or from the call for the tokens before.
+          metrics: diagnostics are added here.
+        Returns:
+          [B T D] in the compute dtype, and the state after the tokens.
+        """
+        raise NotImplementedError
 
-    def store(self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenMemory) -> OpenMemory:
-        """Keeps what will be written; entries whose `slot_BS` is not below T are dropped."""
-        rows = jnp.arange(x_BSD.shape[0])[:, None]
-        buffer = open_state.buffer.at[rows, slot_BS].set(x_BSD.astype(open_state.buffer.dtype), mode="drop")
-        return open_state._replace(buffer=buffer)
+    def absorb(self, inputs: TokenInputs, state: Any, metrics: Metrics | None = None) -> Any:
+        """`advance` where nobody needs the answers."""
+        return self.advance(inputs, state, metrics)[1]
 
-    def close(self, open_state: OpenMemory) -> State:
-        """The state after a segment that is full."""
-        return self.write(open_state.buffer, open_state.state, jnp.ones(open_state.buffer.shape[:2], bool))
+    def open(self, state: State) -> Any:
+        """The state at a border as `advance` takes it; the same by default."""
+        return state
 
-    def extend(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenMemory
-    ) -> tuple[Float[Array, "B S D"], OpenMemory]:
-        """`__call__` for a piece of a segment; the caller calls `close` once the segment is full."""
-        y_BSD = self.read(x_BSD, open_state.state, open_state.prepared)
-        return y_BSD, self.store(x_BSD, slot_BS, open_state)
-
-    def ask(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: Any
-    ) -> tuple[Float[Array, "B S D"], Any]:
-        """`read` for a piece of a segment: the memory as it stood at the segment's start."""
-        return self.read(x_BSD, open_state.state, open_state.prepared), open_state
-
-    @staticmethod
-    def rows_of(state: State) -> int:
-        """Batch size of a state."""
-        return state.fresh.shape[0]
+    def close(self, opened: Any, state: State) -> State:
+        """The state at a border, from the one inside a full segment that began with `state`; the same by default."""
+        return opened
 
 
-def note(notes: Notes | None, **values: Array) -> None:
+_METHODS = {
+    Capability.READ: ("reader", "read"),
+    Capability.ROWS: ("rows",),
+    Capability.WRITE: ("write",),
+    Capability.WRITE_THROUGH_BLOCK: ("query_rows", "write"),
+    Capability.RUNNING: ("advance",),
+    Capability.STACK_TOKENS: ("rows", "write"),
+}
+
+
+def record(metrics: Metrics | None, **values: Array) -> None:
     """Adds means to the diagnostics, where somebody collects them."""
-    if notes is not None:
-        notes.update({name: jnp.mean(value.astype(jnp.float32)) for name, value in values.items()})
+    if metrics is not None:
+        metrics.update({name: jnp.mean(value.astype(jnp.float32)) for name, value in values.items()})

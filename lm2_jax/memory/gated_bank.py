@@ -6,10 +6,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lm2_jax.attention.softmax import ExtraKV
 from lm2_jax.layers import Einsum, RMSNorm, constrain, gathered, named
-from lm2_jax.memory.bank_reads import BankKeys, attend_slots
+from lm2_jax.memory.bank_reads import attend_slots
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
-from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
 
@@ -22,6 +24,7 @@ class GatedBankConfig(MemoryConfig):
 
     kind: ClassVar[str] = "gated_bank"
     also_called: ClassVar[tuple[str, ...]] = ("lm2",)
+    optional_capabilities: ClassVar[Capability] = Capability.WRITE
     num_slots: int = 16
     """Slots N; independent of segment length and width."""
     num_heads: int = 4
@@ -29,7 +32,7 @@ class GatedBankConfig(MemoryConfig):
     top_k: int | None = None
     """Each query sees only its k best slots, chosen before the softmax; None: all."""
     start: Literal["identity", "learned"] = "identity"
-    """What a document begins with: row j is the one-hot e_j, or a parameter that starts there."""
+    """What a document begins with: row j is the one-hot e_j, or a parameter that is initialised to it."""
     norm_slots: bool = True
     """Whether slots are normalised before they are projected (the paper does not)."""
     write: WriteConfig = BlockWrite()
@@ -44,14 +47,11 @@ class GatedBankConfig(MemoryConfig):
             raise ValueError(f"memory.top_k={self.top_k} must lie between 1 and memory.num_slots={self.num_slots}")
 
     @property
-    def can_be_threaded(self) -> bool:
-        """Unless the start is learned."""
-        return self.start == "identity"
-
-    @property
-    def takes_packed(self) -> bool:
-        """Slots answer each token for itself."""
-        return True
+    def capabilities(self) -> Capability:
+        """Slots answer each token for itself; a learned start cannot be shared by layers."""
+        write = Capability.WRITE_THROUGH_BLOCK if self.write.through_block else Capability.WRITE
+        shareable = Capability.SHAREABLE if self.start == "identity" else Capability.NONE
+        return Capability.READ | Capability.ROWS | Capability.PACKED | write | shareable
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "GatedBank":
         """The module for a decoder of this width."""
@@ -65,13 +65,13 @@ class BankState(NamedTuple):
     """The bank between two segments."""
 
     slots: Float[Array, "B N D"]
-    fresh: Bool[Array, " B"]
+    is_start: Bool[Array, " B"]
 
 
 def identity_rows(num_slots: int, width: int) -> np.ndarray:
     """[N D] distinct unit rows: e_0 .. e_{D-1}, then fixed random directions.
 
-    Equal rows would read and write alike and stay twins for ever, so the identity cannot simply repeat.
+    Identical rows would receive identical updates and never diverge, so the identity cannot simply repeat.
     """
     rows_ND = np.eye(num_slots, width)
     extra_MD = np.random.default_rng(2502_06049).standard_normal((max(num_slots - width, 0), width))
@@ -90,7 +90,7 @@ class GatedBank(Memory):
         c, D, H = self.config, self.width, self.config.num_heads
         if c.start == "learned":
             rows_ND = identity_rows(c.num_slots, D)
-            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), START_AXES)
+            init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), START_AXES, Role.START)
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")
@@ -98,16 +98,6 @@ class GatedBank(Memory):
         self.k = Einsum(shape, axes, self.precision)
         self.v = Einsum(shape, axes, self.precision)
         self.writer = c.write.build(c, D, self.precision)
-
-    @property
-    def top_k(self) -> int | None:
-        """As configured."""
-        return self.config.top_k
-
-    @property
-    def written_by_block(self) -> bool:
-        """As the write form says."""
-        return self.config.write.by_block
 
     def init_state(self, batch: int) -> BankState:
         """Fresh rows."""
@@ -118,48 +108,55 @@ class GatedBank(Memory):
         """Slots are an axis of their own."""
         return BankState(SLOT_AXES, ("batch",))  # pyright: ignore[reportArgumentType]
 
-    def slots(self, state: BankState) -> Float[Array, "B N D"]:
-        """The bank, with the start in fresh rows."""
+    def start_state(self) -> BankState:
+        """The identity, or the learned rows."""
+        state = self.init_state(1)
         if self.config.start == "learned":
             start_ND = gathered(self.start_ND.astype(state.slots.dtype), START_AXES, ("slots", None))
         else:
             start_ND = jnp.asarray(identity_rows(self.config.num_slots, self.width), state.slots.dtype)
-        return constrain(jnp.where(state.fresh[:, None, None], start_ND[None], state.slots), SLOT_AXES)
+        return state._replace(slots=start_ND[None])
 
     def rows(self, state: BankState) -> Float[Array, "B N D"]:
-        """The slots as they are projected: normalised if configured, in the compute type."""
-        slots_BND = self.slots(state)
-        return slots_BND.astype(jnp.dtype(self.precision.compute)) if self.norm is None else self.norm(slots_BND)
+        """The slots as they are projected: normalised if configured, in the compute dtype."""
+        dtype = jnp.dtype(self.precision.compute)
+        return state.slots.astype(dtype) if self.norm is None else self.norm(state.slots)
 
-    def asking_rows(self, state: BankState) -> Float[Array, "B N D"]:
-        """`rows` with the write form's code of each slot."""
-        return self.writer.asking(self.rows(state))
+    def query_rows(self, state: BankState) -> Float[Array, "B N D"]:
+        """`rows` with the slot embeddings of the write form."""
+        return self.writer.query_rows(self.rows(state))
 
-    def prepare(self, state: BankState) -> BankKeys:
+    def reader(self, state: BankState) -> ExtraKV:
         """Keys and values of all slots."""
         rows_BND = self.rows(state)
-        return BankKeys(self.k("bnd,dhk->bnhk", rows_BND), self.v("bnd,dhk->bnhk", rows_BND))
+        return ExtraKV(self.k("bnd,dhk->bnhk", rows_BND), self.v("bnd,dhk->bnhk", rows_BND))
 
     def read(
-        self, q_BTD: Float[Array, "B T D"], state: BankState, prepared: Any = None, notes: Notes | None = None
-    ) -> Float[Array, "B T D"]:
-        """E_mem = softmax(E W_q (M W_k)^T / sqrt(K)) M W_v, heads side by side (equations 1 and after).
+        self,
+        q_BTD: Float[Array, "B T D"],
+        valid_BT: Bool[Array, "B T"],
+        reader: ExtraKV,
+        metrics: Metrics | None = None,
+    ) -> tuple[Float[Array, "B T D"], ExtraKV]:
+        """E_mem = softmax(E W_q (M W_k)^T / sqrt(K)) M W_v, heads concatenated (equations 1 and after).
 
-        See `Memory.read`. Differs from the paper: no causal mask over slots, as all of them are past.
+        See `Memory.read`. Differs from the paper: no causal mask over slots, as all of them hold past segments.
         """
-        keys = self.prepare(state) if prepared is None else prepared
-        y_BTHK = attend_slots(self.q("btd,dhk->bthk", q_BTD), keys, self.config.top_k, notes)
-        return y_BTHK.reshape(q_BTD.shape)
+        y_BTHK = attend_slots(self.q("btd,dhk->bthk", q_BTD), reader, self.config.top_k, metrics)
+        return y_BTHK.reshape(q_BTD.shape), reader
 
     def write(
-        self, x_BTD: Float[Array, "B T D"], state: BankState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: BankState,
+        valid_BT: Bool[Array, "B T"],
+        metrics: Metrics | None = None,
     ) -> BankState:
         """The bank after a segment, by the configured write form; see `bank_writes`."""
-        slots_BND = self.slots(state)
 
-        def asking() -> tuple[Array, BankKeys]:
-            return self.q("btd,dhk->bthk", x_BTD), self.prepare(state)
+        def query() -> tuple[Array, ExtraKV]:
+            return self.q("btd,dhk->bthk", x_BTD), self.reader(state)
 
-        new_BND = self.writer(x_BTD, slots_BND, valid_BT, asking, notes)
-        note(notes, state_norm=jnp.linalg.norm(new_BND.astype(jnp.float32), axis=-1))
-        return BankState(constrain(new_BND.astype(state.slots.dtype), SLOT_AXES), jnp.zeros_like(state.fresh))
+        new_BND = self.writer(x_BTD, state.slots, valid_BT, query, metrics)
+        record(metrics, state_norm=jnp.linalg.norm(new_BND.astype(jnp.float32), axis=-1))
+        return state._replace(slots=constrain(new_BND.astype(state.slots.dtype), SLOT_AXES))

@@ -1,10 +1,9 @@
-"""No memory: the twin that every comparison needs."""
+"""No memory: the baseline of every comparison."""
 
 import dataclasses
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar
 
-from lm2_jax.memory.base import MemoryConfig
-from lm2_jax.precision import Precision
+from lm2_jax.memory.base import Capability, MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +12,7 @@ class NoMemory(MemoryConfig):
 
     kind: ClassVar[str] = "none"
 
-    def build(self, width: int, precision: Precision, **linen: Any) -> NoReturn:
-        """There is nothing to build: only the join `plain`, which builds no memory, takes this config."""
-        raise ValueError("memory 'none' has no module; its join is 'plain'")
+    @property
+    def capabilities(self) -> Capability:
+        """None, so that only joins without memory take it."""
+        return Capability.NONE

@@ -1,4 +1,4 @@
-"""What stands between tokens and an inner memory: short convolutions, gates per head, slow weights of its norm."""
+"""From tokens to the inputs of an inner memory: projections with short convolutions, gates, parameters of its norm."""
 
 import functools
 import math
@@ -8,15 +8,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.layers import Einsum, Vector, constrain, named
-from lm2_jax.memory.inner import NormWeights
+from lm2_jax.ops.ttt_chunk.networks import NormWeights
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
 from lm2_jax.types import Array, Bool, Float, Int
 
 
 class CausalConv(nn.Module):
-    """y_t = sum_j kernel_j * x_{t-j}, j < taps: each channel by itself, over this token and those before."""
+    """Depthwise causal convolution: y_t = sum_j kernel_j * x_{t-j} for 0 <= j < kernel_size."""
 
-    taps: int
+    kernel_size: int
     num_heads: int
     head_width: int
     precision: Precision
@@ -25,61 +26,61 @@ class CausalConv(nn.Module):
     def __call__(
         self, x_BTHK: Float[Array, "B T H K"], tail_BWHK: Float[Array, "B W H K"] | None, valid_BT: Bool[Array, "B T"]
     ) -> Float[Array, "B T H K"]:
-        """Convolves a piece of a text.
+        """Convolves consecutive tokens.
 
         Args:
           x_BTHK: inputs.
-          tail_BWHK: the taps - 1 inputs before them; None for a single tap.
-          valid_BT: an input that is padding counts as zero.
+          tail_BWHK: the kernel_size - 1 inputs before them; None if kernel_size is 1.
+          valid_BT: inputs that are not valid count as zero.
         """
-        shape = (self.taps, self.num_heads, self.head_width)
-        init = named(nn.initializers.normal(1 / math.sqrt(self.taps)), ("window", "heads", "head"))
+        shape = (self.kernel_size, self.num_heads, self.head_width)
+        init = named(nn.initializers.normal(1 / math.sqrt(self.kernel_size)), ("window", "heads", "head"), Role.CONV)
         kernel_WHK = self.param("w", init, shape, jnp.dtype(self.precision.params)).astype(x_BTHK.dtype)
         x_BTHK = jnp.where(valid_BT[:, :, None, None], x_BTHK, jnp.zeros_like(x_BTHK))
         before = [] if tail_BWHK is None else [tail_BWHK.astype(x_BTHK.dtype)]
         all_BSHK = jnp.concatenate([*before, x_BTHK], axis=1)
-        T, last = x_BTHK.shape[1], self.taps - 1
-        parts = [all_BSHK[:, last - j : last - j + T] * kernel_WHK[j][None, None] for j in range(self.taps)]
+        T, last = x_BTHK.shape[1], self.kernel_size - 1
+        parts = [all_BSHK[:, last - j : last - j + T] * kernel_WHK[j][None, None] for j in range(self.kernel_size)]
         return functools.reduce(jnp.add, parts)
 
 
 def last_valid(valid_BT: Bool[Array, "B T"], count: int) -> Int[Array, "B W"]:
-    """Positions of the last valid tokens of each row, in order; -1, -2 .. for those before the first of them."""
+    """Positions of the last `count` valid tokens of each row, in order; -1, -2, .. if there are fewer."""
     seen_B1T = jnp.cumsum(valid_BT, axis=1)[:, None]
-    wanted_BW = seen_B1T[:, :, -1] - count + 1 + jnp.arange(count)[None]  # the how many-th valid token, from 1
+    wanted_BW = seen_B1T[:, :, -1] - count + 1 + jnp.arange(count)[None]  # rank among valid tokens, from 1
     return jnp.where(wanted_BW >= 1, (seen_B1T < wanted_BW[:, :, None]).sum(axis=2), wanted_BW - 1)
 
 
-def unit(x: Float[Array, "*lead K"]) -> Float[Array, "*lead K"]:
-    """x / |x|, in float32 at least."""
+def l2_normalize(x: Float[Array, "*lead K"]) -> Float[Array, "*lead K"]:
+    """x / sqrt(|x|^2 + 1e-6), in float32 or wider."""
     wide = x.astype(safe(x.dtype))
     return wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
 
 
-class Stream(nn.Module):
-    """x W, a causal convolution, SiLU, and a norm, as configured: queries, keys or values of an inner memory.
+class ConvProjection(nn.Module):
+    """Queries, keys or values of an inner memory: x W, causal convolution, SiLU, unit length (Titans, section 4.4).
 
     Attributes:
-      width: of the tokens.
-      num_heads: heads that the projection is cut into.
+      width: width D of the tokens.
+      num_heads: heads H; the head width is K = D / H.
       precision: number types.
-      taps: of the convolution; 0: none.
-      silu: whether the activation is there.
+      kernel_size: of the convolution; 0 for none.
+      silu: whether SiLU is applied.
       is_unit: whether the result has length 1 per head.
     """
 
     width: int
     num_heads: int
     precision: Precision
-    taps: int
+    kernel_size: int
     silu: bool
     is_unit: bool
 
     def setup(self) -> None:
         D, H, K = self.width, self.num_heads, self.width // self.num_heads
         self.w = Einsum((D, H, K), ("embed", "heads", "head"), self.precision)
-        if self.taps:
-            self.conv = CausalConv(self.taps, H, K, self.precision)
+        if self.kernel_size:
+            self.conv = CausalConv(self.kernel_size, H, K, self.precision)
 
     def __call__(
         self,
@@ -88,21 +89,21 @@ class Stream(nn.Module):
         valid_BT: Bool[Array, "B T"],
         dtype: jnp.dtype,
     ) -> Float[Array, "B T H K"]:
-        """A piece of a text.
+        """Projects consecutive tokens.
 
         Args:
           x_BTD: tokens.
-          tail_BWHK: the convolution's inputs before them, where it has more than one tap.
-          valid_BT: padding is not convolved.
-          dtype: of the result.
+          tail_BWHK: the convolution's kernel_size - 1 inputs before them, or None.
+          valid_BT: inputs that are not valid count as zero in the convolution.
+          dtype: type of the result.
         """
         y_BTHK = self.w("btd,dhk->bthk", x_BTD)
-        if self.taps:
-            # Taps reach over the border between two devices' tokens, and the chunks behind need all of them anyway.
+        if self.kernel_size:
+            # The kernel reaches into the tokens of another device, and chunks need all tokens on one device anyway.
             y_BTHK = constrain(y_BTHK, ("batch", None, "heads", "head"))
             y_BTHK = self.conv(y_BTHK, tail_BWHK, valid_BT)
         y_BTHK = nn.silu(y_BTHK) if self.silu else y_BTHK
-        return (unit(y_BTHK) if self.is_unit else y_BTHK).astype(dtype)
+        return (l2_normalize(y_BTHK) if self.is_unit else y_BTHK).astype(dtype)
 
     def tail(
         self,
@@ -110,7 +111,7 @@ class Stream(nn.Module):
         old_BWHK: Float[Array, "B W H K"] | None,
         valid_BT: Bool[Array, "B T"],
     ) -> Float[Array, "B W H K"] | None:
-        """The convolution's last valid inputs in the text so far, of which `old_BWHK` are those before x."""
+        """The convolution's last W valid inputs after x; `old_BWHK` are those before x."""
         if old_BWHK is None:
             return None
         W = old_BWHK.shape[1]
@@ -123,7 +124,7 @@ class Stream(nn.Module):
 
 
 class HeadGate(nn.Module):
-    """Logits of a gate per head: x W + b."""
+    """Logits of one gate per head: x W + b."""
 
     width: int
     num_heads: int
@@ -131,18 +132,18 @@ class HeadGate(nn.Module):
     bias: float = 0.0
 
     def setup(self) -> None:
-        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision)
-        self.b = Vector((self.num_heads,), ("heads",), self.precision, fill=self.bias)
+        self.w = Einsum((self.width, self.num_heads), ("embed", "heads"), self.precision, role=Role.GATE)
+        self.b = Vector((self.num_heads,), ("heads",), self.precision, fill=self.bias, role=Role.GATE)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
-        """In float32 at least."""
+        """Logits in float32 or wider."""
         logit_BTH = self.w("btd,dh->bth", x_BTD)
         logit_BTH = logit_BTH.astype(safe(logit_BTH.dtype))
         return logit_BTH + self.b()[None, None].astype(logit_BTH.dtype)
 
 
 class InnerNorm(nn.Module):
-    """Slow scale and shift of the inner network's norm, per head."""
+    """Scale and shift of the inner network's layer norm, per head."""
 
     num_heads: int
     head_width: int
@@ -150,8 +151,8 @@ class InnerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, dtype: jnp.dtype) -> NormWeights:
-        """[H K] both."""
+        """Both [H K]."""
         shape, axes, stored = (self.num_heads, self.head_width), ("heads", "head"), jnp.dtype(self.precision.params)
-        scale = self.param("scale", named(nn.initializers.ones, axes), shape, stored)
-        shift = self.param("b", named(nn.initializers.zeros, axes), shape, stored)
+        scale = self.param("scale", named(nn.initializers.ones, axes, Role.NORM), shape, stored)
+        shift = self.param("b", named(nn.initializers.zeros, axes, Role.NORM), shape, stored)
         return NormWeights(scale.astype(dtype), shift.astype(dtype))

@@ -6,16 +6,16 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm2_jax.layers import Einsum, RMSNorm, Vector, constrain, named
-from lm2_jax.memory import titans_open
-from lm2_jax.memory.base import Memory, MemoryConfig, Notes
-from lm2_jax.memory.chunk_form import Fast, Network, Rates
-from lm2_jax.memory.inner import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
-from lm2_jax.memory.projections import HeadGate, InnerNorm, Stream
-from lm2_jax.memory.titans_chunks import Rules, Tokens, ask, note_update, run
-from lm2_jax.memory.titans_open import OpenTitans
+from lm2_jax.layers import Einsum, RMSNorm, Vector, named
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
+from lm2_jax.memory.projections import ConvProjection, HeadGate, InnerNorm
+from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
+from lm2_jax.ops.ttt_chunk.networks import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
+from lm2_jax.ops.ttt_chunk.sharded import read_frozen, segment_metrics, ttt_chunk
+from lm2_jax.ops.ttt_chunk.step import PartialChunk, empty_chunk, ttt_step
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, safe
-from lm2_jax.types import Array, Bool, Float, Int
+from lm2_jax.types import Array, Bool, Float
 
 OUTPUT_GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
@@ -97,9 +97,9 @@ class TitansConfig(MemoryConfig):
         return Titans(self, width, precision, **linen)
 
     @property
-    def shows_own_segment(self) -> bool:
-        """Each token asks the weights behind itself."""
-        return True
+    def capabilities(self) -> Capability:
+        """Each token asks the weights after itself; a read asks those of the segment's start."""
+        return Capability.READ | Capability.RUNNING
 
     def check_segment(self, segment_tokens: int) -> None:
         """Chunks must not cross a segment border, or decoding would not give what training gave."""
@@ -110,10 +110,10 @@ class TitansConfig(MemoryConfig):
             )
 
     @property
-    def rules(self) -> Rules:
-        """What a chunk's update needs to know."""
+    def spec(self) -> ChunkSpec:
+        """The update of a chunk."""
         held = (self.step.per == "chunk", self.momentum.per == "chunk", self.forget.per == "chunk")
-        return Rules(Network(self.network), self.loss, self.chunk_tokens, held)
+        return ChunkSpec(Network(self.network), self.loss, self.chunk_tokens, held)
 
 
 class TitansState(NamedTuple):
@@ -122,7 +122,22 @@ class TitansState(NamedTuple):
     weights: Weights  # [B H I O] per layer
     momentum: Weights | None
     tails: tuple[Array, Array, Array] | None  # [B W H K]: the last inputs of the convolutions of q, k and v
-    fresh: Bool[Array, " B"]
+    is_start: Bool[Array, " B"]
+
+
+class OpenTitans(NamedTuple):
+    """The memory inside a segment."""
+
+    fast: FastWeights  # at the start of each row's unfinished chunk
+    chunk: PartialChunk  # that chunk
+    tails: tuple[Array, Array, Array] | None  # as in the state, after the tokens so far
+
+
+class TitansReader(NamedTuple):
+    """The memory at a segment's start, for reads."""
+
+    weights: Weights
+    tail: Float[Array, "B W H K"] | None  # the last inputs of the queries' convolution, which begins anew in a segment
 
 
 class Titans(Memory):
@@ -136,7 +151,7 @@ class Titans(Memory):
     causal convolution, SiLU, and for q and k a norm (section 4.4). Start weights are learned; momentum starts at 0.
 
     Differs from the paper where it is silent or slips: theta, e and alpha are sigmoids, theta with a maximum; a
-    memory per head; gates per head and not per channel. See `chunk_form` for how a chunk is computed.
+    memory per head; gates per head and not per channel. See `lm2_jax.ops.ttt_chunk.chunk` for how a chunk is computed.
     """
 
     config: TitansConfig
@@ -145,8 +160,8 @@ class Titans(Memory):
 
     def setup(self) -> None:
         c, D, H, K, precision = self.config, self.width, self.config.num_heads, self.head_width, self.precision
-        self.q, self.k = (Stream(D, H, precision, c.conv_tokens, c.silu, c.unit_keys) for _ in range(2))
-        self.v = Stream(D, H, precision, c.conv_tokens, c.silu, is_unit=False)
+        self.q, self.k = (ConvProjection(D, H, precision, c.conv_tokens, c.silu, c.unit_keys) for _ in range(2))
+        self.v = ConvProjection(D, H, precision, c.conv_tokens, c.silu, is_unit=False)
         if c.step.per != "fixed":
             self.gate_step = HeadGate(D, H, precision, c.step.bias)
         if c.step.by_place:
@@ -161,7 +176,7 @@ class Titans(Memory):
         if c.output_norm:
             self.norm = RMSNorm(precision, axis="head")
         if c.output_gate != "none":
-            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision)
+            self.gate_output = Einsum((D, H, K), ("embed", "heads", "head"), precision, role=Role.GATE)
         self.o = Einsum((H, K, D), ("heads", "head", "embed"), precision, in_dims=2)
 
     @property
@@ -189,7 +204,10 @@ class Titans(Memory):
 
         full = (self.config.num_heads, shape[0] + bias, shape[1])
         return self.param(
-            f"start_{layer}", named(init, self._weight_axes[layer][1:]), full, jnp.dtype(self.precision.params)
+            f"start_{layer}",
+            named(init, self._weight_axes[layer][1:], Role.START),
+            full,
+            jnp.dtype(self.precision.params),
         )
 
     def init_state(self, batch: int) -> TitansState:
@@ -210,21 +228,12 @@ class Titans(Memory):
         tails = (tail, tail, tail) if c.conv_tokens > 1 else None
         return TitansState(weights, momentum, tails, ("batch",))  # pyright: ignore[reportArgumentType]
 
-    def _begin(self, state: TitansState) -> TitansState:
-        """The state with the start in fresh rows; it may stay marked as fresh."""
-
-        def put(start: Array | None, held: Array) -> Array:
-            fresh = state.fresh.reshape(-1, *[1] * (held.ndim - 1))
-            return jnp.where(fresh, jnp.zeros_like(held) if start is None else start[None].astype(held.dtype), held)
-
-        begun = map(put, self.start, state.weights)
-        weights = tuple(constrain(w, axes) for w, axes in zip(begun, self._weight_axes, strict=True))
-        momentum, tails = jax.tree.map(lambda held: put(None, held), (state.momentum, state.tails))
-        return TitansState(weights, momentum, tails, state.fresh)
-
-    def prepare(self, state: TitansState) -> Weights:
-        """Weights at the segment's start."""
-        return tuple(w.astype(self.inner_dtype) for w in self._begin(state).weights)
+    def start_state(self) -> TitansState:
+        """Learned weights, no momentum."""
+        state = self.init_state(1)
+        return state._replace(
+            weights=tuple(w[None].astype(h.dtype) for w, h in zip(self.start, state.weights, strict=True))
+        )
 
     def _norm_weights(self) -> Any:
         return self.inner_norm(self.inner_dtype) if self.config.network.has_norm else None
@@ -254,17 +263,23 @@ class Titans(Memory):
             y_BTHK = y_BTHK * OUTPUT_GATES[self.config.output_gate](self.gate_output("btd,dhk->bthk", x_BTD))
         return self.o("bthk,hkd->btd", y_BTHK)
 
-    def read(
-        self, q_BTD: Float[Array, "B T D"], state: TitansState, prepared: Any = None, notes: Notes | None = None
-    ) -> Float[Array, "B T D"]:
-        """f(q_t; W), all tokens at the weights of the segment's start.
+    def reader(self, state: TitansState) -> TitansReader:
+        """Weights at the segment's start."""
+        tail = self._no_tail(state.is_start.shape[0])
+        return TitansReader(tuple(w.astype(self.inner_dtype) for w in state.weights), tail)
 
-        See `Memory.read`. The convolution of q begins anew at the segment's first token.
-        """
-        weights = self.prepare(state) if prepared is None else prepared
-        B, T, _ = q_BTD.shape
-        q_BTHK = self.q(q_BTD, self._no_tail(B), jnp.ones((B, T), bool), self.inner_dtype)
-        return self._answer(self._ask(weights, q_BTHK), q_BTD)
+    def read(
+        self,
+        q_BTD: Float[Array, "B T D"],
+        valid_BT: Bool[Array, "B T"],
+        reader: TitansReader,
+        metrics: Metrics | None = None,
+    ) -> tuple[Float[Array, "B T D"], TitansReader]:
+        """f(q_t; W), all tokens at the weights of the segment's start; see `Memory.read`."""
+        q_BTHK = self.q(q_BTD, reader.tail, valid_BT, self.inner_dtype)
+        y_BTHK = read_frozen(self.config.spec.network, self._norm_weights(), reader.weights, q_BTHK)
+        tail = self.q.tail(q_BTD, reader.tail, valid_BT)
+        return self._answer(y_BTHK, q_BTD), reader._replace(tail=tail)
 
     def _no_tail(self, batch: int) -> Float[Array, "B W H K"] | None:
         """The inputs of a convolution before a text's first token; None where it reaches back to none."""
@@ -273,45 +288,45 @@ class Titans(Memory):
         shape = (batch, self.config.conv_tokens - 1, self.config.num_heads, self.head_width)
         return jnp.zeros(shape, jnp.dtype(self.precision.compute))
 
-    def _ask(self, weights: Weights, q_BTHK: Array) -> Float[Array, "B T H K"]:
-        """f(q; W) of all heads."""
-        return ask(self.config.rules.network, self._norm_weights(), weights, q_BTHK)
-
-    def write(
-        self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
-    ) -> TitansState:
-        """Weights, momentum and convolution tails behind the segment."""
-        return self._update(x_BTD, state, valid_BT, notes, reads=False)[1]
-
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], state: TitansState, valid_BT: Bool[Array, "B T"], notes: Notes | None = None
-    ) -> tuple[Float[Array, "B T D"], TitansState]:
-        """f(q_t; W_t): each token asks the weights behind itself; and the state behind the segment."""
-        y_BTHK, state = self._update(x_BTD, state, valid_BT, notes, reads=True)
+    def advance(
+        self, inputs: TokenInputs, state: OpenTitans, metrics: Metrics | None = None
+    ) -> tuple[Float[Array, "B T D"], OpenTitans]:
+        """f(q_t; W_t): each token asks the weights after itself; see `Memory.advance`."""
+        y_BTHK, state = self._update(inputs, state, metrics, reads=True)
         assert y_BTHK is not None
-        return self._answer(y_BTHK, x_BTD), state
+        return self._answer(y_BTHK, inputs.x), state
+
+    def absorb(self, inputs: TokenInputs, state: OpenTitans, metrics: Metrics | None = None) -> OpenTitans:
+        """`advance` without queries."""
+        return self._update(inputs, state, metrics, reads=False)[1]
 
     def _update(
-        self, x_BTD: Array, state: TitansState, valid_BT: Array, notes: Notes | None, *, reads: bool
-    ) -> tuple[Array | None, TitansState]:
-        """Trains on a segment; with `reads`, the answers [B T H K] to its own queries too."""
-        begun, norm = self._begin(state), self._norm_weights()
-        tokens = self._tokens(x_BTD, begun.tails, valid_BT, reads=reads)
-        rules, scale_C = self.config.rules, self._place_scale()
-        after, y_BTHK, measured = run(rules, norm, scale_C, self._fast(begun), tokens, self.config.remat)
-        if notes is not None:
-            note_update(notes, rules, norm, after, tokens, measured)
-        held, tails = self._held(after, begun), self._tails(x_BTD, begun.tails, valid_BT)
-        return y_BTHK, TitansState(held.weights, held.momentum, tails, jnp.zeros_like(state.fresh))
+        self, inputs: TokenInputs, state: OpenTitans, metrics: Metrics | None, *, reads: bool
+    ) -> tuple[Array | None, OpenTitans]:
+        """Trains on T tokens; with `reads`, the answers [B T H K] to their own queries too.
 
-    def _tokens(self, x_BTD: Array, tails: Any, valid_BT: Array, *, reads: bool) -> Tokens:
+        A full segment runs chunk by chunk; a piece fills the unfinished chunk of each row. Both give the same.
+        """
+        x_BTD, valid_BT = inputs.x, inputs.valid
+        tokens = self._tokens(x_BTD, state.tails, valid_BT, reads=reads)
+        spec, norm, scale_C = self.config.spec, self._norm_weights(), self._place_scale()
+        tails = self._tails(x_BTD, state.tails, valid_BT)
+        if inputs.position is None:
+            fast, y_BTHK, measured = ttt_chunk(spec, norm, scale_C, state.fast, tokens, self.config.remat)
+            if metrics is not None:
+                record(metrics, **segment_metrics(spec, norm, fast, tokens, measured))
+            return y_BTHK, state._replace(fast=fast, tails=tails)
+        y_BTHK, fast, chunk = ttt_step(spec, norm, scale_C, inputs.position, tokens, state.fast, state.chunk)
+        return y_BTHK, OpenTitans(fast, chunk, tails)
+
+    def _tokens(self, x_BTD: Array, tails: Any, valid_BT: Array, *, reads: bool) -> ChunkInputs:
         """Tokens as the memory sees them; with `reads`, their queries too."""
         q_tail, k_tail, v_tail = tails or (None, None, None)
         q_BTHK = self.q(x_BTD, q_tail, valid_BT, self.inner_dtype) if reads else None
         k_BTHK, v_BTHK = (
             stream(x_BTD, tail, valid_BT, self.inner_dtype) for stream, tail in ((self.k, k_tail), (self.v, v_tail))
         )
-        return Tokens(q_BTHK, k_BTHK, v_BTHK, self._rates(x_BTD), valid_BT)
+        return ChunkInputs(q_BTHK, k_BTHK, v_BTHK, self._rates(x_BTD), valid_BT)
 
     def _tails(self, x_BTD: Array, tails: Any, valid_BT: Array) -> Any:
         """The last valid inputs of the convolutions of q, k and v, for the text that follows."""
@@ -320,59 +335,17 @@ class Titans(Memory):
         streams = (self.q, self.k, self.v)
         return tuple(stream.tail(x_BTD, old, valid_BT) for stream, old in zip(streams, tails, strict=True))
 
-    def _fast(self, begun: TitansState) -> Fast:
-        """Weights and momentum in the type of all that happens inside."""
-        return Fast(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (begun.weights, begun.momentum)))
+    def open(self, state: TitansState) -> OpenTitans:
+        """Weights and momentum in the dtype of the inner loop, and an empty chunk."""
+        fast = FastWeights(*jax.tree.map(lambda w: w.astype(self.inner_dtype), (state.weights, state.momentum)))
+        c = self.config
+        one = jnp.ones(())
+        has = Rates(one, None if c.momentum.per == "off" else one, None if c.forget.per == "off" else one)
+        return OpenTitans(fast, empty_chunk(fast, has, c.chunk_tokens), state.tails)
 
-    @staticmethod
-    def _held(fast: Fast, like: TitansState) -> Fast:
-        """Weights and momentum in the types of a state."""
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), fast, Fast(like.weights, like.momentum))
-
-    def open(self, state: TitansState, segment_tokens: int, dtype: jnp.dtype) -> OpenTitans:
-        """See the base class; raises ValueError where chunks do not divide the segment."""
-        self.config.check_segment(segment_tokens)
-        begun, B = self._begin(state), self.rows_of(state)
-        fast = self._fast(begun)
-        no_token = self._rates(jnp.zeros((B, 1, self.width), jnp.dtype(self.precision.compute)))
-        part = titans_open.empty_chunk(fast, no_token, self.config.chunk_tokens)
-        end_B = jnp.full(B, segment_tokens)
-        return OpenTitans(state, fast.weights, fast, part, begun.tails, self._no_tail(B), end_B)
-
-    def ask(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans
-    ) -> tuple[Float[Array, "B S D"], OpenTitans]:
-        """See the base class; the queries' convolution goes on from the piece before."""
-        live_BS = slot_BS < open_state.end[:, None]
-        q_BSHK = self.q(x_BSD, open_state.asked, live_BS, self.inner_dtype)
-        y_BSD = self._answer(self._ask(open_state.prepared, q_BSHK), x_BSD)
-        return y_BSD, open_state._replace(asked=self.q.tail(x_BSD, open_state.asked, live_BS))
-
-    def store(self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans) -> OpenTitans:
-        """Trains on the tokens; in rows whose chunk is full the weights move on."""
-        return self._feed(x_BSD, slot_BS, open_state, reads=False)[1]
-
-    def extend(
-        self, x_BSD: Float[Array, "B S D"], slot_BS: Int[Array, "B S"], open_state: OpenTitans
-    ) -> tuple[Float[Array, "B S D"], OpenTitans]:
-        """See the base class."""
-        y_BSHK, open_state = self._feed(x_BSD, slot_BS, open_state, reads=True)
-        assert y_BSHK is not None
-        return self._answer(y_BSHK, x_BSD), open_state
-
-    def close(self, open_state: OpenTitans) -> TitansState:
-        """The state after a segment that is full, and so are its chunks."""
-        held, fresh = self._held(open_state.fast, open_state.state), open_state.state.fresh
-        return TitansState(held.weights, held.momentum, open_state.tails, jnp.zeros_like(fresh))
-
-    def _feed(
-        self, x_BSD: Array, slot_BS: Array, open_state: OpenTitans, *, reads: bool
-    ) -> tuple[Array | None, OpenTitans]:
-        """S more tokens of the segment; with `reads`, the answers [B S H K] to their own queries too."""
-        live_BS = slot_BS < open_state.end[:, None]
-        tokens = self._tokens(x_BSD, open_state.tails, live_BS, reads=reads)
-        rules, norm, scale_C = self.config.rules, self._norm_weights(), self._place_scale()
-        feed = titans_open.feed(rules, norm, scale_C, slot_BS, tokens, open_state.fast, open_state.part)
-        y_BSHK, fast, part = feed
-        tails = self._tails(x_BSD, open_state.tails, live_BS)
-        return y_BSHK, open_state._replace(fast=fast, part=part, tails=tails)
+    def close(self, opened: OpenTitans, state: TitansState) -> TitansState:
+        """Weights and momentum in the state's dtypes: chunks divide a segment, so the last one is full."""
+        held = jax.tree.map(
+            lambda new, old: new.astype(old.dtype), opened.fast, FastWeights(state.weights, state.momentum)
+        )
+        return TitansState(held.weights, held.momentum, opened.tails, state.is_start)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.layers import gathered, named
-from lm2_jax.memory.base import Memory, MemoryConfig, Notes, note
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
+from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
 
@@ -21,11 +22,21 @@ class TokensConfig(MemoryConfig):
     kind: ClassVar[str] = "tokens"
     also_called: ClassVar[tuple[str, ...]] = ("rmt",)
     num_tokens: int = 16
-    """Memory tokens m; they stand before the segment to be read and behind it to be written."""
+    """Memory tokens m; they are before the segment to be read and after it to be written."""
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise ValueError(f"memory.num_tokens must be at least 1, got {self.num_tokens}")
+
+    @property
+    def capabilities(self) -> Capability:
+        """The decoder reads and writes the tokens itself."""
+        return Capability.STACK_TOKENS
+
+    @property
+    def stack_tokens(self) -> int:
+        """m."""
+        return self.num_tokens
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "Tokens":
         """The module for a decoder of this width."""
@@ -36,7 +47,7 @@ class TokensState(NamedTuple):
     """Memory tokens as they enter the bottom of the next segment."""
 
     tokens: Float[Array, "B N D"]
-    fresh: Bool[Array, " B"]
+    is_start: Bool[Array, " B"]
 
 
 class Tokens(Memory):
@@ -48,7 +59,7 @@ class Tokens(Memory):
 
     def setup(self) -> None:
         # As in the released code: the start has the embedding's scale.
-        init = named(nn.initializers.normal(self.width**-0.5), START_AXES)
+        init = named(nn.initializers.normal(self.width**-0.5), START_AXES, Role.START)
         self.start_ND = self.param(
             "start", init, (self.config.num_tokens, self.width), jnp.dtype(self.precision.params)
         )
@@ -62,19 +73,23 @@ class Tokens(Memory):
         """Memory tokens are sharded like any token: by batch."""
         return TokensState(("batch", "slots", None), ("batch",))  # pyright: ignore[reportArgumentType]
 
-    def rows(self, state: TokensState) -> Float[Array, "B N D"]:
-        """The m rows, in the compute type."""
-        start_1ND = gathered(self.start_ND.astype(state.tokens.dtype), START_AXES, ("slots", None))[None]
-        rows_BND = jnp.where(state.fresh[:, None, None], start_1ND, state.tokens)
-        return rows_BND.astype(jnp.dtype(self.precision.compute))
+    def start_state(self) -> TokensState:
+        """The learned rows."""
+        state = self.init_state(1)
+        start_ND = gathered(self.start_ND.astype(state.tokens.dtype), START_AXES, ("slots", None))
+        return state._replace(tokens=start_ND[None])
 
-    def read(self, q_BTD: Array, state: TokensState, prepared: Any = None, notes: Notes | None = None) -> Array:
-        """Memory tokens are read by the decoder's own attention."""
-        raise ValueError("memory 'tokens' is read through its rows; use the join 'tokens'")
+    def rows(self, state: TokensState) -> Float[Array, "B N D"]:
+        """The m rows, in the compute dtype."""
+        return state.tokens.astype(jnp.dtype(self.precision.compute))
 
     def write(
-        self, x_BTD: Float[Array, "B N D"], state: TokensState, valid_BT: Bool[Array, "B N"], notes: Notes | None = None
+        self,
+        x_BTD: Float[Array, "B N D"],
+        state: TokensState,
+        valid_BT: Bool[Array, "B N"],
+        metrics: Metrics | None = None,
     ) -> TokensState:
         """The decoder's output at the m write positions becomes the memory."""
-        note(notes, state_norm=jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1))
-        return TokensState(x_BTD.astype(state.tokens.dtype), jnp.zeros_like(state.fresh))
+        record(metrics, state_norm=jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1))
+        return state._replace(tokens=x_BTD.astype(state.tokens.dtype))

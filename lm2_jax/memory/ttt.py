@@ -1,11 +1,14 @@
-"""TTT-Linear and TTT-MLP (arXiv:2407.04620) as configurations of the Titans memory."""
+"""TTT-Linear and TTT-MLP (arXiv:2407.04620) as configurations of the Titans memory.
+
+They set fields of `TitansConfig` only, so a run can use them as its `model.memory`, and config.json holds them in full.
+"""
 
 import dataclasses
 import math
 from typing import Any
 
-from lm2_jax.memory.inner import MlpNetwork, SquaredError
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
+from lm2_jax.ops.ttt_chunk.networks import MlpNetwork, SquaredError
 
 
 def ttt_linear(head_width: int, **fields: Any) -> TitansConfig:
@@ -19,15 +22,16 @@ def ttt_mlp(head_width: int, **fields: Any) -> TitansConfig:
         W_t = W_0 - sum_{i<=t} eta[t, i] dl/dW_i,  l = |f(k) - v|^2 / 2,
         eta[t, i] = max(0, 1/t + learned_t) * base * sigmoid(x_i w) / head_width
 
-    with all gradients at the weights before a mini-batch of 16; no momentum, no forgetting. (The published target
-    v - k of the part behind the residual is the target v of the whole.) Differs from the released code: that rotates
-    q and k by their place in the mini-batch, shares one projection for both where it has convolutions, normalises
-    the output over all heads, and starts both W1 and W2 with a deviation of 0.02, where W2, with four times the inputs,
-    has 0.01 here (`start_scale`).
+    All gradients are taken at the weights before a mini-batch of 16 tokens. There is no momentum and no forgetting. The
+    published target v - k for LN(..) is the target v for f.
+
+    Differences from the released code, which applies RoPE to q and k with the position in the mini-batch, shares one
+    projection for q and k if it has convolutions, normalises the output over all heads, and initialises both W1 and W2
+    with a standard deviation of 0.02; here that of W2 is 0.01 (`start_scale`).
 
     Args:
-      head_width: width of a head.
-      fields: of `TitansConfig`, in place of TTT's own.
+      head_width: width of one head.
+      fields: fields of `TitansConfig` that replace those of TTT.
     """
     return _ttt(MlpNetwork(depth=2, bias=True, norm_epsilon=1e-6), 0.1, head_width, fields)
 

@@ -25,7 +25,7 @@ from lm2_jax.training.objective import batch_shapes, evaluate_batch
 from lm2_jax.training.profile import ProfileConfig, Profiler
 from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
 from lm2_jax.training.signals import StopSignals
-from lm2_jax.training.state import Plan, TrainState, make_plan, refusals
+from lm2_jax.training.state import Plan, TrainState, evaluation_params, make_plan, refusals
 from lm2_jax.training.step import jit_train_step
 from lm2_jax.training.watch import Watch
 from lm2_jax.types import PyTree
@@ -92,7 +92,7 @@ def fit(
                 saves = last or _due(step, config.checkpoint.every_steps)
                 if evaluates or saves:
                     with watch.pause():
-                        more = evaluate(state.params) if evaluates else None
+                        more = evaluate(evaluation_params(state)) if evaluates else None
                     watch.read(*pending, more)
                     pending = None
                 if saves:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced function, whatever its devices: what its equations say."""
+"""Floating-point operations of a traced function, counted on its jaxpr and independent of devices."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from lm2_jax.splash import kernel_flops
+from lm2_jax.attention.splash import kernel_flops
 
 
 def traced_flops(fn: Callable[..., Any], *arguments: Any) -> float:
-    """Operations of all matrix products in one call, loop bodies times their trip counts.
+    """Floating-point operations of all matrix products in one call; loop bodies count once per iteration.
 
-    Counted on the equations that jax traces, so recomputation in a backward pass counts, and nothing that a compiler
-    does. Elementwise work is left out.
+    The count is taken from the equations that jax traces. It includes recomputation in a backward pass and excludes
+    elementwise operations; what a compiler changes is not seen.
 
     Args:
       fn: any function of arrays.
@@ -25,7 +25,7 @@ def traced_flops(fn: Callable[..., Any], *arguments: Any) -> float:
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr, scope: str = "") -> float:
-    """The same of a function that is traced already; `scope` are the names of what it is called in."""
+    """As `traced_flops`, for a function that is already traced; `scope` is the name stack of its caller."""
     return sum(_equation_flops(equation, scope) for equation in jaxpr.eqns)
 
 
@@ -48,14 +48,14 @@ def _equation_flops(equation: core.JaxprEqn, scope: str) -> float:
         return max(inner)
     if name == "scan":
         return params["length"] * sum(inner)
-    if name == "shard_map":  # its equations are those of one device
+    if name == "shard_map":  # its equations are for one device
         axes = params.get("newly_manual_axes") or params["manual_axes"]  # newer and older jax
         return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
     return sum(inner)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    """Functions that an equation calls; of a while loop, whose trips are not known, the body once."""
+    """The jaxprs that an equation calls. The body of a while loop counts once, as its iterations are not known."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.ClosedJaxpr):

@@ -1,75 +1,93 @@
-"""AdamW, and the table that says which parameters decay and how fast each learns."""
+"""The optimizer of a run: clipping, the configured algorithm, weight decay and learning rates by selector."""
 
-from typing import Any
+import fnmatch
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm2_jax.config import OptimConfig, RunConfig
-from lm2_jax.precision import safe
-from lm2_jax.types import Axes, PyTree
-
-# A parameter's path is cut into words at "/" and "_"; the first row with one of them says what the parameter is.
-# ("gated" is no such word: the SwiGLU's gated kernel is a matrix.)
-KINDS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("gate", frozenset({"gate", "gates", "loudness"})),
-    ("start", frozenset({"start", "code"})),  # one vector per slot
-    ("norm", frozenset({"norm", "scale"})),
-    ("bias", frozenset({"b", "bias"})),
-    ("conv", frozenset({"conv"})),  # a few taps per channel: no matrix, whatever its rank
-)
-MEMORY = frozenset({"memory", "carrier"})  # words that say "this belongs to a memory"
+from lm2_jax.errors import UserError
+from lm2_jax.parameters import MEMORY, ROLES, Parameter
+from lm2_jax.precision import Precision, at_least_float32
+from lm2_jax.registry import near_misses
+from lm2_jax.training.optim_config import OptimConfig
+from lm2_jax.types import PyTree
 
 
-def _path_words(path: Any) -> list[str]:
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return [word for name in names for word in name.split("_")]
+def selects(selector: str, parameter: Parameter) -> bool:
+    """Whether a role, a group, a module or a path pattern selects a parameter; see `optim_config`."""
+    if selector in ROLES:
+        return parameter.role == selector
+    if selector == MEMORY:
+        return parameter.group == MEMORY
+    return any(fnmatch.fnmatchcase(parameter.path, pattern) for pattern in (selector, f"{selector}/*"))
 
 
-def kind_of(path: Any, axes: Axes) -> str:
-    """What one parameter is: gate, start, norm, bias, conv, else matrix or vector by its rank.
+def decays(parameter: Parameter, config: OptimConfig) -> bool:
+    """Whether weight decay applies to a parameter."""
+    return any(selects(selector, parameter) for selector in config.decay_on)
+
+
+def rate_of(parameter: Parameter, config: OptimConfig) -> float:
+    """Learning rate of a parameter, relative to `optim.learning_rate`."""
+    return next((factor for selector, factor in reversed(config.rate_rules) if selects(selector, parameter)), 1.0)
+
+
+def trainable(parameters: PyTree, config: OptimConfig) -> PyTree:
+    """For each parameter, whether it is trained.
 
     Args:
-      path: key path of the parameter in its tree.
-      axes: logical axis names; "layers" counts equal blocks that are stacked and is no dimension of the parameter.
+      parameters: tree with the `Parameter` of each array.
+      config: `freeze`.
+    Raises:
+      UserError: a selector matches nothing, or everything is frozen.
     """
-    words = _path_words(path)
-    for kind, marks in KINDS:
-        if marks.intersection(words):
-            return kind
-    return "matrix" if sum(name != "layers" for name in axes) >= 2 else "vector"
+    selectors = {
+        "decay_on": config.decay_on,
+        "rates": [selector for selector, _ in config.rate_rules],
+        "freeze": config.freeze,
+    }
+    for field, names in selectors.items():
+        _check_selectors(f"optim.{field}", names, jax.tree.leaves(parameters))
+    mask = jax.tree.map(lambda p: not any(selects(selector, p) for selector in config.freeze), parameters)
+    if not any(jax.tree.leaves(mask)):
+        raise UserError(f"optim.freeze={config.freeze} selects every parameter; at least one has to be trained.")
+    return mask
 
 
-def decays(path: Any, axes: Axes) -> bool:
-    """Whether weight decay applies: to matrices only."""
-    return kind_of(path, axes) == "matrix"
+def _check_selectors(field: str, selectors: Iterable[str], parameters: list[Parameter]) -> None:
+    """Refuses a selector that is no role and no group and matches no path."""
+    names = [*sorted(ROLES), MEMORY]
+    for selector in selectors:
+        if selector not in names and not any(selects(selector, p) for p in parameters):
+            paths = sorted({p.path for p in parameters})
+            modules = {path.rsplit("/", n)[0] for path in paths for n in range(path.count("/") + 1)}
+            raise UserError(
+                f"{field}: {selector!r} selects no parameter. Expected a role or group ({', '.join(names)}), a module, "
+                f"or a pattern of a path such as {paths[-1]!r}.{near_misses(selector, [*names, *sorted(modules)])}"
+            )
 
 
-def rate_of(path: Any, axes: Axes, config: OptimConfig) -> float:
-    """Relative learning rate: gates have their own, so have all other parameters of a memory."""
-    if kind_of(path, axes) == "gate":
-        return config.gate_multiplier
-    return config.memory_multiplier if MEMORY.intersection(_path_words(path)) else 1.0
+def select(mask: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with None in the place of every array whose `mask` is False."""
+    return jax.tree.map(lambda kept, x: x if kept else None, mask, tree)
 
 
-def map_parameters(fn: Any, axes: PyTree) -> PyTree:
-    """`fn(path, axes)` for each parameter; `axes` has a tuple of names in the place of each."""
-    return jax.tree_util.tree_map_with_path(fn, axes, is_leaf=lambda leaf: type(leaf) is tuple)
+def merge(part: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the arrays of `part` in place of its own, except where `part` has None."""
+    return jax.tree.map(lambda old, new: old if new is None else new, tree, part)
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Linear warm-up to the peak at step `warmup_steps`, then half a cosine down to `final_fraction` of it.
+    """Linear warm-up to the peak at step `warmup_steps`, then the configured schedule.
 
-    The first step already learns: during warm-up the rate is peak * (step + 1) / (warmup_steps + 1).
+    During warm-up the rate is peak * (step + 1) / (warmup_steps + 1), so the first step already learns.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup_steps + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_fraction,
-    )
+    first = config.learning_rate / (config.warmup_steps + 1)
+    warmup = optax.linear_schedule(first, config.learning_rate, config.warmup_steps)
+    schedule = optax.join_schedules([warmup, config.schedule.after_warmup(config)], [config.warmup_steps])
 
     def rate(step: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes types
@@ -78,41 +96,68 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     return rate
 
 
-def make_optimizer(config: RunConfig, axes: PyTree) -> optax.GradientTransformation:
-    """Clipping, AdamW and the rates of gates and memory.
+def make_optimizer(config: OptimConfig, precision: Precision, parameters: PyTree) -> optax.GradientTransformation:
+    """The optimizer of a run.
 
     Args:
-      config: `optim`, and the type of the first moment.
-      axes: logical axes of the parameters.
+      config: what it does.
+      precision: types of parameters and first moment; whether a master copy is kept.
+      parameters: tree with the `Parameter` of each array, None for a frozen one (`select(trainable(..), ..)`).
     Returns:
-      A transformation whose state is float32 at least but for the first moment, whatever type the parameters have.
+      A transformation that computes in float32 or wider, whatever type the parameters have. Of its state, only the
+      first moment may be narrower.
     """
-    optim = config.optim
-    rates = map_parameters(lambda path, names: rate_of(path, names, optim), axes)
-    return _wide(
+    rates = jax.tree.map(lambda p: rate_of(p, config), parameters)
+    optimizer = _in_float32(
         optax.chain(
-            optax.clip_by_global_norm(optim.clip_norm),
-            optax.scale_by_adam(
-                optim.beta1, optim.beta2, optim.epsilon, mu_dtype=jnp.dtype(config.model.precision.moments)
-            ),
-            optax.add_decayed_weights(optim.weight_decay, mask=map_parameters(decays, axes)),
+            optax.clip_by_global_norm(config.clip_norm),
+            config.algorithm.scale(config, parameters, jnp.dtype(precision.moments)),
+            optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(lambda p: decays(p, config), parameters)),
             optax.stateless(lambda updates, _: jax.tree.map(lambda rate, u: rate * u, rates, updates)),
-            optax.scale_by_learning_rate(learning_rate(optim)),
+            optax.scale_by_learning_rate(learning_rate(config)),
         )
     )
+    is_narrow = at_least_float32(precision.params) != jnp.dtype(precision.params)
+    return _with_master_copy(optimizer) if is_narrow and precision.master_copy else optimizer
 
 
-def widen(tree: PyTree) -> PyTree:
-    """Arrays of float32 at least."""
+def tree_at_least_float32(tree: PyTree) -> PyTree:
+    """Arrays in float32 or wider."""
     with jax.numpy_dtype_promotion("standard"):  # a wider type is what is asked for
-        return jax.tree.map(lambda x: x.astype(safe(x.dtype)), tree)
+        return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)
 
 
-def _wide(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on parameters and gradients of float32 at least; optax itself mixes types, so that is allowed here."""
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on parameters and gradients in float32 or wider; optax itself mixes types, so that is allowed here."""
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         with jax.numpy_dtype_promotion("standard"):
-            return inner.update(widen(updates), state, widen(params))
+            return inner.update(tree_at_least_float32(updates), state, tree_at_least_float32(params))
 
-    return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)
+    return optax.GradientTransformation(lambda params: inner.init(tree_at_least_float32(params)), update)
+
+
+class MasterState(NamedTuple):
+    """State of an optimizer that keeps a master copy."""
+
+    inner: PyTree
+    params: PyTree  # the parameters in float32
+
+
+def _with_master_copy(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on a float32 copy of the parameters; the parameters themselves are the copy, rounded.
+
+    An update is the new copy minus the parameters. It is exact wherever the two differ by less than a factor of two,
+    and what it loses elsewhere is not accumulated.
+    """
+
+    def init(params: PyTree) -> MasterState:
+        return MasterState(inner.init(params), tree_at_least_float32(params))
+
+    def update(updates: PyTree, state: MasterState, params: PyTree = None) -> tuple[PyTree, MasterState]:
+        updates, inner_state = inner.update(updates, state.inner, state.params)
+        master = jax.tree.map(jnp.add, state.params, updates)
+        updates = jax.tree.map(jnp.subtract, master, tree_at_least_float32(params))
+        return updates, MasterState(inner_state, master)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]

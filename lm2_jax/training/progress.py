@@ -10,25 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from lm2_jax.chips import peak_flops
 from lm2_jax.config import ModelConfig
 from lm2_jax.types import PyTree
-
-# Dense bfloat16 FLOP/s of one device, by what jax calls it; the first name that its kind contains.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p
-    ("TPU v4", 275e12),
-    ("H200", 989e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
 def flops_per_token(config: ModelConfig, params: PyTree) -> float:

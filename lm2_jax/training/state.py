@@ -1,4 +1,4 @@
-"""Everything a run carries from step to step, and where each array of it lies."""
+"""The train state: everything a run carries from step to step, and the sharding of each of its arrays."""
 
 import contextlib
 import dataclasses
@@ -15,48 +15,72 @@ from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.layout import Layout, axes_of
 from lm2_jax.model import LanguageModel
-from lm2_jax.training.optim import make_optimizer
+from lm2_jax.parameters import describe, init_parameters
+from lm2_jax.training.optim import make_optimizer, merge, select, trainable, tree_at_least_float32
 from lm2_jax.types import Array, Int, PyTree
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds.
+
+    No random key is in it: nothing in a step is drawn, and initial parameters follow from `train.seed`.
+    """
 
     step: Int[Array, ""]  # optimizer steps done
     params: PyTree
-    opt_state: PyTree
-    memory: PyTree  # the model's state after the last step where it is carried on, else None
-    key: Array  # data of the key from which each step's random numbers are folded
+    opt_state: PyTree  # of trained parameters only
+    memory: PyTree  # the model's state after the last step if `data.carry_state`, else None
+    averaged: PyTree = None  # moving average of trained parameters, in float32 or wider, if `optim.ema_decay`
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run before its first array exists: the model, the optimizer, and the train state's shapes and axes."""
+    """A run before its first array exists.
+
+    Attributes:
+      config: of the run.
+      model: its model.
+      optimizer: on the trained parameters, with None in the place of frozen ones.
+      parameters: declaration of each parameter.
+      trainable: for each parameter, whether it is trained.
+      shapes: of the train state.
+      axes: logical axes of the train state.
+      memory_axes: logical axes of the model's state.
+    """
 
     config: RunConfig
     model: LanguageModel
     optimizer: optax.GradientTransformation
+    parameters: PyTree
+    trainable: PyTree
     shapes: TrainState
     axes: TrainState
     memory_axes: PyTree
 
     def shardings(self, layout: Layout) -> TrainState:
-        """Where each array of the train state lies; raises UserError where some devices would have nothing to do."""
+        """The sharding of each array of the train state.
+
+        Raises:
+          UserError: some devices would do no work of their own.
+        """
         layout.check_used((self.axes, self.memory_axes, ("batch",)))
         return layout.shardings(self.axes, self.shapes)
 
     def init(self, layout: Layout) -> TrainState:
-        """The state before the first step, made where it lies; called inside the layout's context."""
+        """The state before the first step, created in its sharding; to be called in the layout's context."""
 
         def first() -> TrainState:
-            return _first_state(self.config, self.model, self.optimizer, _unbox(_first_params(self.config, self.model)))
+            return self._first_state(_unbox(_first_params(self.config, self.model)))
 
         return jax.jit(first, out_shardings=self.shardings(layout))()
+
+    def _first_state(self, params: PyTree) -> TrainState:
+        return _first_state(self.config, self.model, self.optimizer, self.trainable, params)
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """What the model refuses inside it is a `UserError`: a field of the run has to change."""
+    """Raises a `UserError` for each ValueError of the model inside: a field of the run has to change."""
     try:
         yield
     except ValueError as error:
@@ -70,35 +94,52 @@ def make_plan(config: RunConfig, model: LanguageModel) -> Plan:
       config: of the run.
       model: `lm2_jax.build_model(config.model)`.
     Raises:
-      UserError: the model refuses its segments.
+      UserError: the model refuses its segments, or a selector of `optim` matches no parameter.
     """
     with refusals():
-        params = jax.eval_shape(lambda: _first_params(config, model))  # in boxes that name their axes
-    optimizer = make_optimizer(config, axes_of(params))
-    boxed = jax.eval_shape(lambda params: _first_state(config, model, optimizer, params), params)
+        params = jax.eval_shape(lambda: _first_params(config, model))  # in boxes that declare them
+    parameters = describe(params)
+    mask = trainable(parameters, config.optim)
+    optimizer = make_optimizer(config.optim, config.model.precision, select(mask, parameters))
+    boxed = jax.eval_shape(lambda params: _first_state(config, model, optimizer, mask, params), params)
     memory_axes = model.state_axes()
     axes = axes_of(boxed)._replace(memory=memory_axes if config.data.carry_state else None)
-    return Plan(config, model, optimizer, _unbox(boxed), axes, memory_axes)
+    return Plan(config, model, optimizer, parameters, mask, _unbox(boxed), axes, memory_axes)
+
+
+def evaluation_params(state: TrainState) -> PyTree:
+    """The parameters to evaluate: their moving average where one is kept, in the parameters' type."""
+    return state.params if state.averaged is None else with_average(state.params, state.averaged)
+
+
+def with_average(params: PyTree, averaged: PyTree) -> PyTree:
+    """`params`, with the trained ones replaced by their moving average."""
+    return jax.tree.map(lambda p, new: new.astype(p.dtype), params, merge(averaged, params))
 
 
 def _first_params(config: RunConfig, model: LanguageModel) -> PyTree:
-    """Parameters in the boxes that name their axes."""
+    """Parameters in the boxes that declare them."""
     tokens_BT = jnp.zeros((1, config.model.segment_tokens), jnp.int32)
-    with partition.use(None):  # nothing but parameters remains of this one row, which no mesh divides
+
+    def init() -> PyTree:
         return model.init(jax.random.key(config.train.seed), tokens_BT, model.init_state(1))["params"]
+
+    with partition.use(None):  # only the parameters of this call are kept, and no mesh divides its single row
+        return init_parameters(init)
 
 
 def _first_state(
-    config: RunConfig, model: LanguageModel, optimizer: optax.GradientTransformation, params: PyTree
+    config: RunConfig, model: LanguageModel, optimizer: optax.GradientTransformation, mask: PyTree, params: PyTree
 ) -> TrainState:
-    """The state before the first step; boxed where `params` are."""
+    """The state before the first step; boxed if `params` are."""
     memory = model.init_state(config.data.rows) if config.data.carry_state else None
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), memory, jax.random.key_data(key))
+    active = select(mask, params)
+    averaged = tree_at_least_float32(active) if config.optim.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(active), memory, averaged)
 
 
 def _unbox(tree: PyTree) -> PyTree:
-    """The arrays without their boxes; unlike `nn.unbox`, no constraint is laid on them."""
+    """The arrays without their boxes; unlike `nn.unbox`, it adds no sharding constraints."""
 
     def bare(leaf: Any) -> Any:
         if isinstance(leaf, meta.Partitioned):

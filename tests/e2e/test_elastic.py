@@ -66,7 +66,7 @@ def restored(config, workdir, devices):
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(plan.shardings(layout)), strict=True):
             assert leaf.sharding.shard_shape(leaf.shape) == sharding.shard_shape(leaf.shape)
         axis, most = SPLIT[type(config.model.memory)]
-        memory = jax.tree.leaves(state.memory.runs[0].memory)[0]
+        memory = jax.tree.leaves(state.memory.groups[0].memory)[0]
         assert memory.sharding.shard_shape(memory.shape)[2] == most // layout.mesh.shape[axis]
         leaves = jax.tree_util.tree_leaves_with_path(state)
         return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

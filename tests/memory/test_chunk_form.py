@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.memory import chunk_form, titans_chunks
-from lm2_jax.memory.chunk_form import Fast, Network, Rates
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, NormWeights, SquaredError
-from lm2_jax.memory.titans_chunks import SCANS, Rules, Tokens, run
+from lm2_jax.ops.ttt_chunk import chunk as chunked
+from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork, NormWeights, SquaredError
+from lm2_jax.ops.ttt_chunk.ref import linear, mlp, token_loop
+from lm2_jax.ops.ttt_chunk.remat import SCANS, group_size
+from lm2_jax.ops.ttt_chunk.sharded import ttt_chunk
 from tests.contract.subjects import UNOPTIMIZED
-from tests.memory.token_loop import by_token, deep_map, linear_map
 
 B, T, H, K, E = 2, 18, 2, 4, 2  # 18 tokens: no multiple of a chunk of 4 or 16
 
@@ -23,7 +24,7 @@ def float64():
         yield
 
 
-NETWORKS = {"linear": (LinearNetwork(), linear_map), "mlp": (MlpNetwork(expansion=E), deep_map)}
+NETWORKS = {"linear": (LinearNetwork(), linear), "mlp": (MlpNetwork(expansion=E), mlp)}
 
 
 def example(name: str):
@@ -59,14 +60,14 @@ def in_chunks(tree, valid, *, name, chunk, momentum, forget, held=(False, False,
         jax.nn.log_sigmoid(gates["a"]) if forget else None,
     )
     norm = NormWeights(*tree["slow"]) if tree["slow"] else None
-    fast = Fast(tuple(tree["fast"]), tuple(tree["speed"]) if momentum else None)
-    rules = Rules(Network(network), SquaredError(), chunk, held)
-    fast, y, _ = run(
-        rules,
+    fast = FastWeights(tuple(tree["fast"]), tuple(tree["speed"]) if momentum else None)
+    spec = ChunkSpec(Network(network), SquaredError(), chunk, held)
+    fast, y, _ = ttt_chunk(
+        spec,
         norm,
         None,
         fast,
-        Tokens(*(tree["text"][n] for n in "qkv"), rates, valid),
+        ChunkInputs(*(tree["text"][n] for n in "qkv"), rates, valid),
         remat="groups" if chunk == 4 else "none",
     )
     return weighted(jnp.where(valid[:, :, None, None], y, 0), fast.weights, fast.momentum or [])
@@ -78,7 +79,7 @@ def one_by_one(tree, valid, chunk, momentum, forget, *, name):
     gates |= {"e": jnp.where(momentum, gates["e"], 0), "a": jnp.where(forget, gates["a"], 1)}
     tokens = tree["text"] | gates | {"valid": jnp.broadcast_to(valid[:, :, None], (B, T, H))}
     speed = [jnp.where(momentum, s, 0) for s in tree["speed"]]
-    loop = functools.partial(by_token, NETWORKS[name][1])
+    loop = functools.partial(token_loop, NETWORKS[name][1])
     heads = jax.vmap(loop, in_axes=(0, 0, 0, 1, None), out_axes=(1, 0, 0))
     y, weights, speed = jax.vmap(heads, in_axes=(0, 0, None, 0, None))(tree["fast"], speed, tree["slow"], tokens, chunk)
     return weighted(jnp.where(valid[:, :, None, None], y, 0), weights, [jnp.where(momentum, s, 0) for s in speed])
@@ -101,12 +102,12 @@ CASES = [
     [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES],
 )
 def test_chunks_equal_the_token_loop(name, chunk, momentum, forget):
-    """Answers, weights and momentum behind a text with holes, and the gradient by all that they are made of."""
+    """Answers, and weights and momentum after a text with padding; and the gradient by every input."""
     assert_equals_the_token_loop(name, chunk, momentum, forget)
 
 
 def test_a_long_chunk_in_blocks_equals_the_token_loop(monkeypatch):
-    monkeypatch.setattr(titans_chunks, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(chunked, "BLOCK_TOKENS", 4)
     assert_equals_the_token_loop("linear", 16, momentum=True, forget=True)
 
 
@@ -150,9 +151,9 @@ def one_head(k, v, q, chunk, log_momentum):
     k, v, q = (jnp.asarray(a, jnp.float64)[None, :, None] for a in (k, v, q))
     rates = Rates(jnp.ones((1, k.shape[1], 1)), log_momentum, None)
     zeros = (jnp.zeros((1, 1, 2, 2)),)
-    fast = Fast(zeros, None if log_momentum is None else zeros)
-    rules = Rules(Network(LinearNetwork()), SquaredError(factor=0.5), chunk, (False, False, False))
-    return run(rules, None, None, fast, Tokens(q, k, v, rates, jnp.ones((1, k.shape[1]), bool)), remat="none")
+    fast = FastWeights(zeros, None if log_momentum is None else zeros)
+    spec = ChunkSpec(Network(LinearNetwork()), SquaredError(factor=0.5), chunk, (False, False, False))
+    return ttt_chunk(spec, None, None, fast, ChunkInputs(q, k, v, rates, jnp.ones((1, k.shape[1]), bool)), remat="none")
 
 
 @pytest.mark.parametrize(("chunk", "momentum", "answer"), [(1, None, 4.0), (2, None, 6.0), (2, 0.5, 7.0)])
@@ -167,34 +168,34 @@ def test_two_values_under_one_key_by_hand(chunk, momentum, answer):
 def test_products_by_hand():
     log = jnp.log(jnp.asarray([0.5, 0.25, 0.125]))
     want = [[1, 0, 0], [0.25, 1, 0], [0.25 * 0.125, 0.125, 1]]
-    np.testing.assert_allclose(chunk_form.products(log), want, rtol=1e-12)
+    np.testing.assert_allclose(chunked.decay_products(log), want, rtol=1e-12)
 
 
-def test_products_are_exact_behind_gates_near_zero():
-    """In float32: what stands behind a closed gate keeps all digits of its own factors; nothing becomes NaN."""
+def test_products_are_exact_after_gates_near_zero():
+    """In float32: entries after a closed gate keep all digits; nothing becomes NaN."""
     rng = np.random.default_rng(0)
     log = -rng.random(64) * 0.01
     log[3::16] = [-1e4, -800.0, -3e6, -90.0]
-    products = jax.jit(chunk_form.products, compiler_options=UNOPTIMIZED)
+    products = jax.jit(chunked.decay_products, compiler_options=UNOPTIMIZED)
     got = np.asarray(products(jnp.asarray(log, jnp.float32)))
     want = np.exp(np.array([[log[s + 1 : t + 1].sum() if s <= t else -np.inf for s in range(64)] for t in range(64)]))
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-37)
-    grad = jax.jit(jax.grad(lambda log: chunk_form.products(log).sum()))(jnp.asarray(log, jnp.float32))
+    grad = jax.jit(jax.grad(lambda log: chunked.decay_products(log).sum()))(jnp.asarray(log, jnp.float32))
     assert np.isfinite(grad).all()
 
 
 def test_padding_moves_nothing():
-    """Not even where there is momentum: weights and momentum behind a chunk of padding are bit-equal."""
+    """With momentum too: weights and momentum after a chunk of padding are bit-equal."""
     rng = np.random.default_rng(0)
-    fast = Fast(*((jnp.asarray(rng.standard_normal((3, 5)), jnp.float32),) for _ in range(2)))
+    fast = FastWeights(*((jnp.asarray(rng.standard_normal((3, 5)), jnp.float32),) for _ in range(2)))
     log = jnp.full(4, -0.5, jnp.float32)
     rates = Rates(jnp.full(4, 0.1, jnp.float32), log, log)
-    rows = chunk_form.Gradients(*((jnp.asarray(rng.standard_normal((4, n)), jnp.float32),) for n in (3, 5)))
+    rows = chunked.TokenGradients(*((jnp.asarray(rng.standard_normal((4, n)), jnp.float32),) for n in (3, 5)))
     none, last = jnp.zeros(4, bool), jnp.arange(4) == 3
 
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def advance(valid_C):
-        return chunk_form.advance(Network(LinearNetwork()), fast, rows, *chunk_form.presence(rates, valid_C))
+        return chunked.update(Network(LinearNetwork()), fast, rows, *chunked.decay_coefficients(rates, valid_C))
 
     after = advance(none)
     jax.tree.map(np.testing.assert_array_equal, after, fast)
@@ -207,7 +208,7 @@ def test_padding_moves_nothing():
 
 @pytest.mark.parametrize(("steps", "group"), [(1, 1), (2, 1), (7, 2), (16, 4), (32, 8), (36, 6), (1024, 32)])
 def test_groups_are_about_the_root(steps, group):
-    assert chunk_form.group_of(steps) == group
+    assert group_size(steps) == group
 
 
 def test_every_scan_is_a_scan():

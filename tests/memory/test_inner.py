@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from lm2_jax.memory.chunk_form import Network, linearise, plain
-from lm2_jax.memory.inner import (
+from lm2_jax.config import from_dict, to_dict
+from lm2_jax.memory import MemoryConfig
+from lm2_jax.memory.titans import TitansConfig
+from lm2_jax.memory.ttt import ttt_linear, ttt_mlp
+from lm2_jax.ops.ttt_chunk.chunk import Network, apply_network, per_token_gradients
+from lm2_jax.ops.ttt_chunk.networks import (
     HuberLoss,
     InnerLoss,
     InnerNetwork,
@@ -20,7 +25,9 @@ from lm2_jax.memory.inner import (
     SquaredError,
     SwigluNetwork,
 )
+from lm2_jax.precision import Precision
 from tests.contract.subjects import UNOPTIMIZED
+from tests.memory import driver
 
 C, K = 3, 4
 
@@ -46,17 +53,17 @@ def draw(network: InnerNetwork):
     ("network", "loss"), [*[(n, LOSSES[0]) for n in NETWORKS], *[(NETWORKS[0], loss) for loss in LOSSES[1:]]]
 )
 def test_rows_of_inputs_and_outputs_are_the_gradient(network, loss):
-    """X^T G is what autodiff says by the weights, token by token."""
+    """The outer product of a row of X and of G is the gradient that autodiff gives for that token."""
     with jax.enable_x64(True):
         weights, k, v, norm = draw(network)
 
         def token(weights, k, v):
-            return loss(plain(Network(network), weights, k[None], norm), v[None])[0]
+            return loss(apply_network(Network(network), weights, k[None], norm), v[None])[0]
 
         @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
         def both(weights, k, v):
             one_by_one = jax.vmap(jax.value_and_grad(token), in_axes=(None, 0, 0))(weights, k, v)
-            return one_by_one, linearise(Network(network), loss, weights, k, v, norm)
+            return one_by_one, per_token_gradients(Network(network), loss, weights, k, v, norm)
 
         (losses, want), (rows, got) = both(weights, k, v)
         np.testing.assert_allclose(got, losses, rtol=1e-12)
@@ -99,7 +106,9 @@ def test_a_network_must_call_each_layer_once():
 
     try:
         with pytest.raises(ValueError, match="Twice calls layer 0 twice"):
-            linearise(Network(Twice()), SquaredError(), (jnp.eye(K),), jnp.ones((C, K)), jnp.ones((C, K)), None)
+            per_token_gradients(
+                Network(Twice()), SquaredError(), (jnp.eye(K),), jnp.ones((C, K)), jnp.ones((C, K)), None
+            )
     finally:
         del InnerNetwork.registry["twice"]
 
@@ -119,6 +128,31 @@ def test_a_network_must_call_each_layer_once():
 def test_what_cannot_be_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *[TitansConfig(network=network) for network in NETWORKS],
+        *[TitansConfig(loss=loss) for loss in LOSSES],
+        ttt_linear(16, num_heads=2),
+        ttt_mlp(16, num_heads=2),
+    ],
+)
+def test_a_run_can_use_it(config):
+    """config.json holds it; the memory that it builds reads and updates its weights."""
+    assert from_dict(MemoryConfig, to_dict(config)) == config
+    memory = dataclasses.replace(config, num_heads=2, remat="none").build(8, Precision())
+    x, valid, state = jnp.ones((1, 16, 8), jnp.float32), jnp.ones((1, 16), bool), memory.init_state(1)
+
+    @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
+    def weights_before_and_after(key):
+        (y, after), variables = memory.init_with_output(key, x, state, valid, method=driver.call)
+        return y, nn.unbox(variables)["params"]["start_0"][None], after.weights[0]
+
+    y, before, after = weights_before_and_after(jax.random.key(0))
+    assert np.isfinite(y).all()
+    assert np.abs(after - before).max() > 1e-6
 
 
 def test_families():

@@ -1,16 +1,16 @@
-"""Products whose derivatives are not turned round."""
+"""Products whose derivatives need no transposes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.memory.matmul import t_times, times, times_t
+from lm2_jax.ops.ttt_chunk.matmul import matmul_nn, matmul_nt, matmul_tn
 
 PRODUCTS = [  # ours, the same in jax.numpy, shapes of the factors
-    (times, lambda a, b: a @ b, (3, 4), (4, 5)),
-    (times_t, lambda a, b: a @ b.T, (3, 4), (5, 4)),
-    (t_times, lambda a, b: a.T @ b, (4, 3), (4, 5)),
+    (matmul_nn, lambda a, b: a @ b, (3, 4), (4, 5)),
+    (matmul_nt, lambda a, b: a @ b.T, (3, 4), (5, 4)),
+    (matmul_tn, lambda a, b: a.T @ b, (4, 3), (4, 5)),
 ]
 
 

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork
-from lm2_jax.memory.projections import Stream
+from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.config import ModelConfig
+from lm2_jax.memory.projections import ConvProjection
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig, TitansState
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork
+from lm2_jax.ops.ttt_chunk.ref import mlp, token_loop
+from lm2_jax.parameters import describe
 from lm2_jax.precision import Precision
 from lm2_jax.state import reset_rows
-from lm2_jax.training.optim import kind_of, map_parameters
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED
-from tests.memory.token_loop import by_token, deep_map
+from tests.memory import driver
 
 B, T, H, K, C = 2, 12, 2, 4, 4
 D = H * K
@@ -25,7 +28,7 @@ MLP = MlpNetwork(expansion=2)
 
 VARIANTS = {
     "default": TitansConfig(H, C, network=MLP),
-    # all that is otherwise off: rates of a chunk, biases, steps by place, no convolution
+    # options that are off in `default`: rates per chunk, biases, steps by position, no convolution
     "chunk": TitansConfig(
         H,
         C,
@@ -59,7 +62,7 @@ class Case:
             self.state = self.memory.init_state(B)
             self.x = jnp.asarray(rng.standard_normal((B, T, D)))
             self.valid = jnp.ones((B, T), bool)
-            shapes = jax.eval_shape(self.memory.init, jax.random.key(0), self.x, self.state, self.valid)
+            shapes = jax.eval_shape(driver.init(self.memory), jax.random.key(0), self.x, self.state, self.valid)
 
             def draw(path, leaf):
                 noise = rng.standard_normal(leaf.shape)
@@ -68,35 +71,40 @@ class Case:
 
             self.params = jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
 
-    def program(self, method: str, **static: Any) -> Any:
-        """`memory.<method>` without the parameters, compiled."""
+    def program(self, method: Any) -> Any:
+        """A function of `driver` without the module and its parameters, compiled."""
         call = functools.partial(self.memory.apply, method=method)
-        jitted = jax.jit(lambda params, *args: call(params, *args, **static), compiler_options=UNOPTIMIZED)
-        return functools.partial(jitted, self.params)
+        return functools.partial(jax.jit(call, compiler_options=UNOPTIMIZED), self.params)
 
     @functools.cached_property
     def call(self):
-        return self.program("__call__")
+        return self.program(driver.call)
 
     @functools.cached_property
     def read(self):
-        return self.program("read")
+        return self.program(driver.read)
 
     @functools.cached_property
     def open(self):
-        return self.program("open", segment_tokens=T, dtype=self.x.dtype)
+        return self.program(driver.opened)
 
     @functools.cached_property
-    def extend(self):
-        return self.program("extend")
+    def _extend(self):
+        return self.program(driver.extend)
+
+    def extend(self, x, position, at):
+        return self._extend(x, position, T, at)
 
     @functools.cached_property
-    def ask(self):
-        return self.program("ask")
+    def _ask(self):
+        return self.program(driver.ask)
+
+    def ask(self, x, position, at):
+        return self._ask(x, position, T, at)
 
     @functools.cached_property
     def close(self):
-        return self.program("close")
+        return self.program(driver.close)
 
 
 @functools.cache
@@ -133,9 +141,9 @@ def test_a_state_holds_no_empty_arrays(case):
 
 
 def test_a_convolution_of_one_token_scales_its_input():
-    """Doubled kernels double q, k and v where no activation or norm comes behind them."""
+    """Doubled kernels double q, k and v if there is no activation and no norm."""
     config = dataclasses.replace(VARIANTS["plain"], silu=False, unit_keys=False)
-    stream = Stream(D, H, FLOAT64, config.conv_tokens, config.silu, config.unit_keys)
+    stream = ConvProjection(D, H, FLOAT64, config.conv_tokens, config.silu, config.unit_keys)
     x, valid = variant("plain").x, variant("plain").valid
     params = stream.init(jax.random.key(0), x, None, valid, jnp.dtype("float64"))
     twice = nn.unbox(params)
@@ -176,7 +184,7 @@ def by_equations(params, x_BTD, case: Case):
             tokens |= {"a": 1 - gate["forget"], "valid": jnp.ones(T, bool)}
             slow = (p["inner_norm"]["scale"][h], p["inner_norm"]["b"][h])
             start = [p["start_0"][h], p["start_1"][h]]
-            y, weights, speed = by_token(deep_map, start, [0 * w for w in start], slow, tokens, C)
+            y, weights, speed = token_loop(mlp, start, [0 * w for w in start], slow, tokens, C)
             y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"]
             y = y / (1 + jnp.exp(-x_TD @ p["gate_output"]["w"][:, h]))
             heads.append(y @ p["o"]["w"][h])
@@ -198,7 +206,7 @@ def test_the_module_is_its_equations():
         return sum(jnp.sum(jnp.sin(jnp.arange(a.size)).reshape(a.shape) * a) for a in (y, *weights, *speed))
 
     def form(params, x):
-        y, state = memory.apply(params, x, case.state, case.valid)
+        y, state = memory.apply(params, x, case.state, case.valid, method=driver.call)
         return weighted(y, state.weights, state.momentum), (y, state.weights, state.momentum)
 
     def loop(params, x):
@@ -219,7 +227,7 @@ def test_the_module_is_its_equations():
 
 
 def fed(case: Case, state: TitansState, lengths: list[int]):
-    """A segment in pieces, each padded to 1, 5 or 12 tokens; answers, frozen reads, and the state behind it."""
+    """A segment in pieces, each padded to 1, 5 or 12 tokens; answers, frozen reads, and the state after it."""
     opened, first, answers, asked = case.open(state), 0, [], []
     for length in lengths:
         size = next(size for size in (1, 5, 12) if size >= length)
@@ -239,13 +247,13 @@ def test_pieces_equal_one_call(case, lengths):
     """From a used state, so that tails and momentum matter."""
     state = used(case)
     y, after = case.call(case.x, state, case.valid)
-    got, frozen, behind = fed(case, state, lengths)
+    got, frozen, closed = fed(case, state, lengths)
     assert_close(got, y)
-    assert_close(behind, after)
+    assert_close(closed, after)
     assert_close(frozen, case.read(case.x, state))
 
 
-def test_rows_stand_where_they_stand():
+def test_each_row_has_its_own_position():
     """Row 0 is fed 5 + 1 + 5 + 1 tokens, row 1 0 + 5 + 2 + 5, in the same calls."""
     case = variant("default")
     y, after = case.call(case.x, case.state, case.valid)
@@ -266,12 +274,12 @@ def test_storing_is_extending_without_answers():
     case = variant("default")
     slot = np.broadcast_to(np.arange(5), (B, 5))
     opened = case.open(case.state)
-    stored = case.program("store")(case.x[:, :5], slot, opened)
+    stored = case.program(driver.store)(case.x[:, :5], slot, T, opened)
     assert_close(stored, case.extend(case.x[:, :5], slot, opened)[1])
 
 
 def test_a_border_leaves_no_trace(case):
-    """Convolutions and momentum go on: 8 tokens, then 4, are 12."""
+    """Convolutions and momentum continue: 8 tokens, then 4, equal 12."""
     y, after = case.call(case.x, case.state, case.valid)
     first, state = case.call(case.x[:, :8], case.state, case.valid[:, :8])
     second, state = case.call(case.x[:, 8:], state, case.valid[:, 8:])
@@ -280,11 +288,13 @@ def test_a_border_leaves_no_trace(case):
 
 
 def test_writing_is_calling_without_answers(case):
-    assert_close(case.program("write")(case.x, case.state, case.valid), case.call(case.x, case.state, case.valid)[1])
+    assert_close(
+        case.program(driver.write)(case.x, case.state, case.valid), case.call(case.x, case.state, case.valid)[1]
+    )
 
 
 def test_padding_at_the_end_changes_nothing(case):
-    """Neither what padding holds, nor that it is there: the next segment goes on behind the last token."""
+    """Neither its values nor its presence: the next segment continues after the last valid token."""
     short, padded = case.valid.at[:, 8:].set(False), case.x.at[:, 8:].set(7.0)
     _, state = case.call(padded, case.state, short)
     want_state = case.call(case.x[:, :8], case.state, case.valid[:, :8])[1]
@@ -348,7 +358,7 @@ def test_every_parameter_has_a_gradient(case):
     memory = without_remat(case)
 
     def total(params):
-        y, _ = memory.apply(params, case.x, case.state, case.valid)
+        y, _ = memory.apply(params, case.x, case.state, case.valid, method=driver.call)
         return jnp.sum(jnp.sin(jnp.arange(y.size)).reshape(y.shape) * y)
 
     grads = jax.jit(jax.grad(total), compiler_options=UNOPTIMIZED)(case.params)
@@ -357,8 +367,8 @@ def test_every_parameter_has_a_gradient(case):
         assert np.abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-def test_notes_by_hand():
-    """A linear memory that starts at 0 is told a pair twice, then one half as well, then nothing."""
+def test_metrics_by_hand():
+    """A linear memory that starts at 0 sees one pair twice, another pair once, then padding."""
     config = TitansConfig(
         1, 2, LinearNetwork(), step=StepConfig("fixed", 0.25), conv_tokens=0, silu=False, unit_keys=False
     )
@@ -368,7 +378,7 @@ def test_notes_by_hand():
         jnp.asarray([[True] * 3 + [False]]),
         memory.init_state(1),
     )
-    shapes = nn.unbox(jax.eval_shape(memory.init, jax.random.key(0), x, state, valid))["params"]
+    shapes = nn.unbox(jax.eval_shape(driver.init(memory), jax.random.key(0), x, state, valid))["params"]
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     params |= {n: {"w": {"w": jnp.eye(2)[:, None]}} for n in "qkv"}
     for gate in ("gate_momentum", "gate_forget"):
@@ -376,13 +386,13 @@ def test_notes_by_hand():
 
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def write(params):
-        notes: dict = {}
-        return memory.apply({"params": params}, x, state, valid, notes, method="write"), notes
+        metrics: dict = {}
+        return memory.apply({"params": params}, x, state, valid, metrics, method=driver.write), metrics
 
-    after, notes = write(params)
+    after, metrics = write(params)
     # Each step goes 0.25 * 2 of the way from its chunk's start: two together all of it, one alone half.
     np.testing.assert_allclose(after.weights[0][0, 0], [[1, 0], [0, 0.5]], atol=1e-12)
-    assert notes == {
+    assert metrics == {
         "surprise": pytest.approx(2),
         "step_size": pytest.approx(0.25),
         "momentum": pytest.approx(0),
@@ -401,7 +411,9 @@ def test_the_state_is_float32_at_least_unless_it_may_be_narrow():
         state = memory.init_state(1)
         assert {leaf.dtype for leaf in (*state.weights, *state.momentum)} == {jnp.dtype(dtype)}
         x, valid = jnp.ones((1, T, D), jnp.bfloat16), jnp.ones((1, T), bool)
-        (y, after), _ = jax.eval_shape(memory.init_with_output, jax.random.key(0), x, state, valid)
+        (y, after), _ = jax.eval_shape(
+            functools.partial(memory.init_with_output, method=driver.call), jax.random.key(0), x, state, valid
+        )
         assert y.dtype == jnp.bfloat16
         assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
         assert memory.inner_dtype == jnp.float32
@@ -415,17 +427,12 @@ def test_the_axes_fit_the_state(case):
 
 
 def test_what_the_optimizer_makes_of_the_parameters():
-    from lm2_jax.layout import axes_of
-
     memory = TitansConfig(H, C, step=StepConfig(by_place=True)).build(D, Precision())
     x, state = jnp.ones((1, T, D), jnp.float32), memory.init_state(1)
-    boxed = jax.eval_shape(memory.init, jax.random.key(0), x, state, jnp.ones((1, T), bool))["params"]
-    kinds = map_parameters(kind_of, axes_of(boxed))
-    found = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): k for p, k in jax.tree_util.tree_leaves_with_path(kinds)
-    }
+    boxed = jax.eval_shape(driver.init(memory), jax.random.key(0), x, state, jnp.ones((1, T), bool))["params"]
+    found = {p.path: p.role for p in jax.tree.leaves(describe(boxed))}
     gates = {f"gate_{n}/{leaf}": "gate" for n in GATES for leaf in ("w/w", "b/b")}
-    streams = {f"{n}/{leaf}": kind for n in "qkv" for leaf, kind in (("w/w", "matrix"), ("conv/w", "conv"))}
+    streams = {f"{n}/{leaf}": kind for n in "qkv" for leaf, kind in (("w/w", "weight"), ("conv/w", "conv"))}
     assert found == {
         **gates,
         **streams,
@@ -436,13 +443,8 @@ def test_what_the_optimizer_makes_of_the_parameters():
         "inner_norm/b": "norm",
         "norm/scale": "norm",
         "place/b": "bias",
-        "o/w": "matrix",
+        "o/w": "weight",
     }
-
-
-def opened(segment_tokens: int):
-    case = variant("default")
-    return case.program("open", segment_tokens=segment_tokens, dtype=case.x.dtype)(case.state)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +456,10 @@ def opened(segment_tokens: int):
         (lambda: TitansConfig(step=StepConfig(maximum=0.0)), "memory.step.maximum"),
         (lambda: TitansConfig(3).build(8, Precision()), "decoder.width=8 is not a multiple of memory.num_heads=3"),
         (lambda: TitansConfig(chunk_tokens=5).check_segment(12), "memory.chunk_tokens=5 must divide"),
-        (lambda: opened(10), "memory.chunk_tokens=4 must divide"),
+        (
+            lambda: ModelConfig(segment_tokens=10, memory=TitansConfig(chunk_tokens=4), join=GateJoin()),
+            "memory.chunk_tokens=4 must divide",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, words):

@@ -11,11 +11,12 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lm2_jax.memory.chunk_form import Fast, Network, Rates
-from lm2_jax.memory.inner import LinearNetwork, MlpNetwork, SquaredError
 from lm2_jax.memory.titans import GateConfig, StepConfig, TitansConfig
-from lm2_jax.memory.titans_chunks import Rules, Tokens, run
+from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
+from lm2_jax.ops.ttt_chunk.networks import LinearNetwork, MlpNetwork, SquaredError
+from lm2_jax.ops.ttt_chunk.sharded import ttt_chunk
 from lm2_jax.precision import Precision
+from tests.memory import driver
 
 
 def backward_bytes(chunks: int, remat: str) -> int:
@@ -23,16 +24,16 @@ def backward_bytes(chunks: int, remat: str) -> int:
     K = 32
 
     def total(fast, tokens):
-        rules = Rules(Network(LinearNetwork()), SquaredError(), 1, (False, False, False))
-        after, y, _ = run(rules, None, None, fast, tokens, remat)
+        spec = ChunkSpec(Network(LinearNetwork()), SquaredError(), 1, (False, False, False))
+        after, y, _ = ttt_chunk(spec, None, None, fast, tokens, remat)
         return jnp.sum(y * y) + jnp.sum(after.weights[0])
 
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, jnp.float32)
 
     rates = Rates(*(shape(1, chunks, 1) for _ in range(3)))
-    tokens = Tokens(*(shape(1, chunks, 1, K) for _ in range(3)), rates, jax.ShapeDtypeStruct((1, chunks), bool))
-    fast = Fast((shape(1, 1, K, K),), (shape(1, 1, K, K),))
+    tokens = ChunkInputs(*(shape(1, chunks, 1, K) for _ in range(3)), rates, jax.ShapeDtypeStruct((1, chunks), bool))
+    fast = FastWeights((shape(1, 1, K, K),), (shape(1, 1, K, K),))
     compiled = jax.jit(jax.grad(total, argnums=(0, 1), allow_int=True)).lower(fast, tokens).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -49,8 +50,10 @@ def outer_gradient(config: TitansConfig, T: int = 1024, D: int = 64) -> float:
     memory, rng = config.build(D, Precision()), np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((50, D), np.float32)[rng.integers(0, 50, (1, T))])
     valid, state = jnp.ones((1, T), bool), memory.init_state(1)
-    params = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x[:, :16], state, valid[:, :16]))
-    grads = jax.jit(jax.grad(lambda params: jnp.mean(memory.apply(params, x, state, valid)[0] ** 2)))(params)
+    params = nn.unbox(jax.jit(driver.init(memory))(jax.random.key(0), x[:, :16], state, valid[:, :16]))
+    grads = jax.jit(
+        jax.grad(lambda params: jnp.mean(memory.apply(params, x, state, valid, method=driver.call)[0] ** 2))
+    )(params)
     return float(optax.tree.norm(grads))
 
 
@@ -69,7 +72,7 @@ def noise(T: int, D: int, folder: Callable[[], Path]) -> np.ndarray:
 
 
 def book(T: int, D: int, folder: Callable[[], Path]) -> np.ndarray:
-    """Characters, each a random row: keys come again and again, and are much alike."""
+    """Characters, each a random row: keys repeat and are similar."""
     text = next(path for path in sorted((folder() / "books").glob("*.txt")) if path.stat().st_size > 2 * T)
     table = np.random.default_rng(0).standard_normal((256, D), np.float32)
     return table[np.frombuffer(text.read_bytes()[T // 2 :][:T], np.uint8)][None]
@@ -84,16 +87,16 @@ def test_weights_stay_bounded_over_64k_tokens(text, compute, request):
     memory = TitansConfig(num_heads=2).build(D, Precision(compute=compute))
     x = jnp.asarray(text(T, D, lambda: request.getfixturevalue("data_dir")), compute)
     valid, state = jnp.ones((1, T), bool), memory.init_state(1)
-    params = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x[:, :16], state, valid[:, :16]))
+    params = nn.unbox(jax.jit(driver.init(memory))(jax.random.key(0), x[:, :16], state, valid[:, :16]))
 
     @jax.jit
     def call(params, x, state):
-        notes: dict = {}
-        return *memory.apply(params, x, state, valid, notes), notes
+        metrics: dict = {}
+        return *memory.apply(params, x, state, valid, metrics, method=driver.call), metrics
 
-    y, after, notes = call(params, x, state)
+    y, after, metrics = call(params, x, state)
     assert y.dtype == jnp.dtype(compute)
-    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((y, after, notes)))
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((y, after, metrics)))
     assert {leaf.dtype for leaf in (*after.weights, *after.momentum)} == {jnp.dtype(jnp.float32)}
     assert max(np.abs(w).max() for w in after.weights) < 20
-    assert notes["inner_loss_after"] < notes["inner_loss_before"]
+    assert metrics["inner_loss_after"] < metrics["inner_loss_before"]

@@ -39,7 +39,7 @@ def book(folder: Callable[[], Path]) -> np.ndarray:
 
 
 def fast_weights(state: Any) -> list[np.ndarray]:
-    return [np.asarray(w) for run in state.runs for w in (*run.memory.weights, *run.memory.momentum)]
+    return [np.asarray(w) for group in state.groups for w in (*group.memory.weights, *group.memory.momentum)]
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

@@ -1,5 +1,7 @@
 """TTT-Linear and TTT-MLP as configurations of the Titans memory, against their published dual form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import linen as nn
 from lm2_jax.memory.ttt import ttt_linear, ttt_mlp
 from lm2_jax.precision import Precision
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED
+from tests.memory import driver
 
 B, T, H, K, C = 1, 8, 2, 4, 4
 D = H * K
@@ -70,9 +73,11 @@ def test_it_is_the_published_dual_form(make, batch, base):
     with jax.enable_x64(True):
         memory = make(K, num_heads=H, chunk_tokens=C, output_norm=False, output_gate="none").build(D, FLOAT64)
         x, state, valid = jnp.asarray(rng.standard_normal((B, T, D))), memory.init_state(B), jnp.ones((B, T), bool)
-        shapes = nn.unbox(jax.eval_shape(memory.init, jax.random.key(0), x, state, valid))
+        shapes = nn.unbox(jax.eval_shape(driver.init(memory), jax.random.key(0), x, state, valid))
         params = jax.tree.map(lambda leaf: jnp.asarray(0.7 * rng.standard_normal(leaf.shape)), shapes)
-        y, after = jax.jit(memory.apply, compiler_options=UNOPTIMIZED)(params, x, state, valid)
+        y, after = jax.jit(functools.partial(memory.apply, method=driver.call), compiler_options=UNOPTIMIZED)(
+            params, x, state, valid
+        )
     p, x_TD = jax.tree.map(np.asarray, params["params"]), np.asarray(x[0])
     want = 0
     for h in range(H):
@@ -106,6 +111,6 @@ def test_start_weights_have_the_published_deviation_but_for_the_second_matrix():
     width = 32
     memory = ttt_mlp(width, num_heads=2).build(2 * width, Precision())
     x, state = jnp.zeros((1, 16, 2 * width)), memory.init_state(1)
-    start = nn.unbox(jax.jit(memory.init)(jax.random.key(0), x, state, jnp.ones((1, 16), bool)))["params"]
+    start = nn.unbox(jax.jit(driver.init(memory))(jax.random.key(0), x, state, jnp.ones((1, 16), bool)))["params"]
     deviations = [float(start[f"start_{layer}"][:, :-1].std()) for layer in (0, 1)]
     assert deviations == pytest.approx([0.02, 0.01], rel=0.05)

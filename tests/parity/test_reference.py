@@ -14,7 +14,11 @@ from tests.parity.reference import llama_frequencies
 from tests.parity.titans_reference import TitansReference
 
 REFERENCES = {"none": JoinsReference, "tokens": JoinsReference, "gated_bank": JoinsReference, "titans": TitansReference}
-KNOWN = [name for name in NAMES if config_of(name.values[0]).join.kind != "mixed"]
+KNOWN = [
+    name
+    for name in NAMES
+    if config_of(name.values[0]).join.kind != "mixed" and config_of(name.values[0]).memory.kind in REFERENCES
+]
 
 
 def check(case: Subject, logits, state) -> None:
@@ -62,7 +66,7 @@ def memories_of(state, row: int, case: Subject):
 
 def neural_of(state, row: int, case: Subject):
     """Weights, momentum and tails of one row of a state, layer by layer."""
-    memories = [run.memory for run in state.runs if run.memory is not None]
+    memories = [group.memory for group in state.groups if group.memory is not None]
     leaves = [jax.tree.leaves((m.weights, m.momentum, m.tails)) for m in memories]
     return [leaf[layer, row] for run in leaves for layer in range(len(run[0])) for leaf in run]
 

@@ -1,4 +1,4 @@
-"""The joins with a Titans memory: its projections in numpy, its weights token by token (`tests.memory.token_loop`)."""
+"""The joins with a Titans memory: projections in numpy, weights token by token (`lm2_jax.ops.ttt_chunk.ref`)."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm2_jax.memory.inner import MlpNetwork
 from lm2_jax.memory.titans import TitansConfig
-from tests.memory.token_loop import by_token, deep_map
+from lm2_jax.ops.ttt_chunk.networks import MlpNetwork
+from lm2_jax.ops.ttt_chunk.ref import mlp, token_loop
 from tests.parity.joins_reference import JoinsReference
 from tests.parity.reference import Past, merged, rms_norm, sigmoid
 
@@ -28,7 +28,7 @@ class TitansReference(JoinsReference):
 
     @functools.cached_property
     def memory(self) -> TitansConfig:
-        """The memory's config; options beside these are not in this reference."""
+        """The memory's config; this reference has no other options."""
         c = self.config.memory
         network = MlpNetwork(expansion=c.network.expansion)
         assert c == TitansConfig(c.num_heads, c.chunk_tokens, network, forget=c.forget)
@@ -54,7 +54,7 @@ class TitansReference(JoinsReference):
         return y_THK, inputs[T:]
 
     def answer(self, p: dict[str, Any], y_THK: np.ndarray, x_TD: np.ndarray) -> np.ndarray:
-        """Section 4.4: what was found, normalised, gated, and projected."""
+        """Section 4.4: the read-out, normalised, gated, and projected."""
         m = p["memory"]
         gate_THK = sigmoid(np.tensordot(x_TD, m["gate_output"]["w"], axes=1))
         return merged(rms_norm(y_THK, m["norm"]["scale"]) * gate_THK, m["o"]["w"])
@@ -63,12 +63,12 @@ class TitansReference(JoinsReference):
         return p["memory"]["inner_norm"]["scale"], p["memory"]["inner_norm"]["b"]
 
     def asked(self, p: dict[str, Any], x_TD: np.ndarray, memory: Neural) -> np.ndarray:
-        """M*(q): all rows ask the same weights; nothing stands before the first of them."""
+        """M*(q): all tokens read the same weights; the convolution starts from zeros."""
         q_THK, _ = self.stream(p, "q", x_TD, self.nothing())
         return self.answer(p, in_float64(_asked, memory.weights, q_THK, self.slow(p)), x_TD)
 
     def running(self, p: dict[str, Any], x_TD: np.ndarray, memory: Neural) -> tuple[np.ndarray, Neural]:
-        """Equations 11-16: each row asks the weights behind itself."""
+        """Equations 11-16: each token reads the weights after itself."""
         m, shape = p["memory"], (len(x_TD), self.memory.num_heads)
 
         def gate(name: str) -> np.ndarray:
@@ -87,7 +87,7 @@ class TitansReference(JoinsReference):
         return self.running(p, x_TD, memory)[1]
 
     def residual(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, memory: Neural) -> Any:
-        """LM2's join, which asks with attention's output and writes it."""
+        """LM2's join, which queries with attention's output and writes it."""
         y_TD = self.attention(p, self.normed(p, "attention", x_TD), begin, past, [])
         m_TD = self.asked(p, y_TD, memory)
         gate = p["gate_output"]
@@ -102,11 +102,11 @@ def in_float64(fn: Any, *args: Any) -> Any:
 
 @jax.jit
 def _asked(weights: Any, q_THK: Any, slow: Any) -> Any:
-    of_tokens = jax.vmap(deep_map, in_axes=(None, 0, None))
+    of_tokens = jax.vmap(mlp, in_axes=(None, 0, None))
     return jax.vmap(of_tokens, in_axes=(0, 1, 0), out_axes=1)(weights, q_THK, slow)
 
 
 @jax.jit
 def _run(weights: Any, momentum: Any, slow: Any, tokens: Any, chunk_tokens: Any) -> Any:
-    heads = jax.vmap(functools.partial(by_token, deep_map), in_axes=(0, 0, 0, 1, None), out_axes=(1, 0, 0))
+    heads = jax.vmap(functools.partial(token_loop, mlp), in_axes=(0, 0, 0, 1, None), out_axes=(1, 0, 0))
     return heads(weights, momentum, slow, tokens, chunk_tokens)

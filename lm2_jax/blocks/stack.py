@@ -1,0 +1,106 @@
+"""State of the stack of all blocks: memory tokens that travel with a segment, or one memory for all layers."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm2_jax.blocks.base import BlockSpec
+from lm2_jax.memory.base import Memory, Metrics
+from lm2_jax.types import Array, Float, State
+
+
+class StackMemory(nn.Module):
+    """A memory outside the blocks.
+
+    A model that has one runs segment by segment, because the top of a segment feeds the bottom of the next one.
+    """
+
+    spec: BlockSpec
+
+    def setup(self) -> None:
+        self.memory = self.new_memory()
+
+    def new_memory(self, **linen) -> Memory:
+        """The memory's module; with `parent=None` one that is asked for what needs no parameters."""
+        return self.spec.memory.build(self.spec.decoder.width, self.spec.precision, **linen)
+
+    def init_state(self, batch: int) -> State:
+        """Rows that begin a document; needs no parameters."""
+        return self.new_memory(parent=None).init_state(batch)
+
+    def state_axes(self) -> State:
+        """As the memory's."""
+        return self.new_memory(parent=None).state_axes()
+
+    def start_state(self) -> State:
+        """What a document begins with."""
+        return self.memory.start_state()
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Rows before a segment."""
+        return 0
+
+    @property
+    def suffix_tokens(self) -> int:
+        """Rows after a segment."""
+        return 0
+
+    def prefix(self, state: State) -> Float[Array, "B N D"] | None:
+        """Rows that go through the blocks before the segment, of a state with its start."""
+        return None
+
+    def suffix(self, state: State) -> Float[Array, "B N D"] | None:
+        """Rows that go through the blocks after the segment."""
+        return None
+
+    def shared(self, state: State) -> State:
+        """What the blocks write in turn, or None."""
+        return None
+
+    def update(self, state: State, shared: State, suffix_BND: Array | None, metrics: Metrics | None) -> State:
+        """State after a segment.
+
+        Args:
+          state: before it.
+          shared: as the last block left it.
+          suffix_BND: normalised output at the rows after the segment.
+          metrics: diagnostics are added here.
+        """
+        raise NotImplementedError
+
+
+class SharedMemory(StackMemory):
+    """One memory that every block writes in turn, as in LM2's released code, but read as it was before the segment.
+
+    A block that read what the blocks below it wrote in the same segment would see the future.
+    """
+
+    def shared(self, state: State) -> State:
+        """The memory itself."""
+        return state
+
+    def update(self, state: State, shared: State, suffix_BND: Array | None, metrics: Metrics | None) -> State:
+        """What the last block left."""
+        return shared
+
+
+class MemoryTokens(StackMemory):
+    """Rows that the decoder reads before a segment and writes after it."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """m."""
+        return self.spec.memory.stack_tokens
+
+    suffix_tokens = prefix_tokens
+
+    def prefix(self, state: State) -> Float[Array, "B N D"]:
+        """The m rows; the same before and after the segment, as in RMT's released code."""
+        return self.memory.rows(state)
+
+    suffix = prefix
+
+    def update(self, state: State, shared: State, suffix_BND: Array | None, metrics: Metrics | None) -> State:
+        """The decoder's output at the rows after the segment."""
+        assert suffix_BND is not None
+        return self.memory.write(suffix_BND, state, jnp.ones(suffix_BND.shape[:2], bool), metrics)

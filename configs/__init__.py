@@ -30,9 +30,10 @@ class PresetFamily(NamedTuple):
         return getattr(self.module, "HARDWARE", "any")
 
     def purpose(self, name: str) -> str:
-        """What a preset is for; where nothing is said of it alone, what the file is for."""
-        first_line = (self.module.__doc__ or "").strip().partition("\n")[0]
-        return getattr(self.module, "PURPOSES", {}).get(name, first_line)
+        """What a preset is for; where its file does not say, its memory and join."""
+        model = self.presets[name].model
+        default = f"memory {model.memory.kind!r} with join {model.join.kind!r}"
+        return getattr(self.module, "PURPOSES", {}).get(name, default)
 
 
 MODULES = (tiny, quickstart, text, probe, probe_titans, babilong_small, titans, published)

@@ -43,6 +43,3 @@ def axes_of(tree: Any) -> Any:
         return (None,) * len(jnp.shape(leaf))
 
     return jax.tree.map(names, tree, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
-
-
-whole = replicated  # earlier name

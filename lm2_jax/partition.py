@@ -58,23 +58,6 @@ class Shards:
         """The softmax over the last dimension, of which each device has a shard."""
         return jax.nn.softmax(score, axis=-1)
 
-    # Earlier names.
-    def enter(self, x: Any) -> Any:
-        """Earlier name of `copy_to`."""
-        return self.copy_to(x)
-
-    def leave(self, x: Any) -> Any:
-        """Earlier name of `reduce_from`."""
-        return self.reduce_from(x)
-
-    def receive(self, x: Any) -> Any:
-        """Earlier name of `scale_replicated_grad`."""
-        return self.scale_replicated_grad(x)
-
-    def turn(self, x: Any) -> Any:
-        """Earlier name of `ring_permute`."""
-        return self.ring_permute(x)
-
 
 class Partition:
     """How activations are split over devices; the functions of the same names describe the methods.
@@ -177,7 +160,3 @@ def logical_shard_map(
     """
     mapped = _ACTIVE.get().map_shards(fn, in_axes, out_axes, reduce, check)
     return (lambda *arguments: fn(Shards(), *arguments)) if mapped is None else mapped
-
-
-# Earlier names.
-parts, pin, whole = num_shards, constrain_last, replicated

@@ -121,8 +121,6 @@ class Layout:
         found = replicated_arrays(arrays, jax.tree.map(lambda array: array.sharding, arrays))
         return [describe_replicated(array) for array in sorted(found, key=lambda array: -array.bytes)]
 
-    left_whole = replicated_arrays  # earlier name
-
     def batch(self, arrays: Any) -> Any:
         """Global arrays from this process's rows of a batch, split along the mesh axes of `batch`.
 

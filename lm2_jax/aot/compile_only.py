@@ -132,7 +132,7 @@ def compile_and_report(config: RunConfig, mesh_for: Callable[[int], MeshConfig],
     return 0 if report.fits else 1
 
 
-compile_and_tell = compile_and_report
+compile_and_report = compile_and_report
 
 
 def compile_only(

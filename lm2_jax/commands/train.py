@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 from etils import epath
 
-from lm2_jax.aot.compile_only import CompileConfig, compile_and_tell
+from lm2_jax.aot.compile_only import CompileConfig, compile_and_report
 from lm2_jax.commands import files, flags, joins
 from lm2_jax.commands.flags import Bare, Flag, Flat
 from lm2_jax.config import RunConfig, from_dict, to_dict
@@ -171,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dump_config is not None:
         files.write_text(options.dump_config, json.dumps(to_dict(run), indent=1) + "\n", "--dump-config")
         return
-    if options.compilation.asked():
-        status = compile_and_tell(run, mesh, options.compilation)
+    if options.compilation.is_requested():
+        status = compile_and_report(run, mesh, options.compilation)
         sys.stdout.flush()
         os._exit(status)  # the compiler may still be at work, see --quick
     if options.plan:

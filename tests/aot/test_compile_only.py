@@ -83,7 +83,7 @@ def test_what_training_refuses_is_refused_before_compiling(monkeypatch):
     monkeypatch.setattr(compile_only, "compile_only_devices", lambda topology: jax.devices()[:4])
     run = lm2_jax.preset("rmt_tiny")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, memory=TokensConfig(num_tokens=4)))
-    with pytest.raises(UserError, match=r"join 'tokens' puts memory tokens beside a segment.*mesh\.slots to 1"):
+    with pytest.raises(UserError, match=r"join 'tokens' adds memory tokens to a segment.*mesh\.slots to 1"):
         compile_only.compile_only(run, MeshConfig(data=2, slots=2), parse_topology("v5e:2x2"))
 
 

@@ -12,7 +12,7 @@ from lm2_jax.sharding import RULES, Layout, MeshConfig, assert_sharded, make_mes
 from lm2_jax.sharding.check import Placement
 from lm2_jax.sharding.mesh import planned_mesh
 from lm2_jax.sharding.plan import describe_plan
-from lm2_jax.training.fit import check_trainable, fit, whole_arrays
+from lm2_jax.training.fit import check_trainable, fit, replicated_arrays
 from lm2_jax.training.state import make_plan
 
 
@@ -65,14 +65,14 @@ def test_training_tells_what_lies_whole(tmp_path, capsys, mesh, warns):
     fit(run, tmp_path / "run", whole_vocabulary(mesh))
     said = capsys.readouterr().out
     assert said.count("params/embed/table (8192, 32): 1,048,576 bytes on each device") == warns
-    assert said.count("warning: 3 arrays lie whole on every device:") == warns  # with both moments
+    assert said.count("warning: 3 arrays are replicated on every device:") == warns  # with both moments
 
 
 def test_a_long_list_is_cut():
     state = {f"array_{i}": jax.device_put(jnp.zeros((i + 1, 2**18)), jax.devices()[0]) for i in range(7)}
     layout = whole_vocabulary(MeshConfig(fsdp=2, model=2))
     state = jax.device_put(state, layout.shardings({name: (None, None) for name in state}, state))
-    lines = whole_arrays(state, layout).strip().splitlines()
+    lines = replicated_arrays(state, layout).strip().splitlines()
     assert lines[1].strip() == "array_6 (7, 262144): 7,340,032 bytes on each device"
     assert (len(lines), lines[-1].strip()) == (7, "and 2 more; see --plan")
 

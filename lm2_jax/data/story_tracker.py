@@ -1,4 +1,4 @@
-"""What a reader of bAbI statements knows: replays events and answers questions of qa1 to qa5.
+"""What a reader of bAbI statements knows: follows the events and answers questions of qa1 to qa5.
 
 It reads statements only and shares no state with the simulator, so each can check the other.
 """
@@ -11,13 +11,13 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
 class Known(NamedTuple):
-    """An answer that follows from what was told."""
+    """An answer that follows from the statements."""
 
     answer: str
-    latest: int  # where the latest statement stands from which it can be read
+    latest: int  # position of the latest statement that it follows from
 
 
-class Replay:
+class StoryTracker:
     """The knowledge of a reader who takes all statements as one continuous story; later ones override.
 
     `known[kind][words]` answers every question that has an answer now.
@@ -28,8 +28,8 @@ class Replay:
             kind: {} for kinds in QUESTION_KINDS.values() for kind in kinds
         }
         self._carried: dict[str, set[str]] = {}  # person -> objects
-        self._relations: dict[tuple[str, str, str], int] = {}  # (a, direction, b), north and east only -> where told
-        self._tell = {
+        self._relations: dict[tuple[str, str, str], int] = {}  # (a, direction, b), north and east only -> position
+        self._apply = {
             "move": self._move,
             "take": self._take,
             "drop": self._drop,
@@ -37,12 +37,12 @@ class Replay:
             "relation": self._relation,
         }
 
-    def tell(self, event: Event, at: int) -> None:
-        """Takes in one event that is told at `at` (a line, a token: anything that grows)."""
-        self._tell[event.kind](at, *event.words)
+    def add(self, event: Event, at: int) -> None:
+        """Adds one event at position `at` (a line, a token: anything that grows)."""
+        self._apply[event.kind](at, *event.words)
 
-    def ask(self, query: Query) -> Known | None:
-        """The answer and where it was last told, or None where the statements do not determine it."""
+    def answer(self, query: Query) -> Known | None:
+        """The answer and the position of its latest statement; None where the statements do not determine it."""
         return self.known[query.kind].get(query.words)
 
     def _place(self, person: str) -> str | None:
@@ -50,14 +50,14 @@ class Replay:
         return known.answer if known else None
 
     def _mention(self, person: str, at: int) -> str | None:
-        """Counts every statement about a person as a mention: with others it may tell the place anew."""
+        """Counts every statement about a person as a mention: with others it may give the place."""
         place = self._place(person)
         if place is not None:
             self.known["where_person"][person,] = Known(place, at)
         return place
 
     def _settle(self, thing: str, place: str | None, at: int) -> None:
-        """An object is where the person is who touches it; if it was elsewhere so far, its past is void."""
+        """An object is where the person is who touches it; if it was in another place, its past places are dropped."""
         before = self.known["where_object"].pop((thing,), None)
         if place is None or (before is not None and before.answer != place):
             self._forget_past(thing)
@@ -94,7 +94,7 @@ class Replay:
     def _give(self, at: int, person: str, thing: str, other: str) -> None:
         here, there = self._mention(person, at), self._mention(other, at)
         if here is not None and there is not None and here != there:
-            # Two chained stories contradict each other: nobody can tell where these two are.
+            # Two chained stories contradict each other: the place of these two is unknown.
             for lost in (person, other):
                 del self.known["where_person"][lost,]
                 for carried in self._carried.get(lost, ()):
@@ -112,14 +112,14 @@ class Replay:
             place, direction, other = other, OPPOSITE[direction], place
         pair = {place, other}
         self._relations = {
-            (a, way, b): told
-            for (a, way, b), told in self._relations.items()
+            (a, way, b): position
+            for (a, way, b), position in self._relations.items()
             if {a, b} != pair and (a, way) != (place, direction) and (way, b) != (direction, other)
         }
         self._relations[place, direction, other] = at
         which, of = self.known["which_is"], self.known["is_of"]
         which.clear()
         of.clear()
-        for (a, way, b), told in self._relations.items():
-            which[way, b] = of[b, OPPOSITE[way]] = Known(a, told)
-            which[OPPOSITE[way], a] = of[a, way] = Known(b, told)
+        for (a, way, b), position in self._relations.items():
+            which[way, b] = of[b, OPPOSITE[way]] = Known(a, position)
+            which[OPPOSITE[way], a] = of[a, way] = Known(b, position)

@@ -1,6 +1,6 @@
-"""Events without end: what rows of interleaved questions are written about.
+"""Endless streams of events, from which rows with interleaved questions are written.
 
-Either one continuous simulated world, in which a few persons act while the others stay unmentioned for a while, or
+Either one continuous simulated world, in which a few persons act while the others are not mentioned for a while, or
 real bAbI stories, one after the other.
 """
 
@@ -21,13 +21,13 @@ from lm2_jax.data.babi import (
 from lm2_jax.data.philox import Draws
 from lm2_jax.data.worlds import ACTIONS, World, word
 
-_LONGEST_PHASE = 32  # statements during which the others rest
+_LONGEST_PHASE = 32  # statements during which the other persons do nothing
 _RELATING = 0.3  # share of statements about rooms where qa4 is mixed with tasks about persons
 _TAKE_THERE = 0.5
 
 
 class Step(NamedTuple):
-    """The next thing to write: a statement, or a question that a file asks at this place."""
+    """The next sentence: a statement, or a question that a file asks at this place."""
 
     text: str
     event: Event | None
@@ -41,7 +41,7 @@ def simulated(tasks: Sequence[str]) -> Steps:
     """Steps of one continuous world in which everything happens that the tasks ask about.
 
     For a random number of statements, 1 to 32 and short times as likely as long ones, only some of the persons act
-    and only some of the rooms are related, so that some questions lie long after the last mention.
+    and only some of the rooms are related, so that some questions come long after the last mention.
     """
     persons = sorted({person for task in tasks for person in PERSONS_OF[task]})
     actions = sorted({action for task in tasks for action in ACTIONS.get(task, ())})
@@ -58,7 +58,7 @@ def simulated(tasks: Sequence[str]) -> Steps:
             active = draws.subset(persons, 1 + draws.below(crowd)) if persons else []
             crowd = len(persons)
             places = draws.subset(PLACES, 2 + draws.below(len(PLACES) - 1))
-            # Where things change hands, few places are open at a time: else two would rarely meet.
+            # For gifts few places are open at a time, because two persons would rarely meet otherwise.
             meeting = places[: 2 + draws.below(2)] if "give" in actions else PLACES
             for _ in range(int(_LONGEST_PHASE ** draws.uniform())):
                 if draws.chance(relating):
@@ -76,7 +76,7 @@ def chained(
     test: Mapping[str, Sequence[Sequence[Line]]],
     weights: Sequence[float],
 ) -> Steps:
-    """Steps of real stories in random order, with their own questions where they stand.
+    """Steps of real stories in random order, with the questions of their files.
 
     Args:
       train: stories of each task.

@@ -4,14 +4,14 @@ import pytest
 
 from lm2_jax.data.babi import parse_question, parse_statement, read_stories
 from lm2_jax.data.philox import Draws
-from lm2_jax.data.replay import Known, Replay
+from lm2_jax.data.story_tracker import Known, StoryTracker
 
 
 def told(*sentences):
-    replay = Replay()
+    tracker = StoryTracker()
     for at, sentence in enumerate(sentences):
-        replay.tell(parse_statement(sentence), at)
-    return lambda question: replay.ask(parse_question(question))
+        tracker.add(parse_statement(sentence), at)
+    return lambda question: tracker.answer(parse_question(question))
 
 
 def test_a_person_is_where_she_went_last():
@@ -99,18 +99,18 @@ def test_real_answers_are_reproduced(data_dir, task, split, chained):
     if chained:
         stories = Draws(1).subset(stories, 100)
     wrong = asked = 0
-    replay = Replay()
+    tracker = StoryTracker()
     for number, story in enumerate(stories):
-        replay = replay if chained else Replay()
+        tracker = tracker if chained else StoryTracker()
         given = set()
         for line in story:
             if line.answer is None:
                 event = parse_statement(line.text)
                 given.add(event.words if event.kind == "give" else None)
-                replay.tell(event, 1000 * number + line.number)
+                tracker.add(event, 1000 * number + line.number)
                 continue
             query = parse_question(line.text)
-            known = replay.ask(query)
+            known = tracker.answer(query)
             assert known is not None
             asked += 1
             assert known.latest > 1000 * number, "the answer stands in this story"

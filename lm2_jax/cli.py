@@ -1,6 +1,7 @@
 """What all programs share: errors as one message with an exit status, and calls of other programs."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave(str(error), error.status)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        sys.exit(1)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise

@@ -1,6 +1,6 @@
 """Makes the golden workdirs: python -m tests.golden.workdirs
 
-Each holds a run of a tiny preset that was stopped at half of its steps, and `after.npz`, the parameters after the last step.
+Each holds a run of a tiny preset that was stopped at half of its steps, and the parameters after the last step.
 They are kept for later versions, which must resume and evaluate them; a new format gets new ones next to the old ones.
 """
 

@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import pytest
+from etils import epath
 
 import lm2_jax
 from lm2_jax.blocks.context import ContextJoin
@@ -20,6 +21,7 @@ from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.presets import mesh_for
 from lm2_jax.sharding import MeshConfig
+from lm2_jax.training.lock import WorkdirLock
 
 
 def run_of(line: str) -> RunConfig:
@@ -252,6 +254,14 @@ def test_overwrite_asks(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not confirmed"), files.replaced(workdir, True, False, False):
         pass
     assert (tmp_path / "w" / "config.json").read_text() == "{}"
+
+
+def test_overwrite_leaves_a_run_that_another_process_trains(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    taken = files.replaced(epath.Path(tmp_path), overwrite=True, yes=True, distributed=False)
+    with WorkdirLock(epath.Path(tmp_path)), pytest.raises(UserError, match="in use by process"), taken:
+        raise AssertionError("it was replaced")
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_without_overwrite_nothing_moves(tmp_path):

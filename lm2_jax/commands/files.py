@@ -15,6 +15,7 @@ from lm2_jax.config import RunConfig, from_dict, to_dict
 from lm2_jax.config_file import Source, read_table, take_format
 from lm2_jax.errors import UserError
 from lm2_jax.fields import hints
+from lm2_jax.training.lock import WorkdirLock
 
 # What training writes into a workdir; names that begin with a dot are temporary.
 OF_A_RUN = (
@@ -127,7 +128,7 @@ def replaced(workdir: epath.Path, overwrite: bool, yes: bool, distributed: bool)
     The old run comes back where the new one fails before its first checkpoint, and is deleted when the new one ends.
 
     Raises:
-      UserError: the question was not answered with yes; or several hosts, or a bucket.
+      UserError: the question was not answered with yes; another process trains the run; or several hosts, or a bucket.
     """
     old = [workdir / name for name in OF_A_RUN if (workdir / name).exists()] if overwrite else []
     if not old:
@@ -138,10 +139,11 @@ def replaced(workdir: epath.Path, overwrite: bool, yes: bool, distributed: bool)
     if not yes:
         _ask(workdir)
     aside = pathlib.Path(workdir) / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for path in old:
-        pathlib.Path(path).rename(aside / path.name)
+    with WorkdirLock(workdir):  # refuses a run that another process trains
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for path in old:
+            pathlib.Path(path).rename(aside / path.name)
     try:
         yield
     except BaseException:

@@ -134,7 +134,7 @@ def main() -> None:
     segment = lambda: streaming.absorb(model, params, text_BS, border)  # noqa: E731 (two calls of one kind)
     token = lambda: streaming.absorb(model, params, text_BS[:, :1], half)  # noqa: E731
     segment(), token()
-    programs = streaming._advance._cache_size()
+    programs = streaming.advance._cache_size()
     times = [(seconds(segment), seconds(token)) for _ in range(command.runs)]
     whole, one = (statistics.median(column) for column in zip(*times, strict=True))
     taken = {length: peaks(command, length) for length in command.lengths}
@@ -145,7 +145,7 @@ def main() -> None:
         "segment_seconds": whole,
         "token_seconds": one,
         "token_over_segment": one / whole,
-        "programs_compiled_after_warm_up": streaming._advance._cache_size() - programs,
+        "programs_compiled_after_warm_up": streaming.advance._cache_size() - programs,
         "evaluation": taken,
         "longest_over_shortest": {key: longest[key] / shortest[key] for key in longest},
     }

@@ -13,6 +13,7 @@ from lm2_jax.streaming import absorb as absorb
 from lm2_jax.streaming import stream as stream
 
 if TYPE_CHECKING:
+    from lm2_jax.memory_file import load_memory as load_memory
     from lm2_jax.presets import PRESETS as PRESETS
     from lm2_jax.presets import preset as preset
     from lm2_jax.runs import Run as Run
@@ -24,6 +25,7 @@ _LAZY = {
     "preset": "lm2_jax.presets",
     "load_run": "lm2_jax.runs",
     "Run": "lm2_jax.runs",
+    "load_memory": "lm2_jax.memory_file",
 }
 
 

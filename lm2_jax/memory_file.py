@@ -37,7 +37,9 @@ FORMAT = 1
 METADATA = "lm2_memory"  # the only key of the file's metadata, so that equal memories give equal bytes
 _LOGITS, _OPEN = "logits", "open_tokens"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-_DTYPES |= {f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
+_DTYPES |= {
+    f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
 
 
 class MemoryFile(NamedTuple):
@@ -281,7 +283,9 @@ def describe(file: MemoryFile) -> str:
             rank = f"{np.mean([effective_rank(matrix) for matrix in matrices]):.1f}" if len(matrices) else "-"
             shape = "x".join(map(str, array.shape))
             norm = float(np.linalg.norm(array.astype(np.float64)))
-            lines.append(f"{label.removeprefix('state/'):<44} {shape:>16} {norm:>10.4g} {rank:>6}  {_usage(axes, array)}")
+            lines.append(
+                f"{label.removeprefix('state/'):<44} {shape:>16} {norm:>10.4g} {rank:>6}  {_usage(axes, array)}"
+            )
     return "\n".join(lines)
 
 

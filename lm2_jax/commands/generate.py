@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt = parser.add_argument_group("prompt").add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - or none: standard input")
     prompt.add_argument("--question", metavar="TEXT", help="a question in the form that question-answering runs learn")
-    prompt.add_argument("--prompts", metavar="IN.jsonl", help='a file with {"prompt": TEXT} or {"question": TEXT} per line')
+    prompt.add_argument(
+        "--prompts", metavar="IN.jsonl", help='a file with {"prompt": TEXT} or {"question": TEXT} per line'
+    )
     prompt.add_argument("--chat", action="store_true", help="a conversation, with the model's chat template")
     answer = parser.add_argument_group("answer")
     answer.add_argument("--out", metavar="OUT.jsonl", help='with --prompts: the same lines with "output"')

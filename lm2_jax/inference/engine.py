@@ -80,9 +80,7 @@ class Engine:
       UserError: the memory is one of another model or tokenizer.
     """
 
-    def __init__(
-        self, run: "Run", memory: MemorySnapshot | None = None, rows: int = 8, layout: Layout | None = None
-    ):
+    def __init__(self, run: "Run", memory: MemorySnapshot | None = None, rows: int = 8, layout: Layout | None = None):
         if rows < 1:
             raise UserError(f"rows={rows}: expected a number of at least 1")
         if memory is not None:
@@ -147,9 +145,7 @@ class Engine:
         reading = [i for i, row in enumerate(rows) if row and not row.is_open and len(row.rest) >= T]
         if reading:
             tokens_BT, count_B = self._taken(rows, reading, T)
-            logits_BV, state = streaming.read_segment(
-                run.model, run.params, cells.carry.state, tokens_BT, count_B > 0
-            )
+            logits_BV, state = streaming.read_segment(run.model, run.params, cells.carry.state, tokens_BT, count_B > 0)
             cells = cells._replace(
                 carry=cells.carry._replace(state=state), logits_BV=_keep(logits_BV, cells.logits_BV, count_B > 0)
             )

@@ -19,7 +19,7 @@ from lm2_jax.inference.texts import token_pieces
 if TYPE_CHECKING:
     from lm2_jax.runs import Run
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16
 Report = Callable[[MemorySnapshot], None]
 """Called with the memory at a segment border."""
 

@@ -4,8 +4,8 @@ python -m lm2_jax.memory_file inspect book.memory
 python -m lm2_jax.memory_file diff before.memory after.memory
 python -m lm2_jax.memory_file export book.memory --out book.npz
 
-The file holds arrays and one JSON text of metadata; reading it runs no code. `tensors` of the metadata names the axes of
-each array. The same text read by the same model gives the same bytes.
+The file holds arrays and one JSON text of metadata; reading it runs no code. `tensors` of the metadata names the axes
+of each array. The same text read by the same model gives the same bytes.
 """
 
 import argparse

@@ -51,10 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine = _engine(run, memory, options)
     if options.prompts:
         _answer_file(engine, run, prompts, options, sampling)
-    elif options.chat:
-        from lm2_jax.inference.chat import chat
-
-        chat(run, memory, options.workdir or options.model, sampling, options.max_new_tokens, tuple(options.stop))
     elif text is not None:
         tokens = _encoded(run, text, options.question is not None)
         _print_answer(engine, _request(tokens, 0, options, sampling))
@@ -105,6 +101,17 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(options, flag)}: expected a number of at least {least}")
     if (options.prompts is None) != (options.out is None):
         raise UserError("--prompts IN.jsonl and --out OUT.jsonl are used together")
+    if options.chat:
+        _refuse_chat(options.workdir or options.model)
+
+
+def _refuse_chat(folder: str) -> None:
+    """A conversation needs a chat template, and no kind of template can be used yet."""
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    found = [name for name in names if (epath.Path(folder) / name).exists()]
+    if not found:
+        raise UserError(f"--chat: {folder} has no chat template ({' or '.join(names)}); use --prompt TEXT")
+    raise UserError(f"--chat: this version cannot use the chat template in {found[0]}; use --prompt TEXT")
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:

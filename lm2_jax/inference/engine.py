@@ -136,7 +136,7 @@ class Engine:
         if not len(row.rest) and not self._memory.tokens_read:
             raise UserError(f"prompt {request.index} is empty; a model continues at least one token")
         size = self._run.config.model.vocab_size
-        if len(row.rest) and not (0 <= row.rest.min() and row.rest.max() < size):
+        if len(row.rest) and (row.rest.min() < 0 or row.rest.max() >= size):
             raise UserError(f"prompt {request.index} has tokens outside the model's vocabulary of {size}")
 
     def _read(self, rows: list[_Row | None], cells: Cells) -> Cells:

@@ -41,7 +41,7 @@ class MemorySnapshot:
 
     run: "Run" = dataclasses.field(repr=False)
     state: ModelState = dataclasses.field(repr=False)  # of one row, at the last border
-    logits_V: Float[Array, " V"] = dataclasses.field(repr=False)  # after the last token before the border
+    logits_V: Float[Array, " V"] | np.ndarray = dataclasses.field(repr=False)  # after the last token before the border
     open_tokens: np.ndarray = dataclasses.field(repr=False)  # [position] int32: tokens since the border
     tokens_read: int = 0
     sources: tuple[Source, ...] = ()
@@ -67,8 +67,8 @@ class MemorySnapshot:
             return
         if model_fingerprint(self.run) != model_fingerprint(run):
             raise UserError(
-                f"memory: it was made by another model (preset {self.run.config.name!r}, step {self.run.step}) than the "
-                f"one that uses it (preset {run.config.name!r}, step {run.step}); read the text again with this model"
+                f"memory: it was made by another model (preset {self.run.config.name!r}, step {self.run.step}) than "
+                f"the one that uses it (preset {run.config.name!r}, step {run.step}); read the text again with this model"
             )
         if self.run.tokenizer.fingerprint != run.tokenizer.fingerprint:
             raise UserError("memory: it was made with another tokenizer; read the text again with this one")

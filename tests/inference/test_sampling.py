@@ -6,7 +6,7 @@ from lm2_jax import UserError
 from lm2_jax.inference import sampling
 from lm2_jax.inference.sampling import Sampling, choose, sampling_rows
 
-LOGITS = np.log(np.array([[0.5, 0.25, 0.125, 0.0625, 0.0625], [0.1, 0.2, 0.4, 0.2, 0.1]], np.float32))
+LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.0625, 0.0625], [0.1, 0.2, 0.4, 0.2, 0.1]], jnp.float32))
 
 
 def kept(logits) -> list[list[int]]:
@@ -14,7 +14,7 @@ def kept(logits) -> list[list[int]]:
 
 
 def of_rows(*values, dtype=np.float32):
-    return np.array(values, dtype)
+    return jnp.array(values, dtype)
 
 
 def test_filters_keep_the_tokens_of_their_definitions():
@@ -31,8 +31,8 @@ def test_top_p_counts_only_what_other_filters_kept():
 
 
 def test_repetition_penalty_lowers_seen_tokens_of_either_sign():
-    logits = np.array([[2.0, -2.0, 2.0, -2.0]], np.float32)
-    seen = np.array([[True, True, False, False]])
+    logits = jnp.array([[2.0, -2.0, 2.0, -2.0]], jnp.float32)
+    seen = jnp.array([[True, True, False, False]])
     np.testing.assert_array_equal(sampling.penalize_repetition(logits, seen, of_rows(2.0)), [[1.0, -4.0, 2.0, -2.0]])
 
 
@@ -66,7 +66,7 @@ def test_a_draw_depends_on_seed_prompt_and_token_and_not_on_the_row():
 def test_greedy_rows_take_the_largest_logit_next_to_rows_that_draw():
     rows = sampling_rows([(Sampling(), 0), (Sampling(temperature=5.0), 1)])
     for number in range(5):
-        token = choose(jnp.asarray(LOGITS), jnp.zeros((2, 5), bool), rows, jnp.full(2, number, jnp.int32))
+        token = choose(LOGITS, jnp.zeros((2, 5), bool), rows, jnp.full(2, number, jnp.int32))
         assert int(token[0]) == 0
 
 

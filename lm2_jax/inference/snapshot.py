@@ -68,7 +68,7 @@ class MemorySnapshot:
         if model_fingerprint(self.run) != model_fingerprint(run):
             raise UserError(
                 f"memory: it was made by another model (preset {self.run.config.name!r}, step {self.run.step}) than "
-                f"the one that uses it (preset {run.config.name!r}, step {run.step}); read the text again with this model"
+                f"the one that uses it (preset {run.config.name!r}, step {run.step}); read it again with this model"
             )
         if self.run.tokenizer.fingerprint != run.tokenizer.fingerprint:
             raise UserError("memory: it was made with another tokenizer; read the text again with this one")

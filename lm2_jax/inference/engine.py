@@ -99,7 +99,8 @@ class Engine:
         Raises:
           UserError: an empty prompt after an empty memory, or a token outside the vocabulary.
         """
-        waiting, rows = iter(requests), [None] * self._rows
+        waiting = iter(requests)
+        rows: list[_Row | None] = [None] * self._rows
         cells, settings = self._start(), self._settings(rows)
         while True:
             with self._context():

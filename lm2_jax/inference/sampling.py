@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt
 
 from lm2_jax.errors import UserError
 from lm2_jax.types import Array, Bool, Float, Int
@@ -53,15 +54,15 @@ class SamplingRows(NamedTuple):
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
-    seed: Int[Array, " B"]
-    prompt: Int[Array, " B"]  # number of the prompt
+    seed: UInt[Array, " B"]
+    prompt: UInt[Array, " B"]  # number of the prompt
 
 
 def sampling_rows(settings: list[tuple[Sampling, int]]) -> SamplingRows:
     """The rows' settings as arrays, from each row's `Sampling` and prompt number."""
 
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(sampling, name) for sampling, _ in settings], dtype)
+    def column(name: str, dtype: type) -> Array:
+        return jnp.asarray(np.array([getattr(sampling, name) for sampling, _ in settings], dtype))
 
     return SamplingRows(
         repetition_penalty=column("repetition_penalty", np.float32),
@@ -70,7 +71,7 @@ def sampling_rows(settings: list[tuple[Sampling, int]]) -> SamplingRows:
         top_p=column("top_p", np.float32),
         min_p=column("min_p", np.float32),
         seed=column("seed", np.uint32),
-        prompt=np.array([prompt for _, prompt in settings], np.uint32),
+        prompt=jnp.asarray(np.array([prompt for _, prompt in settings], np.uint32)),
     )
 
 
@@ -110,7 +111,7 @@ def keep_min_p(logits_BV: Float[Array, "B V"], p_B: Float[Array, " B"]) -> Float
 
 
 def draw(
-    logits_BV: Float[Array, "B V"], seed_B: Int[Array, " B"], prompt_B: Int[Array, " B"], token_B: Int[Array, " B"]
+    logits_BV: Float[Array, "B V"], seed_B: UInt[Array, " B"], prompt_B: UInt[Array, " B"], token_B: Int[Array, " B"]
 ) -> Int[Array, " B"]:
     """A token of each row by the Gumbel-max trick; the draw depends on (seed, prompt, token) and on no other row."""
 

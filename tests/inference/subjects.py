@@ -12,10 +12,11 @@ WORDS = "the key is in the box under the stairs, and nobody has looked there sin
 
 @functools.cache
 def tiny_run(name: str, seed: int = 0) -> Run:
-    """The run of a tiny preset, as if it had been trained."""
+    """The run of a tiny preset, as if it had been trained; its answers never end by themselves."""
     config = lm2_jax.preset(name)
     model = lm2_jax.build_model(config.model)
     tokenizer = build_tokenizer(TokenizerConfig(kind="bytes"), list, config.model.vocab_size)
+    tokenizer.eos_id = -1
     return Run(config, model, generic_params(model, seed), tokenizer, 7)
 
 

@@ -40,6 +40,7 @@ class Request:
     max_new_tokens: int = 64
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()  # the text ends before the first of these strings
+    end_ids: tuple[int, ...] = ()  # tokens that end the answer, besides the one that ends a document
 
 
 class Piece(NamedTuple):
@@ -192,7 +193,7 @@ class Engine:
             if row is None or token < 0:
                 continue
             answer, request = row.answer, row.request
-            is_end = token == self._run.tokenizer.eos_id
+            is_end = token == self._run.tokenizer.eos_id or token in request.end_ids
             text = "" if is_end else answer.push(int(token))
             if is_end or answer.is_stopped or len(answer.ids) == request.max_new_tokens:
                 rows[index] = None

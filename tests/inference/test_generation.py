@@ -8,7 +8,10 @@ import pytest
 import lm2_jax
 from lm2_jax import UserError, streaming
 from lm2_jax.inference import Engine, Request, Sampling, engine
+from tests.contract.subjects import quick_compilation  # noqa: F401 (a fixture)
 from tests.inference.subjects import text_of, tiny_run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FAST = ("lm2_tiny", "titans_mac_tiny")
 TINY = [

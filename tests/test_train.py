@@ -6,7 +6,6 @@ import pathlib
 import sys
 
 import pytest
-from etils import epath
 
 import lm2_jax
 from lm2_jax.blocks.context import ContextJoin
@@ -21,7 +20,6 @@ from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.presets import mesh_for
 from lm2_jax.sharding import MeshConfig
-from lm2_jax.training.lock import WorkdirLock
 
 
 def run_of(line: str) -> RunConfig:
@@ -223,64 +221,33 @@ def saved_run(folder: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_ended(tmp_path):
-    workdir = saved_run(tmp_path)
-    with files.replaced(files.check_workdir(str(workdir)), True, True, False):
-        assert [path.name for path in workdir.iterdir()] == [files.ASIDE]
-        (workdir / "config.json").write_text("new")
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
-
-
-def test_overwrite_gives_the_old_run_back_where_the_new_one_fails(tmp_path):
-    workdir = saved_run(tmp_path)
-
-    def fail() -> None:
-        with files.replaced(files.check_workdir(str(workdir)), True, True, False):
-            (workdir / "config.json").write_text("new")
-            raise UserError("no data")
-
-    with pytest.raises(UserError, match="no data"):
-        fail()
-    assert (workdir / "config.json").read_text() == "{}"
-    assert (workdir / "checkpoints" / "20").is_dir()
-    assert not (workdir / files.ASIDE).exists()
-
-
 def test_overwrite_asks(tmp_path, monkeypatch):
     workdir = files.check_workdir(str(saved_run(tmp_path)))
-    with pytest.raises(UserError, match="add --yes"), files.replaced(workdir, True, False, False):
-        pass
+    files.confirm_overwrite(workdir, yes=True, distributed=False)
+    files.confirm_overwrite(files.check_workdir(str(tmp_path / "new")), yes=False, distributed=False)
+    with pytest.raises(UserError, match="add --yes"):
+        files.confirm_overwrite(workdir, yes=False, distributed=False)
+    with pytest.raises(UserError, match="on one host"):
+        files.confirm_overwrite(workdir, yes=True, distributed=True)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "n")
-    with pytest.raises(UserError, match="not confirmed"), files.replaced(workdir, True, False, False):
-        pass
+    with pytest.raises(UserError, match="not confirmed"):
+        files.confirm_overwrite(workdir, yes=False, distributed=False)
     assert (tmp_path / "w" / "config.json").read_text() == "{}"
-
-
-def test_overwrite_leaves_a_run_that_another_process_trains(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    taken = files.replaced(epath.Path(tmp_path), overwrite=True, yes=True, distributed=False)
-    with WorkdirLock(epath.Path(tmp_path)), pytest.raises(UserError, match="in use by process"), taken:
-        raise AssertionError("it was replaced")
-    assert (tmp_path / "config.json").read_text() == "{}"
-
-
-def test_without_overwrite_nothing_moves(tmp_path):
-    workdir = saved_run(tmp_path)
-    with files.replaced(files.check_workdir(str(workdir)), False, False, False):
-        assert (workdir / "config.json").exists()
 
 
 def test_init_from_is_passed_on(monkeypatch, tmp_path):
     given = {}
 
-    def record(run, workdir, layout, profiling, **more):
-        given.update(more)
+    def record(run, workdir, layout, profiling, init_from, overwrite):
+        given.update(init_from=init_from, overwrite=overwrite)
         raise UserError("stop")
 
     monkeypatch.setattr(train, "fit", record)
-    for words, expected in ((["--init.from", "runs/a"], {"init_from": "runs/a"}), ([], {})):
-        given.clear()
+    for words, expected in (
+        (["--init.from", "runs/a"], {"init_from": "runs/a", "overwrite": False}),
+        (["--overwrite"], {"init_from": None, "overwrite": True}),
+    ):
         with pytest.raises(UserError, match="stop"):
             train.main(["lm2_tiny", "--workdir", str(tmp_path / "w"), "--mesh.data", "8", *words])
         assert given == expected

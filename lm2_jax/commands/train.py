@@ -60,7 +60,8 @@ class TrainOptions:
     init: InitConfig = InitConfig()
     """The first weights."""
     overwrite: bool = False
-    """Replaces the run in the workdir, after a question; it is kept aside until the new run has ended."""
+    """Replaces the run in the workdir, after a question. The old run is kept in WORKDIR/.replaced until the new one
+    ends without an error, and comes back where the new one ends before its first checkpoint."""
     yes: bool = False
     """Answers the question of --overwrite."""
     plan: bool = False
@@ -190,9 +191,9 @@ def train(run: RunConfig, options: TrainOptions, mesh: Any) -> None:
         join_hosts()
     check_memory(run, jax.devices())
     layout = Layout(make_mesh(mesh(jax.device_count())), config=run)
-    more = {} if options.init.from_ is None else {"init_from": options.init.from_}
-    with files.replaced(workdir, options.overwrite, options.yes, options.distributed):
-        outcome = fit(run, workdir, layout, options.profiling, **more)
+    if options.overwrite:
+        files.confirm_overwrite(workdir, options.yes, options.distributed)
+    outcome = fit(run, workdir, layout, options.profiling, options.init.from_, options.overwrite)
     _report_missing_trace(options.profiling)
     sys.exit(outcome.status)
 

@@ -31,6 +31,7 @@ from lm2_jax.training.metrics import MetricsLog
 from lm2_jax.training.objective import batch_shapes, evaluate_batch
 from lm2_jax.training.profile import ProfileConfig, Profiler
 from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
+from lm2_jax.training.replace import replacement
 from lm2_jax.training.signals import StopSignals
 from lm2_jax.training.state import Plan, TrainState, evaluation_params, make_plan, refusals
 from lm2_jax.training.step import jit_train_step
@@ -51,15 +52,13 @@ class FitResult(NamedTuple):
         return 130 if self.stopped_by == signal.SIGINT else 0
 
 
-Outcome = FitResult  # the name of older versions
-
-
 def fit(
     config: RunConfig,
     workdir: epath.PathLike,
     layout: Layout,
     profile: ProfileConfig = ProfileConfig(),
     init_from: epath.PathLike | None = None,
+    overwrite: bool = False,
 ) -> FitResult:
     """Trains a run to its last step, or resumes the one that the workdir holds.
 
@@ -70,14 +69,15 @@ def fit(
       profile: steps of which a trace is written, if any.
       init_from: workdir of another run, whose parameters a new run starts with as far as names agree; a run that is
         resumed ignores it.
+      overwrite: whether a run that is in the workdir is replaced, see `lm2_jax.training.replace`.
     Raises:
       UserError: before anything is trained or changed, a workdir of another config or another process, one that cannot
         be written to or has no room, or no usable checkpoint among those there; later, a loss that is not finite or
         diverges, or a file that cannot be written.
     """
     prepare_jax(config)
-    with StopSignals() as stop, workdirs.owned(workdir) as lock:
-        workdir = open_path(workdir, "--workdir")
+    workdir = open_path(workdir, "--workdir")
+    with StopSignals() as stop, workdirs.owned(workdir) as lock, replacement(workdir, lock, overwrite):
         run = prepare(config, workdir, layout)
         evaluate = hosts.run_on_all_hosts(lambda: make_evaluate(run.plan, run.source, layout))
         check_hosts(run.plan, workdir, layout, run.tokenizer)

@@ -51,12 +51,17 @@ class WorkdirLock:
 
     def check(self) -> None:
         """Raises a `UserError` where another process has taken the workdir over, as after a long pause of this one."""
-        if self.lost:
+        if not self.owns():
             raise UserError(
                 f"{self._workdir}: another process has taken this run over, because this one gave no sign of life for "
                 f"{GONE_SECONDS:.0f} seconds. This process stops and has changed nothing since.",
                 status=1,
             )
+
+    def owns(self) -> bool:
+        """Whether the workdir is still this process's, as its file says now; a file that cannot be read says yes."""
+        self.lost = self.lost or (self._read() or {}).get("token", self._token) != self._token
+        return not self.lost
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +72,7 @@ class WorkdirLock:
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(Exception):  # the workdir may be gone; the lock then is gone too
-            if not self.lost and (self._read() or {}).get("token") == self._token:
+            if self.owns():
                 self._path.unlink()
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -114,8 +119,7 @@ class WorkdirLock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             try:
-                if (self._read() or {}).get("token", self._token) != self._token:
-                    self.lost = True
+                if not self.owns():
                     return
                 self._write()
             except Exception:  # of a bucket without network, say: the next beat tries again

@@ -24,7 +24,10 @@ from lm2_jax.training.state import TrainState
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-OURS = {CONFIG, *TOKENIZERS, FOLDER, lock.FILE, metrics.FILE, metrics.DAMAGED, metrics.BOARD, "eval"}
+# What a run consists of, and what else is in a workdir and stays there where the run is replaced.
+RUN_FILES = (CONFIG, *TOKENIZERS, FOLDER, metrics.FILE, metrics.DAMAGED, metrics.BOARD)
+EXTRA_FILES = (lock.FILE, "eval")
+ASIDE, MOVING, REMOVING = ".replaced", ".replaced-moving", ".replaced-removing"  # see lm2_jax/training/replace.py
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
@@ -35,7 +38,11 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
-        raise UserError(f"{workdir}: no run there; expected a folder with {CONFIG}, as train.py writes it")
+        hidden = [name for name in (ASIDE, MOVING) if (epath.Path(workdir) / name).exists()]
+        more = f". {hidden[0]} has a run that --overwrite was replacing: the next training in this workdir restores it"
+        raise UserError(
+            f"{workdir}: no run there; expected a folder with {CONFIG}, as training writes it{more if hidden else ''}"
+        )
     try:
         plain = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -77,7 +84,11 @@ def _check_strange(workdir: epath.Path) -> None:
     if (workdir / CONFIG).exists() or not workdir.exists():
         return
     names = sorted(path.name for path in workdir.iterdir())
-    strange = [name for name in names if name not in OURS and not name.startswith(".") and not name.endswith(".log")]
+    strange = [
+        name
+        for name in names
+        if name not in RUN_FILES + EXTRA_FILES and not name.startswith(".") and not name.endswith(".log")
+    ]
     if len(strange) > 3:
         raise UserError(
             f"--workdir {workdir} holds no run but other files ({', '.join(strange[:3])} ...); choose a new folder"

@@ -217,7 +217,7 @@ def test_advice_in_messages_works(line, advice, capsys):
 def saved_run(folder: pathlib.Path) -> pathlib.Path:
     workdir = folder / "w"
     (workdir / "checkpoints" / "20").mkdir(parents=True)
-    (workdir / "config.json").write_text("{}")
+    (workdir / "config.json").write_text('{"model": {}, "data": {}, "optim": {}, "train": {}}')
     return workdir
 
 
@@ -233,7 +233,7 @@ def test_overwrite_asks(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: "n")
     with pytest.raises(UserError, match="not confirmed"):
         files.confirm_overwrite(workdir, yes=False, distributed=False)
-    assert (tmp_path / "w" / "config.json").read_text() == "{}"
+    assert (workdir / "checkpoints" / "20").exists()
 
 
 def test_init_from_is_passed_on(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Evaluates a trained run: `eval.py SUITE --workdir W [--option VALUE ...]`; `eval.py SUITE --help` lists options."""
+"""Evaluates a trained run: `lm2 eval SUITE --workdir W [--option VALUE ...]`."""
 
 import dataclasses
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lm2_jax import cli
 from lm2_jax.commands import flags
 from lm2_jax.commands.usage import show_help
 from lm2_jax.config import RunConfig, from_dict
@@ -33,21 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     wants_help = any(word in ("-h", "--help") for word in arguments)
     words, typed = flags.split([word for word in arguments if word not in ("-h", "--help")])
+    program = cli.program("eval")
     if not words:
         listed = "\n".join(
             f"  {name:<12} {(suite.__doc__ or '').partition(chr(10))[0]}" for name, suite in SUITES.items()
         )
         if wants_help:
-            print(f"{__doc__}\n\n{listed}")
+            print(
+                f"Evaluates a trained run: `{program} SUITE --workdir W [--option VALUE ...]`\n"
+                f"`{program} SUITE --help` lists options.\n\n{listed}"
+            )
             return
-        raise UserError(f"expected a suite, as in `eval.py babilong --workdir W`:\n{listed}")
+        raise UserError(f"expected a suite, as in `{program} babilong --workdir W`:\n{listed}")
     if words[0] not in SUITES or len(words) > 1:
         raise UserError(f"unknown suite {' '.join(words)!r}.{near_misses(words[0], SUITES)} Known: {sorted(SUITES)}")
     suite_class = SUITES[words[0]]
     table, options_table = flags.default_table(suite_class), flags.default_table(EvalOptions)
     roots = [(suite_class, table), (EvalOptions, options_table)]
     if wants_help:
-        show_help(f"eval.py {words[0]} [--option VALUE ...]", roots)
+        show_help(f"{program} {words[0]} [--option VALUE ...]", roots)
         return
     flags.apply(roots, typed)
     suite = from_dict(suite_class, table, "", flags.FLAGS)

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from lm2_jax import cli
 from lm2_jax.atomic import is_remote
 from lm2_jax.commands.flags import merge
 from lm2_jax.config import RunConfig, from_dict, to_dict
@@ -12,7 +13,7 @@ from lm2_jax.config_file import Source, read_table, take_format
 from lm2_jax.errors import UserError
 from lm2_jax.fields import hints
 from lm2_jax.training.replace import holds_run
-from lm2_jax.training.workdir import EXTRA_FILES, RUN_FILES
+from lm2_jax.training.workdir import check_foreign
 
 
 def config_table(path: str, base: dict[str, Any] | None) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def config_table(path: str, base: dict[str, Any] | None) -> dict[str, Any]:
         if not isinstance(name, str) or name not in PRESETS:
             raise UserError(
                 f"--config {path} sets only some of {list(hints(RunConfig))}: name the preset that it changes, as in "
-                f"`train.py quickstart --config {path}`"
+                f"`{cli.program('train')} quickstart --config {path}`"
             )
         base = to_dict(PRESETS[name])
     if isinstance(found, dict):
@@ -79,18 +80,7 @@ def check_workdir(path: str) -> epath.Path:
       UserError: it is a file, or a folder of other files.
     """
     workdir = reachable(path, "--workdir")
-    if not workdir.exists():
-        return workdir
-    if not workdir.is_dir():
-        raise UserError(f"--workdir {path}: expected a folder, this is a file")
-    names = [entry.name for entry in workdir.iterdir()]
-    others = [name for name in names if name not in RUN_FILES + EXTRA_FILES and not name.startswith(".")]
-    if others and not any(name in RUN_FILES for name in names):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UserError(
-            f"--workdir {path} holds other files ({', '.join(sorted(others)[:3])}{more}) and no run; choose a new "
-            "folder, or one of a run to resume it"
-        )
+    check_foreign(workdir)
     return workdir
 
 

@@ -1,14 +1,4 @@
-"""Trains a preset, or resumes a run: `train.py PRESET [--workdir W] [--section.field VALUE ...]`.
-
-    train.py --list                                       presets by family
-    train.py PRESET --help                                every option, the most used first
-    train.py PRESET --text PATH                           trains on your own text
-    train.py PRESET --model.memory titans --model.join context
-    train.py --config runs/a/config.json --workdir runs/b
-
-The same command again resumes the run of its workdir. With --compile-only the train step is compiled for a TPU slice,
-on any machine, and its costs are printed.
-"""
+"""Trains a preset, or resumes a run: `lm2 train PRESET [--workdir W] [--section.field VALUE ...]`."""
 
 import dataclasses
 import json
@@ -20,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 from etils import epath
 
+from lm2_jax import cli
 from lm2_jax.aot.compile_only import CompileConfig, compile_and_report
 from lm2_jax.commands import files, flags, joins
 from lm2_jax.commands.flags import Bare, Flag, Flat
@@ -35,6 +26,18 @@ from lm2_jax.training.hosts import join_hosts
 from lm2_jax.training.profile import ProfileConfig
 
 HELP = ("-h", "--help")
+INTRODUCTION = """\
+Trains a preset, or resumes a run: `{train} PRESET [--workdir W] [--section.field VALUE ...]`.
+
+    {train} --list                                       presets by family
+    {train} PRESET --help                                every option, the most used first
+    {train} PRESET --text PATH                           trains on your own text
+    {train} PRESET --model.memory titans --model.join context
+    {train} --config runs/a/config.json --workdir runs/b
+
+The same command again resumes the run of its workdir. With --compile-only the train step is compiled for a TPU slice,
+on any machine, and its costs are printed.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,7 @@ def parse(arguments: Sequence[str]) -> Command | None:
     """
     wants_help = any(word in HELP for word in arguments)
     words, typed = flags.split([word for word in arguments if word not in HELP])
+    program = cli.program("train")
     if any(flag.name == "list" for flag in typed):
         return _show_list()
     if len(words) > 1:
@@ -99,14 +103,15 @@ def parse(arguments: Sequence[str]) -> Command | None:
     if wants_help and not words:
         from lm2_jax.commands.overview import names_by_family
 
-        print(f"{__doc__}\nPresets by family:\n{names_by_family()}\n\nPRESET --help shows the options.")
+        print(INTRODUCTION.format(train=program))
+        print(f"Presets by family:\n{names_by_family()}\n\nPRESET --help shows the options.")
         return None
     table, options = _start(words, typed), flags.default_table(TrainOptions)
     roots = [(RunConfig, table), (TrainOptions, options)]
     if wants_help:
         from lm2_jax.commands.usage import show_help
 
-        show_help(f"train.py {words[0]} [--option VALUE ...]", roots)
+        show_help(f"{program} {words[0]} [--option VALUE ...]", roots)
         return None
     flags.apply(roots, typed)
     if any(flag.name == "model.memory" for flag in typed) and not any(flag.name == "model.join" for flag in typed):
@@ -127,7 +132,8 @@ def _start(words: Sequence[str], typed: Sequence[Flag]) -> dict[str, Any]:
     """The table that flags change: of the preset, of --text, and of the file of --config."""
     preset, text, config = words[0] if words else None, _last(typed, "text"), _last(typed, "config")
     if preset is None and config is None:
-        raise UserError("expected a preset, as in `train.py quickstart`; `train.py --list` shows all")
+        train = cli.program("train")
+        raise UserError(f"expected a preset, as in `{train} quickstart`; `{train} --list` shows all")
     if preset is not None and preset not in PRESETS:
         from lm2_jax.commands.overview import unknown_preset
 

@@ -38,6 +38,12 @@ from lm2_jax.training.step import jit_train_step
 from lm2_jax.training.watch import Watch
 from lm2_jax.types import PyTree
 
+FINISHED = (
+    "This run is finished: step {steps} is the last of optim.steps={steps}. To train further, add "
+    "`--optim.steps {more}` to the same command. The learning-rate schedule is then computed again for the new number "
+    "of steps: from the next step on, the rate is that of a run of that length."
+)
+
 
 class FitResult(NamedTuple):
     """How a call of `fit` ended."""
@@ -105,6 +111,8 @@ def _train(
     with ProgressLine(steps) as progress, _as_user_error(workdir, checkpoints):
         state, start, first_loss = begin(plan, layout, checkpoints)
         progress.say(describe(plan, layout, workdir, start) + replicated_arrays(state, layout))
+        if start >= steps:
+            progress.say(FINISHED.format(steps=steps, more=2 * steps))
         if init_from is not None and start == 0:
             state, report = start_from(init_from, state, plan, layout)
             progress.say(report)
@@ -281,6 +289,7 @@ def describe(plan: Plan, layout: Layout, workdir: epath.Path, start: int) -> str
     )
     devices = sorted(shardings[0].device_set, key=lambda device: device.id)
     verb = f"resuming after step {start}" if start else "starting"
+    verb = "finished" if start >= plan.config.optim.steps else verb
     return (
         f"{plan.config.name}: {count:,} parameters, {on_device / 2**20:,.1f} MiB of train state on each of "
         f"{len(devices)} {devices[0].device_kind} devices; {verb} in {os.fspath(workdir)}"

@@ -1,6 +1,7 @@
 """The run and the options that a command line of train.py makes; tests/e2e calls the program itself."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -104,6 +105,14 @@ def test_a_join_that_fits_stays():
     assert run_of(line).model.join == lm2_jax.preset("titans_residual_tiny").model.join
 
 
+def test_the_order_of_flags_does_not_matter():
+    """Kinds decide which fields there are, and are chosen first, the outer ones before the inner ones."""
+    words = ["--model.memory gated_bank", "--model.memory.write slots", "--model.memory.num-slots 3"]
+    runs = [run_of(f"titans_residual_tiny {' '.join(order)}") for order in itertools.permutations(words)]
+    assert all(run == runs[0] for run in runs)
+    assert (runs[0].model.memory.num_slots, runs[0].model.memory.write.kind) == (3, "slots")  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_other_kinds_by_flag(tmp_path):
     run = run_of("lm2_tiny --data.source text --data.source.path x --data.tokenizer bytes --model.memory.write slots")
     assert (run.data.source.kind, run.data.source.path) == ("text", "x")  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,6 +168,40 @@ def test_help_shows_each_option_once_and_the_most_used_first(capsys):
     assert first.count("--") == 11  # ten, and the usage
     for flag in ("--model.join.parts.1.memory.step.maximum", "--mesh.fsdp", "--init.from", "--profile-after"):
         assert rest.count(f"{flag} ") == 1, flag
+
+
+def test_help_shows_the_fields_of_the_kinds_that_are_chosen(capsys):
+    assert train.parse("lm2_tiny --model.memory titans --data.source text --optim.steps 7 --help".split()) is None
+    shown = capsys.readouterr().out
+    assert "--model.memory.step.maximum FLOAT" in shown
+    assert "--model.memory.num-slots" not in shown
+    assert "--data.source.path" in shown
+    assert shown.count("--optim.steps INT  (now 7)") == 2  # among the most used, too
+
+
+def test_help_shows_the_join_that_comes_with_a_memory(capsys):
+    assert train.parse("lm2_tiny --help --model.memory tokens".split()) is None
+    assert "(now tokens)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "flag", "messages"),
+    [
+        ("--model.memory titans --model.memory.num-hedas 2", "--model.memory.step.maximum",
+         ["--model.memory.num-hedas: no such option. Did you mean --model.memory.num-heads"]),
+        ("--model.memroy titans --optim.lr 1", "--model.memory.num-slots",
+         ["--model.memroy: no such option. Did you mean --model.memory?", "Did you mean --optim.learning-rate"]),
+        ("--model.memory:titans", "--model.memory.num-slots", ["Did you mean --model.memory titans?"]),
+        ("--model.memory titan", "--model.memory.num-slots", ["unknown kind 'titan'"]),
+    ],
+)  # fmt: skip
+def test_help_with_wrong_flags_is_shown_and_names_them_at_its_end(capsys, line, flag, messages):
+    with pytest.raises(UserError) as caught:
+        train.parse(["lm2_tiny", *line.split(), "--help"])
+    assert f"  {flag} " in capsys.readouterr().out
+    assert caught.value.status == 2
+    for message in messages:
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

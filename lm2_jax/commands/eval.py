@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table, options_table = flags.default_table(suite_class), flags.default_table(EvalOptions)
     roots = [(suite_class, table), (EvalOptions, options_table)]
     if wants_help:
-        show_help(f"{program} {words[0]} [--option VALUE ...]", roots)
+        show_help(f"{program} {words[0]} [--option VALUE ...]", roots, flags.apply_all(roots, typed))
         return
     flags.apply(roots, typed)
     suite = from_dict(suite_class, table, "", flags.FLAGS)

@@ -1,5 +1,6 @@
 """Trains a preset, or resumes a run: `lm2 train PRESET [--workdir W] [--section.field VALUE ...]`."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -91,7 +92,8 @@ def parse(arguments: Sequence[str]) -> Command | None:
     """The run and the options of a command line; None where it only asks for help or the list, which is printed.
 
     Raises:
-      UserError: an unknown preset or option, a value that is none, or fields that do not go together.
+      UserError: an unknown preset or option, a value that is none, or fields that do not go together; after the help,
+        too, if it was asked for with such options.
     """
     wants_help = any(word in HELP for word in arguments)
     words, typed = flags.split([word for word in arguments if word not in HELP])
@@ -108,13 +110,19 @@ def parse(arguments: Sequence[str]) -> Command | None:
         return None
     table, options = _start(words, typed), flags.default_table(TrainOptions)
     roots = [(RunConfig, table), (TrainOptions, options)]
+    chooses_memory = any(flag.name == "model.memory" for flag in typed)
+    chooses_join = any(flag.name == "model.join" for flag in typed)
     if wants_help:
         from lm2_jax.commands.usage import show_help
 
-        show_help(f"{program} {words[0]} [--option VALUE ...]", roots)
+        problems = flags.apply_all(roots, typed)
+        if chooses_memory and not chooses_join:
+            with contextlib.suppress(UserError):  # several joins fit: the options of the memory are shown all the same
+                joins.choose_join(table["model"])
+        show_help(f"{program} {' '.join(words)} [--option VALUE ...]", roots, problems)
         return None
     flags.apply(roots, typed)
-    if any(flag.name == "model.memory" for flag in typed) and not any(flag.name == "model.join" for flag in typed):
+    if chooses_memory and not chooses_join:
         joins.choose_join(table["model"])
     run = from_dict(RunConfig, table, "", flags.FLAGS)
     return Command(

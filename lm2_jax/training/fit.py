@@ -263,7 +263,7 @@ def start_from(workdir: epath.PathLike, state: TrainState, plan: Plan, layout: L
     """
     run = load_run(workdir, layout)
     loaded = load_by_name(to_canonical(run.params), state.params)
-    state = jax.jit(plan._first_state, out_shardings=plan.shardings(layout))(loaded.params)
+    state = jax.jit(plan.first_state, out_shardings=plan.shardings(layout))(loaded.params)
     return state, loaded.report(f"step {run.step} of {os.fspath(workdir)}")
 
 

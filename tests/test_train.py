@@ -11,6 +11,7 @@ import pytest
 import lm2_jax
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.tokens import TokensJoin
+from lm2_jax.commands import eval as evaluate
 from lm2_jax.commands import files, train
 from lm2_jax.commands.usage import field_docs
 from lm2_jax.config import RunConfig, from_dict, to_dict
@@ -314,6 +315,16 @@ def test_the_lower_bound_is_one():
         run = lm2_jax.preset(name)
         first = next(iter(lower_bound(run).values()))
         assert first <= 16 * count_parameters(run.model) < 4 * first
+
+
+def test_an_evaluation_that_cannot_fit_is_refused_before_anything_is_read(tmp_path):
+    run = lm2_jax.preset("lm2_tiny")
+    huge = dataclasses.replace(run.model.decoder, num_layers=100, mlp_width=2**20, width=2**14)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=huge))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
+    with pytest.raises(UserError, match=r"evaluating lm2_tiny needs at least .*TiB.*--mesh") as caught:
+        evaluate.main(["recall", "--workdirs", str(tmp_path)])
+    assert caught.value.status == 1
 
 
 def test_a_dictionary_is_not_changed_by_reading_it():

@@ -13,10 +13,13 @@ from lm2_jax.commands.usage import show_help
 from lm2_jax.config import RunConfig, from_dict
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import SUITES
+from lm2_jax.folders import open_path
+from lm2_jax.footprint import check_inference_memory
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.sharding.mesh import spare_threads
 from lm2_jax.training.hosts import join_hosts
+from lm2_jax.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,8 @@ def _evaluate(suite: Any, options: EvalOptions) -> None:
     spare_threads(jax.config.values["jax_num_cpu_devices"])
     if options.distributed:
         join_hosts()
+    for workdir in suite.evaluated():
+        check_inference_memory(read_config(open_path(workdir, "workdir")), jax.devices())
     if jax.device_count() == 1 and options.mesh == MeshConfig():
         suite.main()
         return

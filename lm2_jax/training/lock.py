@@ -23,6 +23,10 @@ SETTLE_SECONDS = 1.0  # in which two processes that take over at the same time s
 FILE_BYTES = 512  # one block, so that no reader sees half an owner
 
 
+class TakenOver(UserError):
+    """Another process owns the workdir now: this one must not write to it any more."""
+
+
 class WorkdirLock:
     """Owned from construction until it is closed.
 
@@ -56,9 +60,9 @@ class WorkdirLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises a `UserError` where another process has taken the workdir over, as after a long pause of this one."""
+        """Raises `TakenOver` where another process has taken the workdir over, as after a long pause of this one."""
         if not self.owns():
-            raise UserError(
+            raise TakenOver(
                 f"{self._workdir}: another process has taken this run over, because this one gave no sign of life for "
                 f"{GONE_SECONDS:.0f} seconds. This process stops and has changed nothing since.",
                 status=1,

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from lm2_jax.atomic import is_remote, write_file
+from lm2_jax.training.lock import TakenOver
 
 FILE, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 BOARD = "tensorboard"
@@ -114,6 +115,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, TakenOver):  # a bucket's file would be replaced, and it is another process's
+            return
         try:
             self.flush()
         except OSError:

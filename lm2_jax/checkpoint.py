@@ -151,9 +151,9 @@ class Checkpoints:
                 self._manager.delete(step)
                 self._damaged.discard(step)
                 self._with_memory.discard(step)
-            self._manager.save(step, args=files.save_args(items, record, config), force=True)
             if "memory" in items:
                 self._with_memory.add(step)
+            self._manager.save(step, args=files.save_args(items, record, config), force=True)
         except _REFUSALS as error:
             self._failure = error
             self._raise_failure()
@@ -298,7 +298,7 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
         owner, keep = self._owner, self._owner._config.checkpoint.keep
         steps = [info.step for info in checkpoints]
         intact = [step for step in steps if not owner.damaged(step)]
-        # The one being written is not in `complete` yet: what it would replace stays until the next is written.
+        # The one being written counts already: Orbax deletes the others only when it is complete.
         complete = [step for step in intact if owner.complete(step)]
         kept = {*intact[-keep:], *complete[-keep:]}
         return [step in kept or owner.damaged(step) for step in steps]

@@ -252,6 +252,13 @@ def test_old_checkpoints_go(plan, state, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"12", "16"}
 
 
+def test_as_many_checkpoints_with_memory_are_kept_as_asked_for(plan, state, tmp_path):
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        for step in (4, 8, 12, 16):
+            checkpoints.save(step, at(state, step), 3.5)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"12", "16"}, "keep=2"
+
+
 def test_memory_can_be_saved_in_another_type(plan, state, tmp_path, documents):
     config = tiny_config(documents, memory_dtype="bfloat16")
     narrow = dataclasses.replace(plan, config=config)

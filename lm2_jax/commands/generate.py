@@ -1,9 +1,9 @@
-"""Reads text into a memory and answers prompts: `generate.py --workdir W [--read FILE ...] [--prompt TEXT]`.
+"""Reads text into a memory and answers prompts.
 
-generate.py --workdir W --read book.txt --save-memory book.memory
-generate.py --workdir W --memory book.memory --prompt "Where is the key?"
-generate.py --workdir W --memory book.memory --prompts questions.jsonl --out answers.jsonl
-generate.py --workdir W --memory book.memory --chat
+--workdir W --read book.txt --save-memory book.memory
+--workdir W --memory book.memory --prompt "Where is the key?"
+--workdir W --memory book.memory --prompts questions.jsonl --out answers.jsonl
+--workdir W --memory book.memory --chat
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
+from lm2_jax import cli
 from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_file
 from lm2_jax.inference.sampling import Sampling
@@ -92,7 +93,7 @@ def _chat(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.program("generate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
     model.add_argument("--workdir", metavar="W", help="folder or bucket of a run that train.py wrote")

@@ -106,7 +106,7 @@ def heat_map(panels: Mapping[str, tuple[Cells, Cells]], title: str, note: str, a
 
     sizes = [tuple(map(len, names_of(cells))) for cells, _ in panels.values()]
     width = 1.2 + sum(1.2 + 0.95 * max(columns, 3) for _, columns in sizes)
-    figure = _figure(max(width, 5.0), 2.5 + 0.55 * max(max(rows for rows, _ in sizes), 2))
+    figure = new_figure(max(width, 5.0), 2.5 + 0.55 * max(max(rows for rows, _ in sizes), 2))
     colours = ["#c0392b", "#e67e5a", "#f6d98b", "#a8d08d", "#2e8b57"]
     stops = [0.0, POOR / 100, (POOR + GOOD) / 200, GOOD / 100, 1.0]
     scale = LinearSegmentedColormap.from_list("verdict", list(zip(stops, colours, strict=True)))
@@ -121,7 +121,7 @@ def heat_map(panels: Mapping[str, tuple[Cells, Cells]], title: str, note: str, a
     bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(_wrapped(note, max(width, 5.0)), fontsize=7.5, color="#555555")
-    return _png(figure)
+    return to_png(figure)
 
 
 class Curve(NamedTuple):
@@ -153,7 +153,7 @@ def accuracy_plot(
       labels: of the x and the y axis.
       note: the caption.
     """
-    figure = _figure(7.6, 4.9)
+    figure = new_figure(7.6, 4.9)
     plot = figure.add_subplot()
     for name, (x, correct, asked) in curves.items():
         if not len(x):
@@ -174,10 +174,10 @@ def accuracy_plot(
     plot.set_title(title, fontsize=11)
     plot.legend(frameon=False, fontsize=8)
     figure.supxlabel(_wrapped(note, 7.6), fontsize=7.5, color="#555555")
-    return _png(figure)
+    return to_png(figure)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure with its own canvas instead of pyplot's: no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -187,7 +187,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=160)
     return content.getvalue()

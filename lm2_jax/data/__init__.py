@@ -1,5 +1,5 @@
 """Sources of examples, tokenizers, and the pipeline that feeds batches; importing it registers the sources."""
 
-from lm2_jax.data import babilong_source, mixed, shards, text_source, whereabouts
+from lm2_jax.data import babilong_source, mixed, shards, text_source
 
-__all__ = ["babilong_source", "mixed", "shards", "text_source", "whereabouts"]
+__all__ = ["babilong_source", "mixed", "shards", "text_source"]

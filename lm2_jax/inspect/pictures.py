@@ -158,5 +158,5 @@ def _chosen(items: list[Any]) -> list[Any]:
 
 
 def _shown(text: str) -> str:
-    """A token on an axis; a dollar would begin a formula."""
-    return repr(text)[1:-1].replace(" ", "·").replace("$", r"\$")[:14] or "(none)"
+    """A token on an axis; a special token has no text, and a dollar would begin a formula."""
+    return repr(text)[1:-1].replace(" ", "·").replace("$", r"\$")[:14] or "(special)"

@@ -85,7 +85,11 @@ def _reads(page: Page, run: Run, reading: Reading, texts: Sequence[str]) -> None
     part = texts[at * T : (at + 1) * T]
     png = pictures.token_reads(reading.segment_reads, part, ("before the update", "after the update"))
     _clipped(page, part)
-    page.picture("reads", png, "Share of each slot (columns) in what each token (rows) reads from the memory.")
+    page.picture(
+        "reads", png,
+        "Share of each slot (columns) in what each token (rows) reads from the memory. Blocks without slots are left "
+        "out.",
+    )  # fmt: skip
 
 
 def _clipped(page: Page, texts: Sequence[str]) -> None:
@@ -192,7 +196,7 @@ def _row(sentence: Sentence) -> tuple[float, int, str]:
 def _forgetting(page: Page, run: Run, reading: Reading) -> None:
     page.section("What forgetting left")
     if not reading.norms:
-        _missing(page, run, "what is left of the state", "it has no state")
+        _missing(page, run, "what is left of the state", "nothing but the last tokens themselves crosses a segment border")
         return
     T = run.config.model.segment_tokens
     png = pictures.forgetting(reading.norms, reading.kept_at, reading.similarity, T)

@@ -25,12 +25,16 @@ class _Leaf(NamedTuple):
 
 
 def state_arrays(run: Run, state: ModelState) -> list[StateArray]:
-    """The floating-point arrays of the state of one row, block by block."""
+    """The floating-point arrays of the state of one row, block by block.
+
+    Arrays along an axis "window" (attention windows, inputs of convolutions) hold the last tokens themselves and say
+    nothing about a memory; they are left out.
+    """
     firsts = [group.first for group in layer_groups(run.config.model)]
     tree = map_axes(_Leaf, run.model.state_axes(), state)
     found = []
     for path, (axes, values) in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, _Leaf)):
-        if not jnp.issubdtype(values.dtype, jnp.floating):
+        if not jnp.issubdtype(values.dtype, jnp.floating) or "window" in axes:
             continue
         names = [str(getattr(entry, "name", getattr(entry, "idx", ""))) for entry in path]
         values = np.asarray(values)

@@ -142,7 +142,13 @@ class Marks(NamedTuple):
 
 
 def accuracy_plot(
-    curves: Mapping[str, Curve], marks: Marks, title: str, labels: tuple[str, str], note: str = ""
+    curves: Mapping[str, Curve],
+    marks: Marks,
+    title: str,
+    labels: tuple[str, str],
+    note: str = "",
+    *,
+    log_x: bool = False,
 ) -> bytes:
     """A PNG of accuracy curves with their 95% confidence intervals.
 
@@ -152,6 +158,7 @@ def accuracy_plot(
       title: above the picture.
       labels: of the x and the y axis.
       note: the caption.
+      log_x: whether the x axis is logarithmic.
     """
     figure = new_figure(7.6, 4.9)
     plot = figure.add_subplot()
@@ -167,6 +174,8 @@ def accuracy_plot(
     if marks.trained is not None:
         plot.axvline(marks.trained, color="#777777", linestyle="--", linewidth=1.0, label=marks.trained_name)
     plot.set_ylim(0, 102)
+    if log_x:
+        plot.set_xscale("log")
     plot.grid(alpha=0.3)
     plot.spines[["top", "right"]].set_visible(False)
     plot.set_xlabel(labels[0])

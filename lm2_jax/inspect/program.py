@@ -38,12 +38,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lm2_jax.runs import load_run
 
     run = load_run(options.workdir)
-    reading = _read(run, text, options.segment)
+    print(write_report(run, text, options.question, out, options.segment, options.recall_rows))
+
+
+def write_report(
+    run: "Run",
+    text: "TextFile",
+    question: str | None,
+    out: epath.PathLike,
+    segment: int | None = None,
+    recall_rows: int = 0,
+) -> str:
+    """Reads a text and writes the report about it.
+
+    Args:
+      run: a trained run.
+      text: the text.
+      question: about it, or None.
+      out: folder of the report.
+      segment: the one whose tokens are shown, from 0; None: the last full one.
+      recall_rows: held-out rows for accuracy by distance; 0: none.
+    Returns:
+      What was written where.
+    Raises:
+      UserError: the text is too short, or nothing can be written.
+    """
     from lm2_jax.inspect.report import make_report
 
-    page = make_report(run, reading, text.path.name, options.question, options.recall_rows)
-    write(out, {f"{name}.png": png for name, png in page.pictures.items()} | {REPORT: page.encode()})
-    print(f"{out / REPORT} and {len(page.pictures)} pictures in {out}")
+    folder = prepare_folder(out, "--out")
+    page = make_report(run, _read(run, text, segment), text.path.name, question, recall_rows)
+    write(folder, {f"{name}.png": png for name, png in page.pictures.items()} | {REPORT: page.encode()})
+    return f"{folder / REPORT} and {len(page.pictures)} pictures in {folder}"
 
 
 def _parser() -> argparse.ArgumentParser:

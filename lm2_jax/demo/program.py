@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 PARTS, QUESTIONS = 5, 10
 EVERY = 150  # tokens of prose between two moves, on average
 SEED = 2502_06049
-BINS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens since the statement, for the picture
+BINS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # borders of groups by tokens since the statement
+LEAST_ASKED = 20  # questions of a group that is shown
 _MEASURED_TOKENS = 400  # between two points where the second text is asked about all persons
 
 
@@ -54,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = _write_book(runs["lm2"], out, options.tokens)
     _read_book(runs, parts, out)
     asked = _ask(runs, parts, out)
-    _show(asked, parts)
+    _show(asked)
     counts = _by_distance(runs, options.tokens)
-    _finish(runs, asked, counts, parts, out)
+    _write(asked, counts, _show_distance(counts, options.tokens), out)
+    memory = _memory_path(out, "lm2", PARTS)
+    print(f"What a memory file holds: {pathlib.Path(sys.executable)} -m lm2_jax.memory_file inspect {memory}")
+    _write_report(runs["lm2"], out / f"part_{PARTS}.txt", asked[-1].person, out / "report")
 
 
 def _write_book(run: "Run", out: pathlib.Path, tokens: int) -> "list[Part]":
@@ -69,8 +73,8 @@ def _write_book(run: "Run", out: pathlib.Path, tokens: int) -> "list[Part]":
     total, moves = sum(part.tokens for part in parts), sum(part.moves for part in parts)
     words = sum(len(part.text.split()) for part in parts)
     print(
-        f"A synthetic text of {total:,} tokens ({words:,} words) in {PARTS} parts: generated prose with {moves:,} facts "
-        f'in it,\nof the form "Mary moved to the office." No question and no answer is in the text.'
+        f"A synthetic text of {total:,} tokens ({words:,} words) in {PARTS} parts: generated prose with {moves:,} "
+        f'facts in it,\nof the form "Mary moved to the office." No question and no answer is in the text.'
     )
     return parts
 
@@ -105,8 +109,8 @@ def _ask(runs: "dict[str, Run]", parts: "list[Part]", out: pathlib.Path) -> list
     from lm2_jax.memory_file import load_memory
 
     draws, asked = Draws(SEED, 1), []
-    for run in runs.values():  # the first answer of a program compiles it
-        answer(run, load_memory(_memory_path(out, "lm2" if run is runs["lm2"] else "none", 1), run), PERSONS[:1])
+    for name, run in runs.items():  # the first answer compiles the programs
+        answer(run, load_memory(_memory_path(out, name, 1), run), PERSONS[:1])
     for number, part in enumerate(parts, start=1):
         for person in draws.subset(PERSONS, QUESTIONS // PARTS):
             answers, seconds = {}, 0.0
@@ -134,16 +138,17 @@ def answer(run: "Run", memory: "MemorySnapshot", persons: Sequence[str]) -> list
     return [text.strip() for text in found]
 
 
-def _show(asked: Sequence[Asked], parts: "list[Part]") -> None:
+def _show(asked: Sequence[Asked]) -> None:
+    """Prints the questions and the answers."""
     from lm2_jax.demo.book import question
     from lm2_jax.demo.models import MODELS
 
-    print("\nafter part  question            stated      answer of LM2         baseline              seconds")
+    print("\nafter part  question            stated            answer of LM2         baseline              seconds")
     for one in asked:
-        shown = {name: f"{text} {'(correct)' if text == one.place else '(wrong)'}" for name, text in one.answers.items()}
+        shown = {name: f"{text} ({'correct' if text == one.place else 'wrong'})" for name, text in one.answers.items()}
         ago = f"{one.tokens_ago:,} tokens ago"
         print(
-            f"{one.part:>10}  {question(one.person):<18}  {ago:<17}{shown['lm2']:<22}{shown['none']:<22}"
+            f"{one.part:>10}  {question(one.person):<18}  {ago:<18}{shown['lm2']:<22}{shown['none']:<22}"
             f"{one.seconds:.2f}"
         )
     right = {name: sum(one.answers[name] == one.place for one in asked) for name in MODELS}
@@ -155,7 +160,7 @@ def _by_distance(runs: "dict[str, Run]", tokens: int) -> dict[str, np.ndarray]:
     from lm2_jax.data.text_tokens import Encoder
     from lm2_jax.demo.book import PERSONS, write_parts
 
-    counts = {name: np.zeros((len(BINS), 2), int) for name in runs}
+    counts = {name: np.zeros((len(BINS) - 1, 2), int) for name in runs}
     parts = write_parts(Encoder(runs["lm2"].tokenizer), _MEASURED_TOKENS, EVERY, SEED + 1)
     chosen = list(itertools.islice(parts, max(2, tokens // _MEASURED_TOKENS)))
     for name, run in runs.items():
@@ -164,55 +169,61 @@ def _by_distance(runs: "dict[str, Run]", tokens: int) -> dict[str, np.ndarray]:
             memory = run.read(part.text, memory)
             for person, text in zip(PERSONS, answer(run, memory, PERSONS), strict=True):
                 place, ago = part.known[person]
-                counts[name][np.searchsorted(BINS, ago, "right") - 1] += (text == place, 1)
+                group = min(int(np.searchsorted(BINS, ago, "right")), len(BINS) - 1) - 1
+                counts[name][group] += (text == place, 1)
     return counts
 
 
-def _finish(
-    runs: "dict[str, Run]", asked: Sequence[Asked], counts: dict[str, np.ndarray], parts: "list[Part]", out: pathlib.Path
-) -> None:
-    """Prints accuracy by distance, writes the picture and the figures, and names all places."""
-    from lm2_jax.demo.book import question
-    from lm2_jax.demo.models import FOLDER, MODELS
+def _show_distance(counts: dict[str, np.ndarray], tokens: int) -> bytes:
+    """Prints accuracy by distance; returns the picture."""
+    from lm2_jax.demo.models import MODELS
     from lm2_jax.evaluation import report
 
-    asked_bins = np.flatnonzero(next(iter(counts.values()))[:, 1])
-    names = [f"{BINS[i]:,}+" for i in asked_bins]
-    print("\nA second text of the same length, asked about all persons again and again: accuracy by distance")
-    print(f"{'tokens since the fact':<28}" + "".join(f"{name:>9}" for name in names))
+    asked = next(iter(counts.values()))[:, 1]
+    shown = np.flatnonzero(asked >= LEAST_ASKED)
+    print(f"\nAnother text of {tokens:,} tokens, asked about all persons again and again: accuracy by distance")
+    print(f"{'tokens since the fact':<26}" + "".join(f"{_group(i):>12}" for i in shown))
     for name, found in counts.items():
-        print(f"{MODELS[name]:<28}" + "".join(f"{100 * found[i, 0] / found[i, 1]:8.0f}%" for i in asked_bins))
-    print(f"{'questions':<28}" + "".join(f"{next(iter(counts.values()))[i, 1]:>9,}" for i in asked_bins))
-    curves = {
-        MODELS[name]: report.Curve(np.array(BINS)[asked_bins] + 1, *found[asked_bins].T) for name, found in counts.items()
-    }
-    picture = report.accuracy_plot(
-        curves, report.Marks(chance=100 / 6, chance_name="one of six places"),
-        "What is remembered of a long text", ("tokens since the fact was stated (lower end of each group)", "correct, %"),
-        f"A text of {sum(part.tokens for part in parts):,} tokens, read once. Bands are 95% confidence intervals.",
+        print(f"{MODELS[name]:<26}" + "".join(f"{100 * found[i, 0] / found[i, 1]:11.0f}%" for i in shown))
+    print(f"{'questions':<26}" + "".join(f"{asked[i]:>12,}" for i in shown))
+    if len(shown) < np.count_nonzero(asked):
+        print(f"(groups of fewer than {LEAST_ASKED} questions are left out; {asked.sum():,} questions in all)")
+    middle = np.sqrt(np.maximum(BINS[:-1], 8) * np.array(BINS[1:]))
+    curves = {MODELS[name]: report.Curve(middle[shown], *found[shown].T) for name, found in counts.items()}
+    return report.accuracy_plot(
+        curves,
+        report.Marks(chance=100 / 6, chance_name="one of six places"),
+        "What is remembered of a long text",
+        ("tokens since the fact was stated", "correct answers, %"),
+        f"A text of {tokens:,} tokens, read once. Bands are 95% confidence intervals.",
         log_x=True,
-    )  # fmt: skip
+    )
+
+
+def _group(index: int) -> str:
+    return f"{BINS[index]:,}-{BINS[index + 1] - 1:,}"
+
+
+def _write(asked: Sequence[Asked], counts: dict[str, np.ndarray], picture: bytes, out: pathlib.Path) -> None:
+    """The picture, and the figures as JSON."""
+    from lm2_jax.evaluation import report
+
+    by_distance = {
+        name: [{"from_tokens": BINS[i], "correct": int(c), "asked": int(a)} for i, (c, a) in enumerate(found)]
+        for name, found in counts.items()
+    }
     (out / "demo.png").write_bytes(picture)
     (out / "demo.json").write_bytes(
-        report.to_json({
-            "asked": [one._asdict() for one in asked],
-            "by_distance": {
-                name: [{"from_tokens": BINS[i], "correct": int(c), "asked": int(a)} for i, (c, a) in enumerate(found)]
-                for name, found in counts.items()
-            },
-        })
-    )  # fmt: skip
-    last, person = out / f"part_{len(parts)}.txt", asked[-1].person
-    print(f"\nPicture: {out / 'demo.png'}; figures: {out / 'demo.json'}; text and memory files: {out}")
-    print(f"Models: {FOLDER} (trained on the same rows, in the same way)")
-    python = pathlib.Path(sys.executable)
-    print(f"What a memory file holds: {python} -m lm2_jax.memory_file inspect {_memory_path(out, 'lm2', len(parts))}")
-    _write_report(runs["lm2"], last, question(person), out / "report")
+        report.to_json({"asked": [one._asdict() for one in asked], "by_distance": by_distance})
+    )
+    print(f"\nPicture: {out / 'demo.png'}; figures: {out / 'demo.json'}; the text and the memory files: {out}")
 
 
-def _write_report(run: "Run", text: pathlib.Path, asked: str, out: pathlib.Path) -> None:
-    """The report of `lm2 inspect` about the last part."""
+def _write_report(run: "Run", text: pathlib.Path, person: str, out: pathlib.Path) -> None:
+    """The report of `lm2 inspect` about one part alone."""
+    from lm2_jax.demo.book import question
     from lm2_jax.inference.reading import TextFile
     from lm2_jax.inspect.program import write_report
 
-    print(f"Which slots are read, what was forgotten: {write_report(run, TextFile.open(text), asked, out)}")
+    written = write_report(run, TextFile.open(text), question(person), out)
+    print(f"Which slots are read and written in {text.name}, read alone: {written}")

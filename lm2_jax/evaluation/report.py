@@ -197,6 +197,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def to_png(figure: Any) -> bytes:
+    """A figure as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=160)
     return content.getvalue()

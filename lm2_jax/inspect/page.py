@@ -12,7 +12,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #8886; }
 img { max-width: 100%; background: white; border: 1px solid #8884; border-radius: 4px; }
 table { border-collapse: collapse; font-size: .9rem; } td, th { text-align: left; padding: .2rem .8rem .2rem 0;
-vertical-align: top; border-bottom: 1px solid #8883; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+vertical-align: top; border-bottom: 1px solid #8883; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
 p.note { color: #777; font-size: .9rem; } .missing { border-left: 3px solid #d9a400; padding-left: .7rem; }
 p.tokens { font-family: ui-monospace, monospace; font-size: .85rem; line-height: 1.7; white-space: pre-wrap; }
 """

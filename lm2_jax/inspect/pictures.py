@@ -36,9 +36,7 @@ def token_reads(reads: TokenReads, texts: Sequence[str], names: tuple[str, str])
     return to_png(figure)
 
 
-def slots_over_text(
-    values: Mapping[str, np.ndarray], segment_tokens: int, label: str, first_segment: int = 0
-) -> bytes:
+def slots_over_text(values: Mapping[str, np.ndarray], segment_tokens: int, label: str, first_segment: int = 0) -> bytes:
     """Slots x segments, one panel for each name.
 
     Args:

@@ -112,9 +112,9 @@ def _read(run: "Run", text: "TextFile", segment: int | None) -> "Reading":
 
     reading = read_text(run, pieces(), segment, progress.at_border)
     if reading is None:
-        wanted = "a segment" if segment is None else f"segment {segment}, counted from 0,"
+        wanted = "one is needed" if segment is None else f"segment {segment}, counted from 0, is needed"
         raise UserError(
-            f"--text {text.path}: the text has {read:,} tokens, {read // T:,} full segments of {T}; {wanted} is needed: "
+            f"--text {text.path}: the text has {read:,} tokens, {read // T:,} full segments of {T}; {wanted}: "
             f"choose a longer text{'' if segment is None else ' or another --segment'}"
         )
     progress.end(reading.memory)

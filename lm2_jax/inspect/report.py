@@ -178,9 +178,7 @@ def _surprise(page: Page, run: Run, reading: Reading, texts: Sequence[str]) -> N
         )
     ranked = rank_sentences(texts, reading.losses)[:SENTENCES]
     png = pictures.surprise(reading.losses, T, [sentence.first for sentence in ranked[:_MARKED]])
-    page.picture(
-        "surprise", png, f"Loss of each segment; red: where the {_MARKED} most surprising sentences begin."
-    )
+    page.picture("surprise", png, f"Loss of each segment; red: where the {_MARKED} most surprising sentences begin.")
     page.paragraph("The sentences with the highest mean loss per token:")
     page.table(("loss", "first token", "sentence"), [_row(sentence) for sentence in ranked])
     page.paragraph(f"Tokens of segment {at}, the darker the more surprising:")
@@ -196,7 +194,7 @@ def _row(sentence: Sentence) -> tuple[float, int, str]:
 def _forgetting(page: Page, run: Run, reading: Reading) -> None:
     page.section("What forgetting left")
     if not reading.norms:
-        _missing(page, run, "what is left of the state", "nothing but the last tokens themselves crosses a segment border")
+        _missing(page, run, "what is left of the state", "nothing but the last tokens crosses a segment border")
         return
     T = run.config.model.segment_tokens
     png = pictures.forgetting(reading.norms, reading.kept_at, reading.similarity, T)

@@ -1,5 +1,6 @@
 """Text of single tokens, and the loss of sentences."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def rank_sentences(texts: Sequence[str], losses: np.ndarray) -> list[Sentence]:
     full = "".join(texts)
     borders = [0, *(match.end() for match in _ENDS.finditer(full)), len(full)]
     sentences = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         # A token belongs to the sentence in which it ends.
         first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, end, "right")
         known = losses[first:last][np.isfinite(losses[first:last])]

@@ -13,13 +13,13 @@ import pytest
 
 import lm2_jax
 from lm2_jax import UserError, runs
+from lm2_jax.blocks import residual
 from lm2_jax.evaluation.answerer import RunAnswerer
 from lm2_jax.inspect import program
 from lm2_jax.inspect.collect import ask, read_text
 from lm2_jax.inspect.sentences import rank_sentences, token_texts
 from lm2_jax.inspect.states import state_arrays
 from lm2_jax.memory import base, gated_bank
-from lm2_jax.blocks import residual
 from tests.contract.subjects import generic_params
 from tests.inference.subjects import text_of, tiny_run
 
@@ -32,7 +32,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 class Parsed(html.parser.HTMLParser):
     """A page: its tags, pictures, references and text."""
 
-    VOID = {"meta", "img", "link"}
+    VOID = ("meta", "img", "link")
 
     def __init__(self, page: str):
         super().__init__()
@@ -187,7 +187,7 @@ def test_what_can_be_inspected_costs_training_nothing(monkeypatch):
         (("--text", "."), r"--text .: expected a text file, this is a folder"),
         (("--text", "empty.txt"), r"--text empty.txt: the file is empty"),
         (("--text", "binary"), r"--text binary: expected (UTF-8 )?text"),
-        (("--text", "short.txt"), r"--text short.txt: the text has 5 tokens, 0 full segments of 32; a segment is needed"),
+        (("--text", "short.txt"), r"the text has 5 tokens, 0 full segments of 32; one is needed: choose"),
         (("--segment", "9"), r"segment 9, counted from 0, is needed: choose a longer text or another --segment"),
         (("--segment", "-1"), r"--segment -1: expected the number of a segment"),
         (("--recall-rows", "-1"), r"--recall-rows -1: expected 0 or more"),

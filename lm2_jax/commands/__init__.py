@@ -18,8 +18,10 @@ PROGRAMS = {
     "train": ("lm2_jax.commands.train", "trains a preset, or resumes a run"),
     "eval": ("lm2_jax.commands.eval", "evaluates a trained run"),
     "generate": ("lm2_jax.commands.generate", "reads texts into a memory, and continues prompts"),
+    "inspect": ("lm2_jax.inspect.program", "shows what a memory reads, writes and forgets of a text"),
     "convert": ("lm2_jax.data.convert", "turns text into token shards"),
     "list": ("lm2_jax.commands.overview", "lists the presets by family"),
+    "demo": ("lm2_jax.demo.program", "reads a long text once and answers from the saved memory"),
     "quickstart": ("lm2_jax.quickstart", "trains and compares a small LM2 and its baseline on a CPU"),
 }
 

@@ -183,8 +183,7 @@ class Checkpoints:
         if step in self._damaged:
             return False
         model = self._config.model
-        has_state = model.has_memory or (model.decoder.window_tokens or 1) > 1
-        carries = self._config.data.carry_state and has_state
+        carries = self._config.data.carry_state and (model.has_memory or model.decoder.carries_keys)
         return not carries or (self._path / str(step) / "memory").exists()
 
     def damaged(self, step: int) -> bool:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.attention import ExtraKV, Projected, SegmentKV, Window
+from lm2_jax.attention import Cache, ExtraKV, Projected, SegmentKV, Window
 from lm2_jax.layers import constrain
 from lm2_jax.memory.base import Metrics, TokenInputs
 from lm2_jax.state import Segments, begin_rows, clear_start, map_axes, reset_rows, select_rows, stop_where
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class LayerState(NamedTuple):
     """What one block carries across a segment border."""
 
-    window: Window | None
+    window: Window | Cache | None
     memory: State  # None in a block without a memory of its own
 
 
@@ -216,9 +216,11 @@ class PiecePort:
 
     def project(self, x_BSD: Float[Array, "B S D"]) -> Projected:
         """Queries of the tokens, and keys and values of the segment so far."""
-        attention = self.block.attention
-        kv = self._keep("kv", attention.kv(x_BSD, self.place.position), self.place.slot)
-        return Projected(attention.q(x_BSD), SegmentKV(*kv, past=self.state.window))
+        attention, past = self.block.attention, self.state.window
+        first = attention.first_position(past, self.block.spec.segment_tokens)
+        position_BS = self.place.position + jnp.reshape(first, (-1, 1))
+        kv = self._keep("kv", attention.kv(x_BSD, position_BS), self.place.slot)
+        return Projected(attention.q(x_BSD), SegmentKV(*kv, past=past, position=position_BS))
 
     def attend(self, projected: Projected, prefix: ExtraKV | None = None, own: Any = None) -> Array:
         """Attention heads of the tokens; causality hides the later places of the buffers."""
@@ -292,6 +294,12 @@ def _join_kv(first: ExtraKV | None, second: ExtraKV | None) -> ExtraKV | None:
 def segments_first(segments: Segments) -> Segments:
     """`Segments` for a scan over them."""
     return by_segment(segments._replace(cut=None))._replace(cut=segments.cut)
+
+
+def one_segment(segment: Segments) -> Segments:
+    """`Segments` with J = 1, of one segment of a scan over `segments_first`."""
+    cut = None if segment.cut is None else segment.cut[None]
+    return jax.tree.map(lambda a: a[:, None], segment._replace(cut=None))._replace(cut=cut)
 
 
 def by_segment(tree: Any) -> Any:

@@ -9,7 +9,9 @@ from lm2_jax.blocks.base import JoinConfig
 from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.blocks.heads import HeadsJoin
 from lm2_jax.blocks.layer import LayerJoin
+from lm2_jax.blocks.layer_tokens import LayerTokensJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
@@ -17,8 +19,10 @@ from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.associative import AssociativeConfig
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
 from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.memory.compressive import CompressiveConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.gated_delta import GatedDeltaConfig
 from lm2_jax.memory.none import NoMemory
@@ -44,6 +48,8 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "window": (NoMemory(), PlainJoin()),
     "llama": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
+    "armt": (AssociativeConfig(num_tokens=3, key_width=8), LayerTokensJoin()),
+    "infini": (CompressiveConfig(), HeadsJoin()),
     "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
     "titans_mag": (TITANS, GateJoin(num_persistent=3)),
@@ -95,6 +101,8 @@ PURPOSES = {
     "llama_tiny": "baseline: Llama with full attention and a cache of all keys",
     "none_window_tiny": "baseline: sliding-window attention, no memory",
     "rmt_tiny": "RMT: memory tokens that pass through the decoder",
+    "armt_tiny": "ARMT: an associative memory per layer, written by memory tokens",
+    "infini_tiny": "Infini-attention: linear attention over past segments inside the heads",
     "titans_mac_tiny": "Titans, memory as context (MAC)",
     "titans_mag_tiny": "Titans, memory as gate (MAG)",
     "titans_mal_tiny": "Titans, memory as layer (MAL)",

@@ -6,19 +6,20 @@ Inside a compiled program nothing can be raised: there, outputs at positions tha
 
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from lm2_jax.attention.cache import Cache, check_room
-from lm2_jax.types import Array
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
     from lm2_jax.config import ModelConfig
     from lm2_jax.model import ModelState, StreamState
 
 
 def check_stream(config: "ModelConfig", carry: "StreamState", tokens_B: np.ndarray) -> None:
-    """Raises ValueError where a row of an open stream has no room for so many more tokens."""
+    """Raises TooLongError where a row of an open stream has no room for so many more tokens."""
     segments_B = _segments(config, carry.state)
     if segments_B is None or _is_traced(carry.position):
         return
@@ -26,15 +27,23 @@ def check_stream(config: "ModelConfig", carry: "StreamState", tokens_B: np.ndarr
     check_room(segments_B, np.asarray(carry.position) + tokens_B, config.segment_tokens, config.decoder.max_tokens)
 
 
+def check_tokens(config: "ModelConfig", state: "ModelState", tokens: int) -> None:
+    """Raises TooLongError where a row has no room for so many more tokens; `state` is at a border."""
+    segments_B = _segments(config, state)
+    if segments_B is not None:
+        assert config.decoder.max_tokens is not None
+        check_room(segments_B, np.full(len(segments_B), tokens), config.segment_tokens, config.decoder.max_tokens)
+
+
 def check_segments(
     config: "ModelConfig",
     state: "ModelState",
     shape: tuple[int, ...],
-    reset: Array | None,
-    valid: Array | None,
-    document: Array | None,
+    reset: "ArrayLike | None" = None,
+    valid: "ArrayLike | None" = None,
+    document: "ArrayLike | None" = None,
 ) -> None:
-    """Raises ValueError where full segments do not fit, as far as that is known while a program is traced.
+    """Raises TooLongError where full segments do not fit, as far as that is known while a program is traced.
 
     Args:
       config: the model.
@@ -55,7 +64,7 @@ def check_segments(
         return
     reset_BJ = np.zeros((B, S // T), bool)
     if reset is not None:
-        reset_BJ[:, : 1 if reset.ndim == 1 else None] = np.asarray(reset).reshape(B, -1)
+        reset_BJ[:, : 1 if np.ndim(reset) == 1 else None] = np.asarray(reset).reshape(B, -1)
     valid_BJT = np.ones((B, S // T, T), bool) if valid is None else np.asarray(valid).reshape(B, -1, T)
     used_B = segments_B
     for reset_B, valid_BT in zip(reset_BJ.T, valid_BJT.swapaxes(0, 1), strict=True):
@@ -76,4 +85,4 @@ def _segments(config: "ModelConfig", state: "ModelState") -> np.ndarray | None:
 
 
 def _is_traced(array: Any) -> bool:
-    return isinstance(array, jax.core.Tracer)
+    return isinstance(array, Tracer)

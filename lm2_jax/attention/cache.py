@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm2_jax.errors import TooLongError
 from lm2_jax.state import Segments, stop_where
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -84,7 +85,9 @@ def span_of(cache: Cache, segments: Segments) -> Span:
     (used_B, last_B, is_start_B), (first_JB, number_JB) = jax.lax.scan(step, start, inputs)
     # A document that begins inside a segment counts from that segment's start.
     first_BJT = jnp.where(inner_BJT == 0, first_JB.T[:, :, None], 0)
-    return Span(first_BJT * T + jnp.arange(T)[None, None], number_JB.T[:, :, None] + inner_BJT, last_B, used_B, is_start_B)
+    return Span(
+        first_BJT * T + jnp.arange(T)[None, None], number_JB.T[:, :, None] + inner_BJT, last_B, used_B, is_start_B
+    )
 
 
 def visible_cache(cache: Cache, segments: Segments) -> Cache:
@@ -144,7 +147,7 @@ def poison(
 
 
 def check_room(segments_B: np.ndarray, tokens_B: np.ndarray, segment_tokens: int, max_tokens: int) -> None:
-    """Raises ValueError where a row has no room for more tokens of its document.
+    """Raises TooLongError where a row has no room for more tokens of its document.
 
     Args:
       segments_B: full segments of the document so far.
@@ -156,7 +159,7 @@ def check_room(segments_B: np.ndarray, tokens_B: np.ndarray, segment_tokens: int
     over = np.flatnonzero((total_B > max_tokens) & (tokens_B > 0))
     if over.size:
         row = int(over[0])
-        raise ValueError(
+        raise TooLongError(
             f"row {row} would have {int(total_B[row])} tokens in one document, but this model attends to at most "
             f"model.decoder.max_tokens={max_tokens}; shorten the text, or train with a larger max_tokens"
         )

@@ -122,10 +122,13 @@ class Attention(nn.Module):
         An unrotated key is at position 0, the segment's start: a query's own position then changes the scores of all
         such keys alike, whatever number of segments came before.
         """
-        k = self.k_proj("...d,dgk->...gk", x)
-        return ExtraKV(
-            k if position is None else rotate(k, position, self.frequencies), self.v_proj("...d,dgk->...gk", x)
-        )
+        k, v = self.k_proj("...d,dgk->...gk", x), self.v_proj("...d,dgk->...gk", x)
+        if position is None:
+            return ExtraKV(k, v)
+        k, max_tokens = rotate(k, position, self.frequencies), self.decoder.max_tokens
+        if max_tokens is not None:  # what comes after the limit is NaN, and must not reach what is before it
+            k, v = (jnp.where((position < max_tokens)[..., None, None], a, 0) for a in (k, v))
+        return ExtraKV(k, v)
 
     def output(self, heads: Float[Array, "*lead H K"]) -> Float[Array, "*lead D"]:
         """Merges the heads."""
@@ -200,11 +203,12 @@ class Attention(nn.Module):
     ) -> Float[Array, "B *J S H K"]:
         """All segments of a call, or a piece of one, attend to the cache and to what is before them in the call."""
         kv, whole, max_tokens = projected.kv._replace(past=None, cut=None), position_BS is None, self.decoder.max_tokens
-        assert kv.position is not None
         assert max_tokens is not None
         q = projected.q
         q, kv = (_flat(q), _flat(kv)) if whole else (q, kv)
-        q = rotate(q, kv.position, self.frequencies)
+        position = kv.position
+        assert position is not None
+        q = rotate(q, position, self.frequencies)
         q = constrain(q, ("batch", "time", "heads", "head")) if whole else q
         (B, places), T = past.valid.shape, projected.kv.k.shape[-3]
         zero_BM = None if kv.document is None else jnp.zeros((B, places), jnp.int32)
@@ -222,7 +226,7 @@ class Attention(nn.Module):
             k, v = jax.lax.stop_gradient((k, v))
             sets += [tokens._replace(until=until_S), tokens._replace(k=k, v=v, position=until_S)]
         y = backends.attend(Queries(q, position_BS, kv.document), sets, None, kernel)
-        y = poison(y, kv.position, kv.valid, max_tokens)
+        y = poison(y, position, kv.valid, max_tokens)
         y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
         return y.reshape(projected.q.shape)
 
@@ -258,7 +262,7 @@ class Attention(nn.Module):
         # What is never seen is zero, so that no padding shows in the state.
         k_BJWGK, v_BJWGK = (jnp.where(valid_BJW[..., None, None], a[:, :, -W:], 0) for a in (k_BJTGK, v_BJTGK))
 
-        def step(window: Window, inputs: tuple[Array, ...]) -> tuple[Window, Window]:
+        def step(window: Window, inputs: Any) -> tuple[Window, Window]:
             k, v, valid, any_valid, reset, cut = inputs
             window = stop_where(cut, reset_rows(window, reset, WINDOW_AXES))
             last, none = Window(k, v, valid, jnp.zeros_like(reset)), jax.tree.map(jnp.zeros_like, window)
@@ -266,7 +270,7 @@ class Attention(nn.Module):
             return after, select_rows(any_valid, window, none, WINDOW_AXES)  # rows of padding see no window
 
         per_segment = (k_BJWGK, v_BJWGK, valid_BJW, segments.valid.any(axis=2), segments.reset)
-        inputs = (*(jnp.moveaxis(a, 1, 0) for a in per_segment), segments.cut)
+        inputs: Any = (*(jnp.moveaxis(a, 1, 0) for a in per_segment), segments.cut)
         window, before = jax.lax.scan(step, window, inputs)
         return Window(*(jnp.moveaxis(a, 0, 1) for a in before)), window
 

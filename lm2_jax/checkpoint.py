@@ -187,8 +187,7 @@ class Checkpoints:
         It is not known to be damaged and, where a state is carried, was saved with memory.
         """
         model = self._config.model
-        has_state = model.has_memory or (model.decoder.window_tokens or 1) > 1
-        carries = self._config.data.carry_state and has_state
+        carries = self._config.data.carry_state and (model.has_memory or model.decoder.carries_keys)
         return step not in self._damaged and (not carries or step in self._with_memory)
 
     def damaged(self, step: int) -> bool:

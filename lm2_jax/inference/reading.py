@@ -15,6 +15,7 @@ from lm2_jax import streaming
 from lm2_jax.errors import UserError
 from lm2_jax.inference.snapshot import MemorySnapshot, Source, empty_memory
 from lm2_jax.inference.texts import token_pieces
+from lm2_jax.length import check_segments
 
 if TYPE_CHECKING:
     from lm2_jax.runs import Run
@@ -67,6 +68,7 @@ class Reader:
         state, logits_V = memory.state, memory.logits_V
         if len(open_tokens) == T:
             is_fed_B = np.ones(1, bool)
+            check_segments(run.config.model, state, (1, T))
             logits_BV, state = streaming.read_segment(run.model, run.params, state, open_tokens[None], is_fed_B)
             logits_V, open_tokens = logits_BV[0], open_tokens[:0]
         # Replaced at once, so that an interrupt leaves a memory that is consistent.

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.parameters import MEMORY
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
@@ -40,6 +41,8 @@ class Capability(enum.Flag):
     RUNNING = enum.auto()  # `advance`: a token sees what the tokens of its segment up to it have written
     SHAREABLE = enum.auto()  # one state may serve all layers: what a document begins with is no parameter of a layer
     PACKED = enum.auto()  # `read` depends on its own token alone, and `advance` honours a reset at any token
+    HEADS = enum.auto()  # `reader`, `read_heads`, `write_heads`: takes attention's own queries, keys and values
+    LAYER_TOKENS = enum.auto()  # `reader`, `look_up`: answers tokens; `write`: takes a layer's output at memory tokens
     STACK_TOKENS = enum.auto()  # `rows` travel through the decoder with each segment, `write` takes their outputs
 
 
@@ -70,12 +73,16 @@ class MemoryConfig(Family):
 
     @property
     def stack_tokens(self) -> int:
-        """With STACK_TOKENS, how many rows travel with a segment."""
+        """With STACK_TOKENS and LAYER_TOKENS, how many rows travel with a segment."""
         return 0
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
         """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
         raise NotImplementedError
+
+    def build_for(self, decoder: DecoderConfig, precision: Precision, **linen: Any) -> "Memory":
+        """The module for a decoder; overridden where more of it counts than its width."""
+        return self.build(decoder.width, precision, **linen)
 
     def check_segment(self, segment_tokens: int) -> None:
         """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""
@@ -136,6 +143,25 @@ class Memory(nn.Module):
         """
         raise NotImplementedError
 
+    def read_heads(self, q_BTHK: Float[Array, "B T H K"], reader: Any) -> Float[Array, "B T H V"]:
+        """Answers each unrotated query of attention, with HEADS."""
+        raise NotImplementedError
+
+    def write_heads(
+        self,
+        k_BTGK: Float[Array, "B T G K"],
+        v_BTGK: Float[Array, "B T G V"],
+        valid_BT: Bool[Array, "B T"],
+        state: State,
+        metrics: Metrics | None = None,
+    ) -> State:
+        """The state after the unrotated keys and the values of a full segment, with HEADS."""
+        raise NotImplementedError
+
+    def look_up(self, x_BTD: Float[Array, "B T D"], reader: Any) -> Float[Array, "B T D"]:
+        """Answers each row, of the text or of the memory tokens, independently of the others, with LAYER_TOKENS."""
+        raise NotImplementedError
+
     def rows(self, state: State) -> Float[Array, "B N D"]:
         """The memory as rows in the compute dtype."""
         raise NotImplementedError
@@ -186,6 +212,8 @@ _METHODS = {
     Capability.WRITE: ("write",),
     Capability.WRITE_THROUGH_BLOCK: ("query_rows", "write"),
     Capability.RUNNING: ("advance",),
+    Capability.HEADS: ("reader", "read_heads", "write_heads"),
+    Capability.LAYER_TOKENS: ("reader", "look_up", "write"),
     Capability.STACK_TOKENS: ("rows", "write"),
 }
 

@@ -18,6 +18,7 @@ from lm2_jax.data.base import SourceConfig
 from lm2_jax.data.tokenizers import TokenizerConfig
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.fields import FREE, Checked, Range, Since
+from lm2_jax.formats import FORMAT
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
@@ -183,7 +184,7 @@ class CheckpointConfig(Checked):
 class RunConfig(Checked, root=True):
     """One run; what `config.json` in a workdir holds."""
 
-    format: ClassVar[int] = 3
+    format: ClassVar[int] = FORMAT
     """Format of config.json; a field that is new in a format declares `Since` (lm2_jax/fields.py)."""
 
     name: Annotated[str, FREE] = "unnamed"

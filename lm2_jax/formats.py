@@ -9,7 +9,8 @@ from lm2_jax.errors import UserError
 
 # 1: stacked layers, an order-independent checksum, no number in the files.
 # 2: one array for each layer, checksums by name and place, config and tokenizer tied to every checkpoint.
-FORMAT = 2
+# 3: fields that are newer than the golden workdirs, see `lm2_jax.fields.Since`.
+FORMAT = 3
 
 
 def package_version() -> str:

@@ -19,6 +19,7 @@ PROGRAMS = {
     "eval": ("lm2_jax.commands.eval", "evaluates a trained run"),
     "generate": ("lm2_jax.commands.generate", "reads texts into a memory, and continues prompts"),
     "inspect": ("lm2_jax.inspect.program", "shows what a memory reads, writes and forgets of a text"),
+    "compare": ("lm2_jax.compare.program", "trains and evaluates presets under one protocol"),
     "convert": ("lm2_jax.data.convert", "turns text into token shards"),
     "list": ("lm2_jax.commands.overview", "lists the presets by family"),
     "demo": ("lm2_jax.demo.program", "reads a long text once and answers from the saved memory"),

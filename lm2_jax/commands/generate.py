@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=cli.program("generate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--workdir", metavar="W", help="folder or bucket of a run that train.py wrote")
+    model.add_argument("--workdir", metavar="W", help="folder or bucket of a trained run")
     model.add_argument("--model", metavar="FOLDER", help="folder of a model in another format, such as Hugging Face's")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--read", nargs="+", metavar="FILE", help="UTF-8 text files of any size, read in this order")
@@ -198,7 +198,7 @@ def _load(options: argparse.Namespace) -> "Run":
 
         return load_run(options.workdir)
     if importlib.util.find_spec("lm2_jax.interop") is None:
-        raise UserError("--model: this version reads no other model formats; use --workdir W of a run of train.py")
+        raise UserError("--model: this version reads no other model formats; use --workdir W of a trained run")
     import lm2_jax
 
     return lm2_jax.from_pretrained(options.model)

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lm2_jax.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, metavar="W", help="folder or bucket of a run that train.py wrote")
+    parser.add_argument("--workdir", required=True, metavar="W", help="folder or bucket of a trained run")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text file that the model reads")
     parser.add_argument("--question", metavar="TEXT", help="a question about the text")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")

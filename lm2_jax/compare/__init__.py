@@ -1,0 +1,1 @@
+"""One protocol for a comparison: the learning rate chosen on development seeds, then several seeds, then one table."""

@@ -1,0 +1,172 @@
+"""Runs as processes of their own, several at a time; what is finished is not run again."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from lm2_jax import cli
+from lm2_jax.compare.protocol import Job
+from lm2_jax.errors import UserError
+from lm2_jax.training.metrics import read_lines
+
+DIVERGED = "Training stopped:"  # how the message of a run that diverged begins
+
+
+class Runner:
+    """Trains and evaluates runs.
+
+    Args:
+      options: more options of every training.
+      evaluation: options of the suite `recall`; None: runs are judged by their held-out metrics alone.
+      parallel: processes at a time; on Linux each has its share of the cores.
+      show: prints a line.
+    """
+
+    def __init__(
+        self, options: Sequence[str], evaluation: Sequence[str] | None, parallel: int, show: Callable[[str], None]
+    ):
+        self._options, self._evaluation, self._parallel, self._show = list(options), evaluation, parallel, show
+        self._cores = _shares(parallel)
+        self._free = list(range(parallel))
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[str]] = set()
+
+    def train(self, jobs: Iterable[Job], may_diverge: bool) -> dict[Job, dict[str, float] | None]:
+        """The held-out metrics of each run at its end.
+
+        Args:
+          jobs: the runs; one that is finished is only read, an interrupted one is resumed.
+          may_diverge: a run that diverges has None in place of metrics, and is not tried again.
+        Raises:
+          UserError: a run failed; the others that were under way can be resumed.
+        """
+        jobs = list(jobs)
+        return dict(zip(jobs, self._each(jobs, lambda job, share: self._train(job, share, may_diverge)), strict=True))
+
+    def recall(self, jobs: Iterable[Job]) -> dict[Job, list[dict[str, Any]]]:
+        """The results of the suite `recall` of each run, one for each length."""
+        jobs = list(jobs)
+        return dict(zip(jobs, self._each(jobs, self._recall), strict=True))
+
+    def _each(self, jobs: list[Job], call: Callable[[Job, int], Any]) -> list[Any]:
+        def in_share(job: Job) -> Any:
+            with self._lock:
+                share = self._free.pop()
+            try:
+                return call(job, share)
+            finally:
+                with self._lock:
+                    self._free.append(share)
+
+        with ThreadPoolExecutor(self._parallel) as pool:
+            futures = [pool.submit(in_share, job) for job in jobs]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """Lets the processes save and end."""
+        with self._lock:
+            running = list(self._processes)
+        for process in running:
+            process.terminate()
+
+    def _train(self, job: Job, share: int, may_diverge: bool) -> dict[str, float] | None:
+        mark = job.workdir / "diverged"
+        if mark.exists():
+            return None
+        words = ["train", job.preset, "--workdir", str(job.workdir)]
+        for name, value in (
+            ("optim.learning_rate", f"{job.learning_rate:g}"),
+            ("optim.steps", job.steps),
+            ("train.seed", job.seed),
+            ("data.seed", job.seed),
+        ):
+            words += [f"--{name}", str(value)]
+        if final_metrics(job.workdir, job.steps) is None or not (job.workdir / "checkpoints" / str(job.steps)).is_dir():
+            self._show(f"training {job.preset}, rate {job.learning_rate:g}, seed {job.seed}: {job.workdir}")
+            status, error = self._run([*words, *self._options], share)
+            if status and may_diverge and DIVERGED in error:
+                mark.write_text(error)
+                self._show(f"  it diverged: {job.workdir}")
+                return None
+            if status:
+                raise UserError(
+                    f"compare: the run {job.workdir} ended with status {status}: {error.strip() or 'no message'}. The "
+                    "same command again resumes the comparison",
+                    status=1,
+                )
+        found = final_metrics(job.workdir, job.steps)
+        if found is None:
+            raise UserError(f"compare: {job.workdir} has no metrics of step {job.steps}; was it interrupted?", status=1)
+        return found
+
+    def _recall(self, job: Job, share: int) -> list[dict[str, Any]]:
+        assert self._evaluation is not None
+        out = job.workdir / "eval" / "compare"
+        file, asked = out / "recall.json", out / "options.json"
+        wanted = json.dumps([job.steps, *self._evaluation])
+        if not file.exists() or not asked.exists() or asked.read_text() != wanted:
+            self._show(f"evaluating {job.workdir}")
+            words = ["eval", "recall", "--workdirs", str(job.workdir), "--out", str(out), *self._evaluation]
+            status, error = self._run(words, share)
+            if status:
+                raise UserError(f"compare: the evaluation of {job.workdir} failed: {error.strip()}", status=1)
+            asked.write_text(wanted)
+        return json.loads(file.read_text())["results"]
+
+    def _run(self, words: list[str], share: int) -> tuple[int, str]:
+        """Exit status, and the last error message, of one of our programs."""
+        name, *rest = words
+        command = [sys.executable, *cli.program_words(name), *rest]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if (cores := self._cores[share]) is not None:
+            os.sched_setaffinity(process.pid, cores)  # before it has started a thread
+        with self._lock:
+            self._processes.add(process)
+        try:
+            _, error = process.communicate()
+        finally:
+            with self._lock:
+                self._processes.discard(process)
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        return process.returncode, lines[-1].removeprefix("error: ") if lines else error[-500:]
+
+
+def final_metrics(workdir: pathlib.Path, steps: int) -> dict[str, float] | None:
+    """The held-out metrics at the last step of a run, or None where it has not come there."""
+    if not workdir.is_dir():
+        return None
+    last = next((line for line in reversed(read_lines(workdir)) if line["step"] == steps), None)
+    found = {} if last is None else {name: value for name, value in last.items() if name.startswith("eval_")}
+    return found or None
+
+
+def score(metrics: dict[str, float] | None) -> float:
+    """What the search maximises: held-out accuracy of answers, or where there are none minus the held-out loss."""
+    if metrics is None:
+        return -float("inf")
+    return metrics.get("eval_answer_accuracy", -metrics["eval_loss"])
+
+
+def _shares(parallel: int) -> list[set[int] | None]:
+    """The cores of each process; None: all."""
+    if parallel == 1 or not hasattr(os, "sched_getaffinity"):
+        return [None] * parallel
+    cores = sorted(os.sched_getaffinity(0))
+    if parallel > len(cores):
+        return [None] * parallel
+    return [set(cores[share::parallel]) for share in range(parallel)]

@@ -1,0 +1,169 @@
+"""Trains and evaluates presets under one protocol: `python -m lm2_jax.compare PRESET ... --out DIR`.
+
+The learning rate of each preset is chosen on development seeds, whose data is not in the table. Then every preset is
+trained with the same seeds. The same command again resumes: finished runs are only read. Options after `--` are options
+of every training, as in `... --out DIR -- --data.rows 8`.
+"""
+
+import itertools
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import tyro
+from etils import epath
+
+from lm2_jax import atomic, cli
+from lm2_jax.commands.train import parse
+from lm2_jax.compare import jobs, table
+from lm2_jax.compare.protocol import Job, Protocol, choose_rates
+from lm2_jax.config import RunConfig
+from lm2_jax.errors import UserError
+from lm2_jax.evaluation.names import model_name
+from lm2_jax.folders import prepare_folder
+from lm2_jax.model import LanguageModel
+from lm2_jax.state import state_floats
+from lm2_jax.training.state import make_plan
+
+
+@dataclass(frozen=True)
+class Command:
+    """Options."""
+
+    presets: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Presets to compare."""
+    out: str
+    """Folder of the runs and of compare.json, compare.md and compare.png."""
+    seeds: int = 3
+    """Seeds of parameters and data that are reported: 0, 1, ..."""
+    learning_rates: tuple[float, ...] = ()
+    """Rates to choose from for each preset; none: the preset's own, without a search."""
+    budget: int | None = None
+    """Optimizer steps of a reported run; None: each preset's own."""
+    search_steps: int | None = None
+    """Optimizer steps of a run of the search; None: a third of a reported run's."""
+    search_seeds: int = 1
+    """Development seeds for each rate."""
+    segments: tuple[int, ...] = (4, 16)
+    """Lengths of the rows of the suite `recall`, in segments, where the data has questions at known distances."""
+    rows: int = 512
+    """Held-out rows of each length."""
+    jobs: int = 1
+    """Runs at the same time, each with its share of the cores; on a CPU one for each core is fastest."""
+
+    def check(self) -> None:
+        """Raises UserError for numbers that make no sense, and for a preset that is named twice."""
+        for name in ("seeds", "search_seeds", "rows", "jobs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        for name in ("budget", "search_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if not self.presets:
+            raise UserError("expected presets to compare, as in `lm2 compare lm2_tiny none_tiny --out DIR`")
+        if len(set(self.presets)) < len(self.presets):
+            raise UserError(f"a preset is named twice: {' '.join(self.presets)}")
+        if any(rate <= 0 for rate in self.learning_rates) or len(set(self.learning_rates)) < len(self.learning_rates):
+            raise UserError("--learning-rates: expected different positive numbers")
+        if any(length < 1 for length in self.segments):
+            raise UserError("--segments: expected numbers of at least 1")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line and compares."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own, options = arguments[:at], arguments[at + 1 :]
+    command = tyro.cli(Command, args=own, description=__doc__, prog=cli.program("compare"))
+    command.check()
+    jax.config.update("jax_platforms", "cpu")  # of this process alone, which must not hold the accelerator
+    compare(command, options, " ".join(["python -m lm2_jax.compare", shlex.join(arguments)]))
+
+
+def compare(command: Command, options: Sequence[str], typed: str) -> None:
+    """Runs the protocol and writes its files, after each seed anew."""
+    configs = {name: _config(name, options, command) for name in command.presets}
+    out = pathlib.Path(prepare_folder(epath.Path(os.path.abspath(command.out))))
+    protocol = Protocol(
+        configs,
+        command.learning_rates,
+        command.search_seeds,
+        command.search_steps,
+        command.seeds,
+        command.budget,
+        out,
+    )
+    evaluation = ["--segments", *map(str, command.segments), "--rows", str(command.rows)]
+    runner = jobs.Runner(options, evaluation, command.jobs, lambda line: print(line, flush=True))
+    searched = runner.train(protocol.search(), may_diverge=True)
+    scores = {job: jobs.score(metrics) for job, metrics in searched.items()}
+    chosen = choose_rates(protocol, scores)
+    results = {name: _empty(name, config, protocol, chosen[name], scores) for name, config in configs.items()}
+    for _, of_seed in itertools.groupby(protocol.reported(chosen), key=lambda job: job.seed):
+        for job, seed in _seed_results(list(of_seed), runner).items():
+            results[job.preset].seeds.append(seed)
+        files = table.to_files(list(results.values()), typed, _machine())
+        atomic.write_files({out / name: content for name, content in files.items()})
+    print(table.markdown(list(results.values()), typed, _machine()))
+    print("\n".join(f"wrote {out / name}" for name in files))
+
+
+def _config(preset: str, options: Sequence[str], command: Command) -> RunConfig:
+    """The config of a preset with the options of every training; wrong ones are reported before anything runs."""
+    steps = [] if command.budget is None else ["--optim.steps", str(command.budget)]
+    parsed = parse([preset, *steps, *options])
+    if parsed is None:
+        raise UserError(f"options after --: {' '.join(options)}: expected options of a training")
+    if parsed.run.train.eval_batches == 0:
+        raise UserError(f"{preset} has train.eval_batches=0, so nothing is measured; add -- --train.eval-batches 4")
+    return parsed.run
+
+
+def _seed_results(of_seed: list[Job], runner: jobs.Runner) -> dict[Job, table.SeedResult]:
+    """The reported runs of one seed."""
+    trained = runner.train(of_seed, may_diverge=False)
+    with_distance = [
+        job for job, metrics in trained.items() if any(name.startswith("eval_accuracy_d") for name in metrics or ())
+    ]
+    recalled = runner.recall(with_distance)
+    return {
+        job: table.SeedResult(job.seed, str(job.workdir), metrics or {}, recalled.get(job, []))
+        for job, metrics in trained.items()
+    }
+
+
+def _empty(
+    preset: str, config: RunConfig, protocol: Protocol, rate: float, scores: dict[Job, float]
+) -> table.PresetResult:
+    """What is known of a preset before its seeds."""
+    model = LanguageModel(config.model)
+    params = make_plan(config, model).shapes.params
+    found = [(job, score) for job, score in scores.items() if job.preset == preset]
+    steps = protocol.steps_of(preset)
+    return table.PresetResult(
+        preset=preset,
+        model=model_name(config.model),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        state_floats=state_floats(jax.eval_shape(lambda: model.init_state(1))),
+        tokens=steps * config.data.rows * max(config.data.segments) * config.model.segment_tokens,
+        steps=steps,
+        learning_rate=rate,
+        search=[
+            {"learning_rate": job.learning_rate, "seed": job.seed, "score": None if score == -float("inf") else score}
+            for job, score in found
+        ],
+        seeds=[],
+    )
+
+
+def _machine() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,143 @@
+"""One protocol: what is run, what is chosen, what the table says, and what is not run again."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import pytest
+
+import lm2_jax
+from lm2_jax.compare import jobs, program, table
+from lm2_jax.compare.protocol import Protocol, choose_rates, inequalities
+from lm2_jax.errors import UserError
+
+NAMES = ("lm2_tiny", "none_tiny")
+OPTIONS = ["--", "--optim.warmup-steps", "1", "--train.eval-batches", "1"]
+
+
+def protocol(folder, **changes) -> Protocol:
+    configs = {name: lm2_jax.preset(name) for name in NAMES}
+    fields = {"learning_rates": (1e-3, 3e-3), "search_seeds": 2, "search_steps": None, "seeds": 3, "steps": 12}
+    return Protocol(configs, folder=folder, **(fields | changes))
+
+
+def test_the_search_uses_no_seed_that_is_reported(tmp_path):
+    plan = protocol(tmp_path)
+    search, reported = list(plan.search()), list(plan.reported({"lm2_tiny": 1e-3, "none_tiny": 3e-3}))
+    assert len(search) == 2 * 2 * 2
+    assert {job.steps for job in search} == {4}
+    assert not {job.seed for job in search} & {job.seed for job in reported}
+    assert [(job.preset, job.learning_rate, job.seed) for job in reported[:3]] == [
+        ("lm2_tiny", 1e-3, 0),
+        ("none_tiny", 3e-3, 0),
+        ("lm2_tiny", 1e-3, 1),
+    ]
+    assert len({job.workdir for job in search + reported}) == len(search) + len(reported)
+    assert list(protocol(tmp_path, learning_rates=()).search()) == []
+
+
+def test_the_rate_with_the_best_mean_is_chosen(tmp_path):
+    plan = protocol(tmp_path)
+    scores = {job: 0.5 for job in plan.search()}
+    for job in scores:
+        if job.preset == "lm2_tiny" and job.learning_rate == 3e-3:
+            scores[job] = 0.9 if job.seed % 2 else 0.2  # a mean of 0.55
+        if job.preset == "none_tiny" and job.learning_rate == 3e-3:
+            scores[job] = -float("inf")
+    assert choose_rates(plan, scores) == {"lm2_tiny": 3e-3, "none_tiny": 1e-3}
+    diverged = {job: -float("inf") if job.preset == "lm2_tiny" else 0.0 for job in scores}
+    with pytest.raises(UserError, match=r"every learning rate of lm2_tiny diverged \(0\.001, 0\.003\)"):
+        choose_rates(plan, diverged)
+
+
+def test_scores():
+    assert jobs.score({"eval_answer_accuracy": 0.25, "eval_loss": 3.0}) == 0.25
+    assert jobs.score({"eval_loss": 3.0}) == -3.0
+    assert jobs.score(None) == -float("inf")
+
+
+def result(preset, accuracies, parameters=1000):
+    recall = [{"segments": 4, "accuracy": 0.5}]
+    seeds = [
+        table.SeedResult(i, f"w/{i}", {"eval_answer_accuracy": a, "eval_text_loss": 2.0}, recall)
+        for i, a in enumerate(accuracies)
+    ]
+    search = [
+        {"learning_rate": 1e-3, "seed": 10_000, "score": 0.1},
+        {"learning_rate": 2e-3, "seed": 10_000, "score": None},
+    ]
+    return table.PresetResult(preset, preset.upper(), parameters, 64, 4096, 12, 1e-3, search, seeds)
+
+
+def test_the_table_says_what_was_done_and_what_is_not_equal():
+    results = [result("a", [0.5, 0.7]), dataclasses.replace(result("b", [0.2], parameters=1100), tokens=8192)]
+    text = table.markdown(results, "the command", "the machine")
+    assert "| A | a | 1,000 | 64 | 12 | 0.001 | 2 | 60 (50 to 70) | 2 (2 to 2) | 50 (50 to 50) |" in text
+    assert "| B | b | 1,100 | 64 | 12 | 0.001 | 1 | 20 | 2 | 50 |" in text
+    assert "chosen from 0.001, 0.002 by held-out score with seeds 10000, which are not in the table" in text
+    assert "Not equal: training tokens differ: a 4,096, b 8,192." in text
+    assert "Not equal: parameters differ by more than 3%: a 1,000, b 1,100." in text
+    assert "- `the command`; the machine" in text
+    files = table.to_files(results, "the command", "the machine")
+    assert json.loads(files["compare.json"])["results"][0]["search"][1]["score"] is None
+    assert files["compare.png"].startswith(b"\x89PNG")
+    assert inequalities({"a": 1, "b": 1}, {"a": 1000, "b": 1030}) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lm2_tiny", "--seeds", "0"], "--seeds 0: expected at least 1"),
+        (["lm2_tiny", "lm2_tiny"], "named twice"),
+        (["lm2_tinny"], "lm2_tiny"),
+        (["lm2_tiny", "--learning-rates", "0.1", "0.1"], "different positive numbers"),
+        (["lm2_tiny", "--segments", "0"], "--segments"),
+        (["lm2_tiny", "--", "--data.rowz", "3"], "data.rows"),
+        (["lm2_tiny", "--", "--train.eval-batches", "0"], "nothing is measured"),
+    ],
+)
+def test_wrong_calls_leave_nothing(words, message, tmp_path):
+    at = words.index("--") if "--" in words else len(words)
+    with pytest.raises(UserError, match=message):
+        program.main([*words[:at], "--out", str(tmp_path / "out"), *words[at:]])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_from_beginning_to_end_is_run_once(tmp_path, monkeypatch, capsys):
+    """Two rates, two presets, two seeds; one run was interrupted; the second call trains nothing."""
+    monkeypatch.chdir(pathlib.Path(__file__).parents[2])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    out = tmp_path / "out"
+    words = [*NAMES, "--seeds", "2", "--learning-rates", "0.001", "0.002", "--budget", "4", "--search-steps", "2"]
+    words += ["--segments", "2", "--rows", "64", "--jobs", "2", "--out", str(out), *OPTIONS]
+    calls = []
+    inner = jobs.Runner._run
+
+    def counted(self, command, share):
+        calls.append(command[0])
+        if calls.count("train") == 3:
+            return 1, "out of luck"
+        return inner(self, command, share)
+
+    monkeypatch.setattr(jobs.Runner, "_run", counted)
+    with pytest.raises(UserError, match="ended with status 1: out of luck"):
+        program.main(words)
+    calls.clear()
+    monkeypatch.setattr(jobs.Runner, "_run", lambda *a: calls.append(a[1][0]) or inner(*a))
+    program.main(words)
+    assert calls.count("train") in (6, 7)  # of 8: one or two were finished before
+    document = json.loads((out / "compare.json").read_text())
+    assert [result["preset"] for result in document["results"]] == list(NAMES)
+    for found in document["results"]:
+        assert [seed["seed"] for seed in found["seeds"]] == [0, 1]
+        assert len(found["search"]) == 2
+        assert found["learning_rate"] == max(found["search"], key=lambda entry: entry["score"])["learning_rate"]
+        assert all(os.path.isdir(seed["workdir"]) for seed in found["seeds"])
+    before = (out / "compare.md").read_bytes()
+    calls.clear()
+    program.main(words)
+    assert calls == []
+    assert (out / "compare.md").read_bytes() == before
+    assert "wrote" in capsys.readouterr().out

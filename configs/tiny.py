@@ -48,7 +48,7 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "window": (NoMemory(), PlainJoin()),
     "llama": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
-    "armt": (AssociativeConfig(num_tokens=3, key_width=8), LayerTokensJoin()),
+    "armt": (AssociativeConfig(num_tokens=3, key_width=8, norm=True), LayerTokensJoin()),
     "infini": (CompressiveConfig(), HeadsJoin()),
     "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),

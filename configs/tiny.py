@@ -78,7 +78,8 @@ REACHES: dict[str, dict[str, int]] = {
 
 def tiny(name: str, memory: MemoryConfig, join: JoinConfig, **reach: int) -> RunConfig:
     """The tiny run of one memory and join; `reach` are fields of the decoder."""
-    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64, **reach)
+    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64)
+    decoder = dataclasses.replace(decoder, **reach)
     return RunConfig(
         name=name,
         model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),

@@ -16,7 +16,7 @@ from lm2_jax.attention.cache import (
     append_segment,
     empty_cache,
     next_block,
-    poison,
+    settle,
     span_of,
     visible_cache,
 )
@@ -237,7 +237,7 @@ class Attention(nn.Module):
             k, v = jax.lax.stop_gradient((k, v))
             sets += [tokens._replace(until=until_S), tokens._replace(k=k, v=v, position=until_S)]
         y = backends.attend(Queries(q, position_BS, kv.document), sets, None, kernel)
-        y = poison(y, position, kv.valid, max_tokens)
+        y = settle(y, position, kv.valid, max_tokens)
         y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
         return y.reshape(projected.q.shape)
 

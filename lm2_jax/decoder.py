@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from lm2_jax.fields import Checked, Range
+from lm2_jax.fields import Checked, Range, Since
 
 Width = Annotated[int, Range(1, 2**20)]
 
@@ -54,7 +54,7 @@ class DecoderConfig(Checked):
     window_tokens: Annotated[int | None, Range(0, 2**24)] = None
     """Sliding attention window in tokens, including the current one; it reaches into the previous segment. None: the
     segment."""
-    max_tokens: Annotated[int | None, Range(1, 2**24)] = None
+    max_tokens: Annotated[int | None, Range(1, 2**24), Since(3)] = None
     """Full attention: each token sees its document so far, up to this many tokens, whose keys and values are kept; a
     longer document is an error. Excludes window_tokens. None: attention stays in its segment or window."""
     norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.blocks.base import Block, Carry, Context
-from lm2_jax.blocks.ports import Buffers, OpenLayer, Place, by_segment, one_segment, segments_first
+from lm2_jax.blocks.ports import INSIGHT, Buffers, OpenLayer, Place, by_segment, one_segment, segments_first
 from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
             "close": (0, 0),
         }
         common = {
-            "variable_axes": {"params": 0},
+            "variable_axes": {"params": 0, INSIGHT: 0},
             "split_rngs": {"params": True},
             "length": group.length,
             "metadata_params": {nn.PARTITION_NAME: "layers"},
@@ -273,7 +273,7 @@ class LanguageModel(nn.Module):
             y_BTD, state, aux = model._one_segment(x_BTD, state, one_segment(one))
             return state, (y_BTD, aux)
 
-        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(body, variable_broadcast="params", variable_axes={INSIGHT: 0}, split_rngs={"params": False})
         state, (y_JBTD, aux) = scan(self, state, (by_segment(x_BJTD), segments_first(segments)))
         return by_segment(y_JBTD), state, jax.tree.map(lambda a: a.mean(axis=0), aux)
 

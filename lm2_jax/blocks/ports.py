@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from lm2_jax.attention import Cache, ExtraKV, Projected, SegmentKV, Window
 from lm2_jax.layers import constrain
-from lm2_jax.memory.base import Metrics, TokenInputs
+from lm2_jax.memory.base import INSIGHT, Metrics, TokenInputs
 from lm2_jax.state import Segments, begin_rows, clear_start, map_axes, reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int, State
 
@@ -188,7 +188,7 @@ class SegmentsPort:
             after = clear_start(port.after, axes)
             return select_rows(has_tokens_B, after, memory, axes), (out, port.metrics)
 
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(step, variable_broadcast="params", variable_axes={INSIGHT: 0}, split_rngs={"params": False})
         inputs = (
             by_segment(args),
             segments_first(self.segments),

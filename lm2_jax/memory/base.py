@@ -12,6 +12,7 @@ Whole segments, streams of pieces, resets, padding and packed documents are deri
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from lm2_jax.state import check_state
 from lm2_jax.types import Array, Bool, Float, Int, State
 
 Metrics = dict[str, Array]  # scalars by name, to which a call adds
+INSIGHT = "insight"  # the collection of what `reveal` keeps: arrays per token, for `lm2_jax.inspect`
+READ_WEIGHTS = "read_weights"  # [B T H N]: the share of each slot in what a token reads; only where there are slots
 
 
 class Capability(enum.Flag):
@@ -219,3 +222,17 @@ def record(metrics: Metrics | None, **values: Array) -> None:
     """Adds means to the diagnostics, where somebody collects them."""
     if metrics is not None:
         metrics.update({name: jnp.mean(value.astype(jnp.float32)) for name, value in values.items()})
+
+
+def reveal(module: nn.Module, name: str, compute: Callable[[], Array]) -> None:
+    """Keeps an array in the collection `INSIGHT`, if the caller of the model asks for that collection.
+
+    Without `mutable=[INSIGHT]` nothing is computed, so programs for training and answering stay the same.
+
+    Args:
+      module: the bound module whose data flow makes the array.
+      name: of the array.
+      compute: makes it.
+    """
+    if module.is_mutable_collection(INSIGHT) and not module.is_initializing():
+        module.sow(INSIGHT, name, compute())

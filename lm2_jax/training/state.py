@@ -70,11 +70,12 @@ class Plan:
         """The state before the first step, created in its sharding; to be called in the layout's context."""
 
         def first() -> TrainState:
-            return self._first_state(_unbox(_first_params(self.config, self.model)))
+            return self.first_state(_unbox(_first_params(self.config, self.model)))
 
         return jax.jit(first, out_shardings=self.shardings(layout))()
 
-    def _first_state(self, params: PyTree) -> TrainState:
+    def first_state(self, params: PyTree) -> TrainState:
+        """The state before the first step with these parameters; optimizer and memory are at their start."""
         return _first_state(self.config, self.model, self.optimizer, self.trainable, params)
 
 

@@ -1,10 +1,11 @@
 """Memory tokens that travel with the segment, before it to be read and after it to be written (RMT)."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lm2_jax.blocks.base import BlockSpec, JoinConfig
 from lm2_jax.blocks.stack import MemoryTokens
+from lm2_jax.fields import Since
 from lm2_jax.memory.base import Capability
 
 
@@ -16,7 +17,7 @@ class TokensJoin(JoinConfig):
     """
 
     kind: ClassVar[str] = "tokens"
-    mask: Literal["causal", "mutual"] = "causal"
+    mask: Annotated[Literal["causal", "mutual"], Since(3)] = "causal"
     """What memory rows see: the rows before their own, as in the released code for causal decoders; or all memory rows
     on their side of the segment too, as in the paper."""
 

@@ -48,7 +48,7 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "window": (NoMemory(), PlainJoin()),
     "llama": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
-    "armt": (AssociativeConfig(num_tokens=3, key_width=8), LayerTokensJoin()),
+    "armt": (AssociativeConfig(num_tokens=3, key_width=8, norm=True), LayerTokensJoin()),
     "infini": (CompressiveConfig(), HeadsJoin()),
     "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
@@ -78,7 +78,8 @@ REACHES: dict[str, dict[str, int]] = {
 
 def tiny(name: str, memory: MemoryConfig, join: JoinConfig, **reach: int) -> RunConfig:
     """The tiny run of one memory and join; `reach` are fields of the decoder."""
-    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64, **reach)
+    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64)
+    decoder = dataclasses.replace(decoder, **reach)
     return RunConfig(
         name=name,
         model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),

@@ -137,13 +137,12 @@ def next_block(cut_J: Bool[Array, " J"]) -> Int[Array, " J"]:
     return jnp.searchsorted(block_J, block_J, side="right")
 
 
-def poison(
+def settle(
     y: Float[Array, "B S H K"], position_BS: Int[Array, "B S"], valid_BS: Bool[Array, "B S"] | None, max_tokens: int
 ) -> Float[Array, "B S H K"]:
-    """`y` with NaN where a valid token is at a position that no document may have."""
-    fits_BS = position_BS < max_tokens
-    fits_BS = fits_BS if valid_BS is None else fits_BS | ~valid_BS
-    return jnp.where(fits_BS[:, :, None, None], y, jnp.asarray(jnp.nan, y.dtype))
+    """`y` with NaN at positions that no document may have, and 0 at padding, which may see no key at all."""
+    y = jnp.where((position_BS < max_tokens)[:, :, None, None], y, jnp.asarray(jnp.nan, y.dtype))
+    return y if valid_BS is None else jnp.where(valid_BS[:, :, None, None], y, jnp.zeros_like(y))
 
 
 def check_room(segments_B: np.ndarray, tokens_B: np.ndarray, segment_tokens: int, max_tokens: int) -> None:

@@ -16,7 +16,7 @@ from lm2_jax.attention.cache import (
     append_segment,
     empty_cache,
     next_block,
-    poison,
+    settle,
     span_of,
     visible_cache,
 )
@@ -77,6 +77,8 @@ class Attention(nn.Module):
 
     decoder: DecoderConfig
     precision: Precision
+    mutual: tuple[tuple[int, int], ...] = ()
+    """Ranges of positions, first and after the last, whose rows see each other; all rows see those before them."""
 
     def setup(self) -> None:
         d = self.decoder
@@ -90,6 +92,12 @@ class Attention(nn.Module):
     def frequencies(self) -> np.ndarray:
         """Radians per position."""
         return rope_frequencies(self.decoder.head_dim, self.decoder.rope_theta, self.decoder.rope_scaling)
+
+    def order(self, position: Any) -> Any:
+        """The number by which a row at a position sees another: that of the other's must not be above its own."""
+        for first, end in self.mutual:
+            position = jnp.where((position >= first) & (position < end), end - 1, position)
+        return position
 
     @property
     def window_keys(self) -> int:
@@ -181,8 +189,11 @@ class Attention(nn.Module):
             sets.append(Keys(k, past.v, np.arange(-W, 0), past.valid & ~past.is_start[:, None], document))
         for k, v in [(kv.k, kv.v)] + ([tuple(own)] if own is not None else []):
             k, v = (_on_each_device(k), _on_each_device(v)) if whole else (k, v)
-            sets.append(Keys(k, v, np.arange(T), kv.valid, kv.document))
+            sets.append(Keys(k, v, self.order(np.arange(T)), kv.valid, kv.document))
         kernel = self.decoder.attention_kernel if whole else "plain"
+        if self.mutual:
+            position_BS = jnp.broadcast_to(jnp.arange(S), (R, S)) if whole else position_BS
+            position_BS = self.order(position_BS)
         y = backends.attend(Queries(q, position_BS, kv.document), sets, self.decoder.window_tokens, kernel)
         y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
         return y.reshape(projected.q.shape)
@@ -226,7 +237,7 @@ class Attention(nn.Module):
             k, v = jax.lax.stop_gradient((k, v))
             sets += [tokens._replace(until=until_S), tokens._replace(k=k, v=v, position=until_S)]
         y = backends.attend(Queries(q, position_BS, kv.document), sets, None, kernel)
-        y = poison(y, position, kv.valid, max_tokens)
+        y = settle(y, position, kv.valid, max_tokens)
         y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
         return y.reshape(projected.q.shape)
 

@@ -62,6 +62,10 @@ class JoinConfig(Family):
         """State of the stack of all blocks, if there is any; `linen` passes on `parent`."""
         return None
 
+    def mutual_rows(self, spec: "BlockSpec") -> tuple[tuple[int, int], ...]:
+        """Ranges of positions in a segment, a stack's rows included, whose rows see each other; see `Attention`."""
+        return ()
+
     def check(self, model: "ModelConfig") -> None:
         """Raises ValueError, naming the field to change, where memory, decoder and join do not fit."""
         needed, memory = self.requires(), model.memory
@@ -159,7 +163,7 @@ class Block(nn.Module):
         d, precision = self.spec.decoder, self.spec.precision
         if self.has_attention:
             self.attention_norm = RMSNorm(precision, d.norm_epsilon)
-            self.attention = Attention(d, precision)
+            self.attention = Attention(d, precision, self.spec.join.mutual_rows(self.spec))
         self.mlp_norm = RMSNorm(precision, d.norm_epsilon)
         self.mlp = SwiGLU(d.width, d.mlp_width, precision)
         rows = self.spec.join.persistent_tokens()

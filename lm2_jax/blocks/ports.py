@@ -274,6 +274,7 @@ class PiecePort:
     def write(self, x_BSD: Float[Array, "B S D"] | None, projected: Projected) -> None:
         """Keeps what the memory takes at the segment's end, unless attention's keys and values are all it needs."""
         if self.block.is_running:
+            assert x_BSD is not None
             running = self.block.memory.absorb(self._inputs(x_BSD), self.opened.running)
             self.opened = self.opened._replace(running=running)
         elif self.opened.buffers.written is not None:

@@ -1,27 +1,36 @@
 """Memory tokens that travel with the segment, before it to be read and after it to be written (RMT)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from lm2_jax.blocks.base import BlockSpec, JoinConfig
 from lm2_jax.blocks.stack import MemoryTokens
+from lm2_jax.fields import Since
 from lm2_jax.memory.base import Capability
 
 
 @dataclasses.dataclass(frozen=True)
 class TokensJoin(JoinConfig):
-    """[memory; segment; memory] under one causal mask; the output at the last rows is the next memory.
+    """[memory; segment; memory], the same rows twice; the output at the last ones is the next memory (RMT).
 
-    Differs from the paper (RMT, arXiv:2207.06881, section 3) as its released code does where the decoder is causal: in
-    the paper the rows before the segment see each other, and the rows after it see everything; here each row of either
-    sees the rows before its own. The segment's tokens see the same in both.
+    arXiv:2207.06881, section 3. The segment's tokens see the rows before it, and each other causally.
     """
 
     kind: ClassVar[str] = "tokens"
+    mask: Annotated[Literal["causal", "mutual"], Since(3)] = "causal"
+    """What memory rows see: the rows before their own, as in the released code for causal decoders; or all memory rows
+    on their side of the segment too, as in the paper."""
 
     def requires(self) -> tuple[Capability, ...]:
         """Rows that travel with the segment."""
         return (Capability.STACK_TOKENS,)
+
+    def mutual_rows(self, spec: BlockSpec) -> tuple[tuple[int, int], ...]:
+        """The rows before the segment, and those after it."""
+        if self.mask == "causal":
+            return ()
+        m, end = spec.memory.stack_tokens, spec.memory.stack_tokens + spec.segment_tokens
+        return ((0, m), (end, end + m))
 
     def stack(self, spec: BlockSpec, **linen: Any) -> MemoryTokens:
         """The memory tokens."""

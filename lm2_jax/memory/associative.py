@@ -23,8 +23,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from lm2_jax.layers import Einsum, Vector
+from lm2_jax.layers import Einsum, RMSNorm, Vector, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, at_least_float32
@@ -46,6 +47,9 @@ class AssociativeConfig(MemoryConfig):
     """Width d of keys and queries before the feature map, which makes 2 * num_rolls * d of it."""
     num_rolls: int = 3
     """Products nu of the feature map DPFP."""
+    norm: bool = False
+    """Whether tokens go through an RMSNorm before all projections, which the paper does not have. Without one, answers
+    feed back through the residual stream into keys, whose features grow with the square of it."""
     correction: bool = True
     """Whether z grows by what is new of a key (gamma); otherwise by all of it."""
 
@@ -97,9 +101,11 @@ class Associative(Memory):
 
     def setup(self) -> None:
         D, K = self.width, self.config.key_width
+        self.norm = RMSNorm(self.precision) if self.config.norm else None
         self.q, self.k = (Einsum((D, K), ("embed", "head"), self.precision) for _ in range(2))
         self.v = Einsum((D, D), ("embed", "state_embed"), self.precision, scale=0.0)
-        self.gate_rate = Einsum((D, 1), ("embed", "head"), self.precision, role=Role.GATE)
+        gate = named(nn.initializers.normal(D**-0.5), ("state_embed",), Role.GATE)
+        self.gate_rate_D = self.param("gate_rate", gate, (D,), jnp.dtype(self.precision.params))
         self.rate_bias = Vector((1,), ("head",), self.precision, role=Role.GATE)
 
     @property
@@ -109,7 +115,7 @@ class Associative(Memory):
 
     def init_state(self, batch: int) -> AssociativeState:
         """Zeros."""
-        P, dtype = 2 * self.config.num_rolls * self.config.key_width, at_least_float32(self.precision.state)
+        P, dtype = 2 * self.config.num_rolls * self.config.key_width, jnp.dtype(self.precision.state)
         return AssociativeState(
             jnp.zeros((batch, P, self.width), dtype), jnp.zeros((batch, P), dtype), jnp.ones(batch, bool)
         )
@@ -117,6 +123,9 @@ class Associative(Memory):
     def state_axes(self) -> AssociativeState:
         """Split by rows alone: the feature map mixes its inputs, and every token needs all of A."""
         return AssociativeState(("batch", None, "state_embed"), ("batch", None), ("batch",))  # pyright: ignore
+
+    def _normed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def reader(self, state: AssociativeState) -> AssociativeState:
         """A and z in the type of the products."""
@@ -131,7 +140,7 @@ class Associative(Memory):
 
     def look_up(self, x_BTD: Float[Array, "B T D"], reader: AssociativeState) -> Float[Array, "B T D"]:
         """The answer to each token; its own segment is not in the memory."""
-        q_BTP = dpfp(self.q("btd,dk->btk", x_BTD).astype(self.inner_dtype), self.config.num_rolls)
+        q_BTP = dpfp(self.q("btd,dk->btk", self._normed(x_BTD)).astype(self.inner_dtype), self.config.num_rolls)
         return self._found(q_BTP, reader)[0].astype(x_BTD.dtype)
 
     def write(
@@ -142,11 +151,12 @@ class Associative(Memory):
         metrics: Metrics | None = None,
     ) -> AssociativeState:
         """Takes the memory tokens of a segment, all at once."""
-        inner = self.inner_dtype
+        inner, x_BTD = self.inner_dtype, self._normed(x_BTD)
         k_BNP = dpfp(self.k("btd,dk->btk", x_BTD).astype(inner), self.config.num_rolls)
         v_BND = self.v("btd,de->bte", x_BTD).astype(inner)
-        rate_BN1 = self.gate_rate("btd,dh->bth", x_BTD).astype(inner) + self.rate_bias().astype(inner)[None, None]
-        rate_BN1 = jnp.where(valid_BT[:, :, None], jax.nn.sigmoid(rate_BN1), 0)
+        logit_BN1 = jnp.sum(x_BTD.astype(inner) * self.gate_rate_D.astype(inner)[None, None], axis=-1, keepdims=True)
+        logit_BN1 = logit_BN1 + self.rate_bias().astype(inner)[None, None]
+        rate_BN1 = jnp.where(valid_BT[:, :, None], jax.nn.sigmoid(logit_BN1), 0)
         found_BND, total_BN1 = self._found(k_BNP, state)
         new_BN1 = jnp.ones_like(total_BN1)
         if self.config.correction:

@@ -77,7 +77,7 @@ class Compressive(Memory):
 
     def init_state(self, batch: int) -> CompressiveState:
         """Zeros."""
-        G, K, dtype = self.num_groups, self.head_width, at_least_float32(self.precision.state)
+        G, K, dtype = self.num_groups, self.head_width, jnp.dtype(self.precision.state)
         matrix, norm = jnp.zeros((batch, G, K, K), dtype), jnp.zeros((batch, G, K), dtype)
         return CompressiveState(matrix, norm, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool))
 

@@ -130,8 +130,8 @@ def test_without_jit_the_same(name):
     assert_close((plain, after), (logits, state), 1e-9)
 
 
-# An associative memory's features are products of two projections of the residual stream, which is not normalised.
-LARGE = {"associative": 100}
+# An associative memory has products of two projections of a token as features.
+LARGE = {"associative": 4}
 
 
 @pytest.mark.parametrize("name", TINY)

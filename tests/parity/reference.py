@@ -304,19 +304,35 @@ class Reference:
     def run_memory_tokens(self, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """RMT: [memory; segment; memory], the last m outputs are the next memory.
 
-        Under one causal mask, as in the released code; in the paper memory tokens on one side of the segment all see
-        each other.
+        Under one causal mask, as in the released code; with `mutual` as in the paper: memory tokens on one side of
+        the segment all see each other.
         """
         T, m, logits = self.config.segment_tokens, self.config.memory.num_tokens, []
         memory = self.params["carrier"]["memory"]["start"]
         for begin in range(0, len(tokens), T):
             x = np.concatenate([memory, self.params["embed"]["table"][tokens[begin : begin + T]], memory])
             for p in self.layers:
-                x, _ = self.block(p, x, 0, Past([], []), None, None)
+                if self.config.join.mask == "mutual":
+                    x = self.mutual_block(p, x, m)
+                else:
+                    x, _ = self.block(p, x, 0, Past([], []), None, None)
             x = rms_norm(x, self.params["final_norm"]["scale"], self.config.decoder.norm_epsilon)
             logits += [self.head(y) for y in x[m : m + T]]
             memory = x[m + T :]
         return np.array(logits), [memory]
+
+    def mutual_block(self, p: dict[str, Any], rows: np.ndarray, m: int) -> np.ndarray:
+        """A block in which the first m rows see each other, the last m everything."""
+        a, epsilon, out = p["attention"], self.config.decoder.norm_epsilon, []
+        normed = [rms_norm(x, p["attention_norm"]["scale"], epsilon) for x in rows]
+        keys = [rotated(heads(x, a["k_proj"]["w"]), i, self.frequencies) for i, x in enumerate(normed)]
+        values = [heads(x, a["v_proj"]["w"]) for x in normed]
+        for i, x in enumerate(normed):
+            seen = len(rows) if i >= len(rows) - m else max(i + 1, m)
+            q_HK = rotated(heads(x, a["q_proj"]["w"]), i, self.frequencies)
+            h_D = rows[i] + merged(attended(q_HK, keys[:seen], values[:seen]), a["o_proj"]["w"])
+            out.append(h_D + swiglu(rms_norm(h_D, p["mlp_norm"]["scale"], epsilon), p["mlp"]))
+        return np.array(out)
 
 
 def _numpy(tree: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 import lm2_jax
 from lm2_jax.blocks.layer_tokens import LayerTokensJoin
@@ -31,7 +32,7 @@ PROJECTIONS = {
     "attention_norm/scale": "input_layernorm",
     "mlp_norm/scale": "post_attention_layernorm",
 }
-MEMORY = {"memory/q/w": "W_mq", "memory/k/w": "W_mk", "memory/v/w": "W_mv", "memory/gate_rate/w": "W_mb"}
+MEMORY = {"memory/q/w": "W_mq", "memory/k/w": "W_mk", "memory/v/w": "W_mv", "memory/gate_rate": "W_mb"}
 
 
 def load(name: str, model: Any, start: str, inner: str = "") -> tuple[Any, Any]:
@@ -44,13 +45,16 @@ def load(name: str, model: Any, start: str, inner: str = "") -> tuple[Any, Any]:
       inner: what their wrapper of a layer puts before the names of the layer's own weights.
     """
     golden = np.load(FOLDER / f"{name}_official.npz")
-    weight = lambda key: golden[f"weights/memory_cell.{key}"]  # noqa: E731
-    layer = lambda i, key: weight(f"model.model.layers.{i}.{key}")  # noqa: E731
+    weights = {key.removeprefix("weights/memory_cell."): golden[key] for key in golden.files if "weights/" in key}
+
+    def layer(i: int, key: str) -> np.ndarray:
+        return weights[f"model.model.layers.{i}.{key}"]
+
     theirs = {
-        "embed/table": weight("model.model.embed_tokens.weight"),
-        "final_norm/scale": weight("model.model.norm.weight"),
+        "embed/table": weights["model.model.embed_tokens.weight"],
+        "final_norm/scale": weights["model.model.norm.weight"],
+        start: weights["memory"],
     }
-    theirs[start] = weight("memory")
     for ours, key in PROJECTIONS.items():
         theirs[f"blocks_0/{ours}"] = np.stack([layer(i, f"{inner}{key}.weight").T for i in range(LAYERS)])
     if name == "armt":

@@ -45,21 +45,24 @@ class ArmtReference(RowsReference):
             logits += self.logits_of(x[:T])
         return np.array(logits), memories
 
+    def normed(self, p: dict[str, Any], x_D: np.ndarray) -> np.ndarray:
+        return rms_norm(x_D, p["norm"]["scale"]) if self.config.memory.norm else x_D
+
     def answer(self, p: dict[str, Any], x_D: np.ndarray, A_PD: np.ndarray, z_P: np.ndarray) -> np.ndarray:
-        phi = self.features(x_D @ p["q"]["w"])
+        phi = self.features(self.normed(p, x_D) @ p["q"]["w"])
         return phi @ A_PD / (z_P @ phi + EPSILON_ARMT)
 
     def take(self, p: dict[str, Any], rows: np.ndarray, memory: Any) -> tuple[np.ndarray, np.ndarray]:
         A, z = (np.zeros((1, 1)), np.zeros(1)) if memory is None else memory
         added, grown = 0.0, 0.0
-        for m_D in rows:
+        for m_D in (self.normed(p, row) for row in rows):
             phi = self.features(m_D @ p["k"]["w"])
             old, gamma = np.zeros(len(m_D)), 1.0
             if memory is not None:
                 total = z @ phi + EPSILON_ARMT
                 old = phi @ A / total
                 gamma = min(max(1 - total / (phi @ phi + EPSILON_ARMT), 0.0), 1.0)
-            beta = sigmoid(m_D @ p["gate_rate"]["w"][:, 0] + p["rate_bias"]["b"][0])
+            beta = sigmoid(m_D @ p["gate_rate"] + p["rate_bias"]["b"][0])
             added = added + beta * np.outer(phi, m_D @ p["v"]["w"] - old)
             grown = grown + (gamma if self.config.memory.correction else 1.0) * phi
         return A + added, z + grown
@@ -109,10 +112,12 @@ def sigma(x: np.ndarray) -> np.ndarray:
     return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
 
-@pytest.mark.parametrize("correction", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_armt_equals_the_reference(correction):
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"correction": False, "norm": False, "num_rolls": 2}, marks=pytest.mark.slow)]
+)
+def test_armt_equals_the_reference(changes):
     config = small("armt_tiny").config
-    memory = dataclasses.replace(config.memory, correction=correction)
+    memory = dataclasses.replace(config.memory, **changes)
     case, row = Subject(dataclasses.replace(config, memory=memory)), 1
     logits, state = case.apply(case.tokens)
     expected, memories = ArmtReference(case.config, case.params).run(case.tokens[row])

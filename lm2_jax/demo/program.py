@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm2_jax.runs import Run
 
 PARTS, QUESTIONS = 5, 10
-EVERY = 150  # tokens of prose between two moves, on average
+EVERY = 80  # tokens of prose between two moves, on average
 SEED = 2502_06049
 BINS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # borders of groups by tokens since the statement
 LEAST_ASKED = 20  # questions of a group that is shown

@@ -125,7 +125,7 @@ def _ask(runs: "dict[str, Run]", parts: "list[Part]", out: pathlib.Path) -> list
 def answer(run: "Run", memory: "MemorySnapshot", persons: Sequence[str]) -> list[str]:
     """Where each person is, as far as a model remembers."""
     from lm2_jax.data.text_tokens import Encoder
-    from lm2_jax.demo.book import question
+    from lm2_jax.demo.book import PERSONS, question
     from lm2_jax.inference.engine import Engine, Request
 
     encode, found = Encoder(run.tokenizer), [""] * len(persons)
@@ -133,7 +133,8 @@ def answer(run: "Run", memory: "MemorySnapshot", persons: Sequence[str]) -> list
         Request(np.array(encode.question(question(person)), np.int32), index, max_new_tokens=1)
         for index, person in enumerate(persons)
     ]
-    for piece in Engine(run, memory, len(persons)).generate(requests):
+    # Always as many rows, so that the same compiled programs answer one question and four.
+    for piece in Engine(run, memory, len(PERSONS)).generate(requests):
         found[piece.index] += piece.text
     return [text.strip() for text in found]
 

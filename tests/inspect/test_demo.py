@@ -11,7 +11,7 @@ from lm2_jax.demo import book, models, program
 
 
 def test_a_part_tells_what_its_questions_ask():
-    """What is known at the end of a part follows from its sentences, by a reader that shares no code with the writer."""
+    """What is known at the end of a part follows from its sentences."""
     run = models.load_model("lm2")
     encode, place, at, tokens = Encoder(run.tokenizer), {}, {}, 0
     for part in itertools.islice(book.write_parts(encode, 500, 60, seed=3), 4):

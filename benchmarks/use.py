@@ -263,7 +263,8 @@ def main() -> None:
     figures = json.loads(command.out.read_text()) if command.only and command.out.exists() else {}
 
     def save(part: str, found: Any) -> None:
-        origins = {"command": origin.typed("benchmarks.use"), "machine": f"{origin.cores()}, other programs running"}
+        line = origin.typed("benchmarks.use").replace(str(command.peer), "PYTHON")
+        origins = {"command": line, "machine": f"{origin.cores()}, other programs running"}
         figures[part] = origins | found
         command.out.parent.mkdir(parents=True, exist_ok=True)
         command.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from safetensors.numpy import load_file, save_file
@@ -35,7 +36,7 @@ def load_model(name: str) -> Run:
     step = table.pop("step")
     config = from_dict(RunConfig, table)
     model = LanguageModel(config.model)
-    tokens = np.zeros((1, config.model.segment_tokens), np.int32)
+    tokens = jnp.zeros((1, config.model.segment_tokens), jnp.int32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, model.init_state(1)))
     params = from_canonical(load_file(folder / _PARAMS), nn.unbox(variables)["params"])
     return Run(config, model, params, load_tokenizer(FOLDER / "lm2", config.data.tokenizer), step)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm2_jax.runs import Run
 
 PARTS, QUESTIONS = 5, 10
-EVERY = 150  # tokens of prose between two moves, on average
+EVERY = 80  # tokens of prose between two moves, on average
 SEED = 2502_06049
 BINS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # borders of groups by tokens since the statement
 LEAST_ASKED = 20  # questions of a group that is shown
@@ -125,7 +125,7 @@ def _ask(runs: "dict[str, Run]", parts: "list[Part]", out: pathlib.Path) -> list
 def answer(run: "Run", memory: "MemorySnapshot", persons: Sequence[str]) -> list[str]:
     """Where each person is, as far as a model remembers."""
     from lm2_jax.data.text_tokens import Encoder
-    from lm2_jax.demo.book import question
+    from lm2_jax.demo.book import PERSONS, question
     from lm2_jax.inference.engine import Engine, Request
 
     encode, found = Encoder(run.tokenizer), [""] * len(persons)
@@ -133,7 +133,8 @@ def answer(run: "Run", memory: "MemorySnapshot", persons: Sequence[str]) -> list
         Request(np.array(encode.question(question(person)), np.int32), index, max_new_tokens=1)
         for index, person in enumerate(persons)
     ]
-    for piece in Engine(run, memory, len(persons)).generate(requests):
+    # Always as many rows, so that the same compiled programs answer one question and four.
+    for piece in Engine(run, memory, len(PERSONS)).generate(requests):
         found[piece.index] += piece.text
     return [text.strip() for text in found]
 

@@ -8,6 +8,7 @@ import sys
 from base64 import b64decode
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -169,7 +170,7 @@ def test_what_can_be_inspected_costs_training_nothing(monkeypatch):
 
     def program_text() -> str:
         def loss(params):
-            return model.apply({"params": params}, np.zeros((2, 64), np.int32), state)[0].sum()
+            return model.apply({"params": params}, jnp.zeros((2, 64), jnp.int32), state)[0].sum()
 
         return jax.jit(jax.grad(loss)).lower(params).as_text()
 
@@ -177,7 +178,7 @@ def test_what_can_be_inspected_costs_training_nothing(monkeypatch):
     for module in (base, gated_bank, residual):
         monkeypatch.setattr(module, "reveal", lambda *_: None)
     assert program_text() == before
-    assert set(jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, 32), np.int32), state)) == {"params"}
+    assert set(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 32), jnp.int32), state)) == {"params"}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_what_can_be_inspected_costs_training_nothing(monkeypatch):
         (("--question", " "), r"--question is empty"),
         (("--out", "text.txt"), r"--out text.txt: expected a folder, this is a file"),
         (("--out", "/proc/nothing"), r"--out='/proc/nothing': cannot write there"),
-        (("--workdir", "nowhere"), r"workdir"),
+        (("--workdir", "nowhere"), r"nowhere: no run there; expected a folder with config.json"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_message(monkeypatch, tmp_path, words, message):

@@ -18,7 +18,7 @@ SLOW := slow and not long and not tpu_backend and not gpu
 TPU := tpu_backend and not long
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-long test-tpu test-lowest lint format clean
+.PHONY: help quickstart test test-all test-long test-tpu test-lowest campaign lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test-long: $(VENV)/.requirements-dev ## every join in every contract test, every
 test-tpu: $(VENV)/.requirements-dev ## compiles for TPU slices, without TPUs; installs libtpu
 	$(PIP) -r requirements-tpu.txt
 	$(PYTEST) -m "$(TPU)"
+
+campaign: $(VENV)/.requirements-dev ## tries to break runs: kills, signals, damage, full disks; for hours, see docs/reliability.md
+	$(RUN) -m tests.campaign $(CAMPAIGN)
 
 lint: $(VENV)/.requirements-dev ## ruff and pyright
 	@status=0; \

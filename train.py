@@ -4,6 +4,10 @@ A second call with the same workdir goes on where the first one stopped. With --
 for a TPU slice, on any machine, and what it costs is printed.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the work begins, Ctrl-C ends the process without a traceback
+
 import dataclasses
 import os
 import sys
@@ -13,10 +17,10 @@ import jax
 import tyro
 
 from lm2_jax import PRESETS, RunConfig, UserError, cli
+from lm2_jax.aot.compile_only import CompileConfig, compile_and_report
 from lm2_jax.presets import mesh_for
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
-from lm2_jax.sharding.compile_only import CompileConfig, compile_and_tell
 from lm2_jax.sharding.mesh import spare_threads
 from lm2_jax.sharding.plan import describe_plan
 from lm2_jax.training.fit import fit
@@ -46,6 +50,7 @@ class Command:
 
 def main() -> None:
     """Parses the command line and trains."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     names = [word for word in sys.argv[1:2] if not word.startswith("-")]
     if names and names[0] not in PRESETS:
         known = sorted(PRESETS)
@@ -58,8 +63,8 @@ def main() -> None:
     def mesh(devices: int) -> MeshConfig:
         return command.mesh if is_said else mesh_for(command.run.name, devices)
 
-    if command.compilation.asked():
-        status = compile_and_tell(command.run, mesh, command.compilation)
+    if command.compilation.is_requested():
+        status = compile_and_report(command.run, mesh, command.compilation)
         sys.stdout.flush()
         os._exit(status)  # the compiler may still be at work, see --quick
     if command.plan:

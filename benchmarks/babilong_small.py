@@ -1,10 +1,10 @@
-"""BABILong on real bAbI questions in real books: LM2 beside Titans, RMT and the same decoder without memory.
+"""BABILong with real bAbI questions in real books: LM2, Titans, RMT, and a baseline without memory.
 
     python -m benchmarks.babilong_small --babi-dir BABI/en-10k --books-dir BOOKS
 
-Trains the presets of configs/babilong_small.py, asks each the same questions, and writes one table. Runs lie in
-runs/<preset>; a finished one is not trained again and an interrupted one goes on, so the command can be stopped and
-repeated at any time; what the table's .json holds of other presets stays. Each run takes about an hour of one core.
+Trains the presets of configs/babilong_small.py, evaluates them on the same questions, and writes one table. Runs are
+in runs/<preset>. The same command resumes: finished runs are not trained again, interrupted ones continue. Rows of
+other presets in the table's .json are kept. A run takes about an hour on one core.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from etils import epath
 from benchmarks import origin
 from lm2_jax import cli
 from lm2_jax.errors import UserError
+from lm2_jax.evaluation.names import model_name
 from lm2_jax.presets import babilong_small
 from lm2_jax.training.workdir import check_owner
 
@@ -26,36 +27,36 @@ RUNS = pathlib.Path("runs")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Data and presets."""
+    """Options."""
 
     babi_dir: pathlib.Path
     """Folder of bAbI's files (en-10k)."""
     books_dir: pathlib.Path
     """Folder of books (.txt)."""
     presets: tuple[str, ...] = tuple(babilong_small.PRESETS)
-    """What is compared."""
+    """Presets to compare."""
     lengths: tuple[str, ...] = ("0k", "1k", "2k", "4k")
-    """Lengths of the prompts."""
+    """Lengths of the contexts."""
     samples: int = 500
-    """Questions of each length."""
+    """Questions per length."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/babilong_small")
-    """Where the table goes, as .json and .md."""
+    """Table to write, as .json and .md."""
 
 
 def run(*words: str) -> None:
-    """One of the project's programs, to its end."""
+    """Runs one of the project's programs."""
     print(f"$ python {' '.join(words)}", flush=True)
     if status := cli.run_program(*words):
         raise UserError(f"python {' '.join(words)} ended with status {status}", status=status)
 
 
 def train(preset: str, command: Command) -> pathlib.Path:
-    """Trains one preset to its end, unless that is done."""
+    """Trains one preset, unless it is trained already."""
     workdir, config = RUNS / preset, babilong_small.PRESETS[preset]
     babi, books = str(command.babi_dir), str(command.books_dir)
     source = dataclasses.replace(config.data.source, babi_dir=babi, books_dir=books)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    check_owner(epath.Path(workdir), config)  # what lies there may have been trained on something else
+    check_owner(epath.Path(workdir), config)  # an existing run may have been trained on other data
     if not (workdir / "checkpoints" / str(config.optim.steps)).is_dir():
         options = ("--data.source.babi-dir", babi, "--data.source.books-dir", books)
         run("train.py", preset, "--workdir", str(workdir), *options)
@@ -72,22 +73,31 @@ def evaluate(workdir: pathlib.Path, command: Command) -> dict[str, Any]:
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one line for a preset and task, official and strict verdict, with steps and questions."""
+    """Markdown: a row per preset and task with the official and the strict verdict."""
     lengths = list(dict.fromkeys(cell["length"] for report in reports.values() for cell in report["results"]))
-    head = ["preset", "steps", "task", "questions", *lengths]
+    head = ["model", "preset", "steps", "task", "questions", *lengths]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for preset, report in reports.items():
         cells = {(cell["task"], cell["length"]): cell for cell in report["results"]}
         for task in dict.fromkeys(task for task, _ in cells):
             here = [cells[task, length] for length in lengths]
             shown = [f"{100 * c['accuracy']:.1f} / {100 * c['accuracy_strict']:.1f}" for c in here]
-            first = [preset, f"{report['step']:,}", task, str(here[0]["samples"])]
+            name = model_name(babilong_small.PRESETS[preset].model)
+            first = [name, preset, f"{report['step']:,}", task, str(here[0]["samples"])]
             lines.append(f"| {' | '.join([*first, *shown])} |")
     return "\n".join(lines) + "\n"
 
 
+def described(report: dict[str, Any]) -> str:
+    """The data of a report, and the length of its prompts in GPT-2's tokens (and in the model's own)."""
+    cells = {cell["length"]: cell for cell in report["results"]}
+    counts = {length: (cell.get("mean_gpt2_tokens"), cell["mean_tokens"]) for length, cell in cells.items()}
+    shown = [f"{name}: {'not counted' if n is None else f'{n:,.0f}'} ({own:,.0f})" for name, (n, own) in counts.items()]
+    return f"{report['data']}; GPT-2 tokens (tokens of the model): {', '.join(shown)}"
+
+
 def main() -> None:
-    """Trains what is missing, asks, and writes the table."""
+    """Trains what is missing, evaluates, and writes the table."""
     command = tyro.cli(Command, description=__doc__)
     if unknown := sorted(set(command.presets) - set(babilong_small.PRESETS)):
         raise UserError(f"unknown presets {unknown}; known: {list(babilong_small.PRESETS)}")
@@ -101,10 +111,14 @@ def main() -> None:
 
 
 def write(reports: dict[str, dict[str, Any]], out: pathlib.Path) -> None:
-    """The table so far, with what made each part of it."""
+    """Writes the table of all reports so far, with the commands that produced them."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = origin.told([(report["command"], report["machine"]) for report in reports.values()])
-    text = f"Answers right in per cent, official verdict / strict verdict.\n\n{table(reports)}\n{made}"
+    made = origin.markdown([(report["command"], report["machine"]) for report in reports.values()])
+    data = "".join(f"- {line}\n" for line in dict.fromkeys(map(described, reports.values())))
+    text = (
+        "Accuracy in per cent, official verdict / strict verdict; one run of each model.\n\n"
+        f"{table(reports)}\nData, and mean length of a prompt:\n\n{data}\nCommands:\n\n{made}"
+    )
     out.with_suffix(".md").write_text(text)
     out.with_suffix(".json").write_text(json.dumps({"reports": reports}, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Where a figure comes from: the processor, and the command that was typed."""
+"""The origin of a number: the machine, and the command that produced it."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import sys
 
 
 def machine() -> str:
-    """The processor, as the system names it."""
+    """The name of the processor."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -15,7 +15,7 @@ def machine() -> str:
 
 
 def cores() -> str:
-    """The machine with its number of cores."""
+    """The processor and its number of cores."""
     return f"{machine()}, {os.cpu_count()} cores"
 
 
@@ -24,6 +24,6 @@ def typed(module: str) -> str:
     return " ".join([f"python -m {module}", *sys.argv[1:]])
 
 
-def told(origins: list[tuple[str, str]]) -> str:
-    """Commands and machines of a table, each once, as the lines of a Markdown list."""
+def markdown(origins: list[tuple[str, str]]) -> str:
+    """The distinct commands of a table with their machines, as a Markdown list."""
     return "".join(f"- `{command}`; {where}\n" for command, where in dict.fromkeys(origins))

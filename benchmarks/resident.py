@@ -1,4 +1,4 @@
-"""Memory of a process, as the system counts it."""
+"""Resident memory of this process, as the operating system counts it."""
 
 import pathlib
 import threading
@@ -8,13 +8,16 @@ from typing import Any
 
 
 def status_bytes(field: str) -> int:
-    """A field of /proc/self/status: VmRSS, resident memory, or VmHWM, its peak."""
+    """A field of /proc/self/status in bytes, such as VmRSS, the resident memory."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Most resident memory while it runs, less what there was before; sampled, as not every system resets its peak."""
+    """Peak of the resident memory during a call, minus the memory before it.
+
+    It is sampled every millisecond, because not every system can reset the peak that it records.
+    """
     before, most, done = status_bytes("VmRSS"), 0, threading.Event()
 
     def watch() -> None:

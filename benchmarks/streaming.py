@@ -1,12 +1,12 @@
-"""What streaming costs: one token against a whole segment, programs compiled, and device memory by length.
+"""The cost of streaming: one token compared with a full segment, compiled programs, and memory by text length.
 
     python -m benchmarks.streaming                  # lm2_tiny with segments of 512 tokens
     python -m benchmarks.streaming --preset rmt_tiny --segment-tokens 256
 
-Writes benchmarks/results/streaming.json. Times are medians of alternating runs on this machine; what counts is their
-ratio. Memory is what `eval.py` takes to answer after a text: the most bytes of live arrays (the device), and what it
-adds to the resident memory of a process of its own (the device's work space too, where the device is the CPU; the text
-itself lies there as well).
+Writes benchmarks/results/streaming.json. Times are medians of alternating runs on this machine; their ratio matters.
+Memory is measured while `eval.py`'s answerer reads a text: the peak of live arrays in bytes (device memory), and the
+peak that is added to the resident memory of a separate process, which holds the text too and, on a CPU, the device's
+work space.
 """
 
 import dataclasses
@@ -27,40 +27,41 @@ import lm2_jax
 from benchmarks import origin, resident
 from lm2_jax import cli, streaming
 from lm2_jax.errors import UserError
-from lm2_jax.evaluation.generate import greedy
+from lm2_jax.evaluation.answerer import Prompt, RunAnswerer
+from lm2_jax.runs import Run
 
-ROWS = 4  # prompts read side by side
+ROWS = 4  # prompts of a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What is measured."""
+    """Options."""
 
     preset: str = "lm2_tiny"
-    """Preset of the model; its segments are made longer."""
+    """Preset of the model; segment length and width are replaced."""
     segment_tokens: int = 512
     """Tokens T of one segment."""
     width: int = 256
     """Model width."""
     lengths: tuple[int, ...] = (4_096, 65_536)
-    """Texts, in tokens, whose peak of memory is compared."""
+    """Text lengths in tokens whose peak memory is compared."""
     runs: int = 5
-    """Alternating runs of each time."""
+    """Alternating runs per measurement."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/streaming.json")
-    """Where the figures go."""
+    """File to write."""
     only: int | None = None
-    """One length, whose peak this process measures; used by the benchmark itself."""
+    """Measures the peak of one length in this process; used by the benchmark itself."""
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call, its arrays finished."""
+    """Wall time of one call, until its arrays are computed."""
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
 
 
 class Characters:
-    """A tokenizer for prompts that are tokens already; no answer ends early."""
+    """A tokenizer with a token per character; no answer ends early."""
 
     pad_id, eos_id, answer_id = 0, -1, None
 
@@ -77,7 +78,7 @@ class Characters:
 
 
 def answer(model: Any, params: Any, tokens: int) -> int:
-    """Answers after a text of so many tokens, as `eval.py` does; gives the most bytes of live arrays on the way."""
+    """Answers after a text of so many tokens, as `eval.py` does; returns the peak of live arrays in bytes."""
     vocab_size, most = model.config.vocab_size, 0
 
     def absorb(*given: Any) -> Any:
@@ -86,15 +87,18 @@ def answer(model: Any, params: Any, tokens: int) -> int:
         most = max(most, sum(array.nbytes for array in jax.live_arrays()))
         return result
 
-    prompts = np.random.default_rng(0).integers(0, vocab_size, (ROWS, tokens)).tolist()
-    greedy(model, params, Characters(vocab_size), prompts, max_new_tokens=4, absorb=absorb)
+    tokenizer: Any = Characters(vocab_size)
+    texts = np.random.default_rng(0).integers(0, vocab_size, (ROWS, tokens))
+    prompts = [Prompt(tokenizer, "".join(map(chr, row.tolist()))) for row in texts]
+    run = Run(lm2_jax.preset("lm2_tiny"), model, params, tokenizer, 0)
+    RunAnswerer(run, absorb=absorb).answer(prompts, max_new_tokens=4)
     return most
 
 
 def measure_one(command: Command, tokens: int) -> None:
-    """In a process of its own: prints what one length of text takes."""
+    """In a separate process: prints the memory that one length of text takes."""
     model, params = build(command)
-    answer(model, params, min(command.lengths))  # all programs are compiled
+    answer(model, params, min(command.lengths))  # compiles all programs
     most = 0
 
     def call() -> None:
@@ -105,7 +109,7 @@ def measure_one(command: Command, tokens: int) -> None:
 
 
 def peaks(command: Command, tokens: int) -> dict[str, int]:
-    """What one length of text takes, measured in a process of its own."""
+    """The memory that one length of text takes, measured in a separate process."""
     line = [sys.executable, "-m", "benchmarks.streaming", *sys.argv[1:], "--only", str(tokens)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -114,7 +118,7 @@ def peaks(command: Command, tokens: int) -> dict[str, int]:
 
 
 def build(command: Command) -> tuple[Any, Any]:
-    """The model and new parameters."""
+    """The model and initial parameters."""
     config = lm2_jax.preset(command.preset).model
     decoder = dataclasses.replace(config.decoder, width=command.width, mlp_width=3 * command.width)
     model = lm2_jax.build_model(dataclasses.replace(config, segment_tokens=command.segment_tokens, decoder=decoder))
@@ -123,7 +127,7 @@ def build(command: Command) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """Measures and writes the figures."""
+    """Measures and writes the file."""
     command = tyro.cli(Command, description=__doc__)
     if command.only is not None:
         return measure_one(command, command.only)
@@ -133,19 +137,24 @@ def main() -> None:
     half = streaming.absorb(model, params, text_BS[:, : T // 2], border)[1]
     segment = lambda: streaming.absorb(model, params, text_BS, border)  # noqa: E731 (two calls of one kind)
     token = lambda: streaming.absorb(model, params, text_BS[:, :1], half)  # noqa: E731
-    segment(), token()
-    programs = streaming._advance._cache_size()
+    for call in (segment, token):
+        call()
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **tags: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
     times = [(seconds(segment), seconds(token)) for _ in range(command.runs)]
-    whole, one = (statistics.median(column) for column in zip(*times, strict=True))
+    full, one = (statistics.median(column) for column in zip(*times, strict=True))
+    programs = len(compiled)
     taken = {length: peaks(command, length) for length in command.lengths}
     longest, shortest = taken[max(taken)], taken[min(taken)]
     figures = {
         "command": origin.typed("benchmarks.streaming"),
         "machine": f"{origin.cores()}, {jax.devices()[0].device_kind}",
-        "segment_seconds": whole,
+        "segment_seconds": full,
         "token_seconds": one,
-        "token_over_segment": one / whole,
-        "programs_compiled_after_warm_up": streaming._advance._cache_size() - programs,
+        "token_over_segment": one / full,
+        "programs_compiled_after_warm_up": programs,
         "evaluation": taken,
         "longest_over_shortest": {key: longest[key] / shortest[key] for key in longest},
     }

@@ -1,29 +1,29 @@
-"""Our Titans memory beside titans-pytorch's, in one run: time, memory, and growth with length and chunk.
+"""Compares our Titans memory with titans-pytorch: time, memory, and their growth with text and chunk length.
 
     pip install torch titans-pytorch
     python -m benchmarks.titans_memory                      # width 256, 4 heads, depth 2, chunks of 64
     python -m benchmarks.titans_memory --lengths 1024 --no-peer
 
-Sides: `ours` keeps for its backward pass what `TitansConfig` keeps by default, `ours_chunks` the weights of each chunk
-(remat="chunks": quicker, more memory). titans-pytorch takes all gradients of a call at its first weights by default
-(`peer`); with its batch_size at the chunk it takes them at each chunk's start (`anchored`), which is the paper's
-function and ours.
+Variants: `ours` saves for the backward pass what `TitansConfig` saves by default; `ours_chunks` saves the weights of
+each chunk (remat="chunks": faster, more memory). By default titans-pytorch evaluates all inner gradients of a call at
+its first weights (`peer`). With its batch_size set to the chunk it evaluates them at the start of each chunk
+(`anchored`), as the paper and our code do. Both readings of the peer are reported.
 
-Alike: width, heads, inner network (an MLP of the same depth, expansion 4, behind a residual and a norm), chunk,
-float32, one row; no convolutions, as they have none; steps per token, momentum and forgetting per chunk, as theirs.
-In both the gradients of the outer loss go to all parameters and inputs, through the inner gradients (second order)
-and from chunk to chunk without a cut; finite differences of theirs agree.
+Equal settings: width, heads, inner network (an MLP of the same depth, expansion 4, with a norm and a residual
+connection), chunk, float32, one row, no convolutions, step size per token, momentum and forgetting per chunk. In both,
+the gradient of the outer loss reaches all parameters and inputs, through the inner gradients (second order) and from
+chunk to chunk without truncation; finite differences of the peer agree.
 
-Not alike: their chunk is one step. Momentum and forgetting act once per chunk, and all its tokens read the weights
-behind the chunk before. Ours acts once per token, and each token reads the weights behind itself: at a chunk of 64
-twice as many multiplications. Their inner norm's scale is trained inside too, ours outside; their step is at most 1
-on a mean over the width, ours 0.1 on a sum.
+Differences: a chunk of the peer is one step. Momentum and forgetting act once per chunk, and all its tokens read the
+weights after the previous chunk. Ours acts once per token, and each token reads the weights after itself: at a chunk
+of 64 this takes twice as many multiplications. The scale of the peer's inner norm is trained in the inner loop, ours in
+the outer one. The peer's step size is at most 1 on a mean over the width, ours 0.1 on a sum.
 
-Runs of all sides alternate, and their medians are compared. With one thread, time is that of the processor spent by
-the process, so that other processes on the machine do not count; with more it is that of the clock. Memory is what
-one forward and backward pass adds at most to a process of its own.
+Runs of all variants alternate, and medians are compared. With one thread, time is the processor time of the process,
+so that other processes do not count; with more threads it is wall time. Memory is the peak that one forward and
+backward pass adds to a separate process.
 
-Writes benchmarks/results/titans_memory.json and .md. Times depend on the machine; what counts is their ratio.
+Writes benchmarks/results/titans_memory.json and .md. Times depend on the machine; their ratio matters.
 """
 
 import dataclasses
@@ -64,42 +64,42 @@ Passes = dict[str, Pass]
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What is measured."""
+    """Options."""
 
     width: int = 256
     """Model width D."""
     num_heads: int = 4
-    """Heads, each with a memory of its own."""
+    """Heads; each has its own memory."""
     depth: int = 2
     """Layers of the inner MLP."""
     chunk_tokens: int = 64
     """Tokens of a chunk."""
     lengths: tuple[int, ...] = (1_024, 4_096, 16_384)
-    """Tokens of a call."""
+    """Tokens per call."""
     chunks: tuple[int, ...] = (16, 64, 256)
-    """Chunks that are compared at `chunk_length`."""
+    """Chunk lengths that are compared at `chunk_length` tokens."""
     chunk_length: int = 4_096
-    """Tokens of a call there."""
+    """Tokens per call in the comparison of chunk lengths."""
     runs: int = 5
-    """Alternating runs of each time."""
+    """Alternating runs per measurement."""
     slow_runs: int = 3
-    """The same where a run of one side takes more than `slow_seconds`."""
+    """Runs per measurement where a run takes more than `slow_seconds`."""
     slow_seconds: float = 10.0
-    """See `slow_runs`."""
+    """Limit for `slow_runs`."""
     peer: bool = True
-    """Whether titans-pytorch is measured too."""
+    """Whether titans-pytorch is measured as well."""
     threads: int = 1
-    """Threads of both."""
+    """Threads of each library."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/titans_memory.json")
-    """Where the figures go; the table beside it."""
+    """File to write; the table is written next to it as .md."""
     only: tuple[Literal["ours", "ours_chunks", "peer", "anchored"], Literal["forward", "backward"], int, int] | None = (
         None
     )
-    """Side, pass, length and chunk of which alone a process prints its peak of memory; used by the benchmark itself."""
+    """Variant, pass, length and chunk whose peak memory this process prints; used by the benchmark itself."""
 
 
 def ours(command: Command, tokens: int, chunk: int, remat: Remat | None = None) -> Passes:
-    """Forward pass, and forward with backward, of our memory; compiled."""
+    """The forward pass, and forward with backward pass, of our memory."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -135,17 +135,17 @@ def ours(command: Command, tokens: int, chunk: int, remat: Remat | None = None) 
 
 
 def ours_chunks(command: Command, tokens: int, chunk: int) -> Passes:
-    """The same where the backward pass keeps each chunk's weights."""
+    """`ours`, with the weights of each chunk saved for the backward pass."""
     return ours(command, tokens, chunk, "chunks")
 
 
 def anchored(command: Command, tokens: int, chunk: int) -> Passes:
-    """The same of titans-pytorch, with gradients at each chunk's start."""
+    """titans-pytorch, with inner gradients at the start of each chunk."""
     return peer(command, tokens, chunk, chunk)
 
 
 def peer(command: Command, tokens: int, chunk: int, batch: int | None = None) -> Passes:
-    """The same of titans-pytorch, with all gradients at the first weights."""
+    """titans-pytorch, with all inner gradients at the first weights."""
     import torch  # pyright: ignore[reportMissingImports]
     from titans_pytorch import MemoryMLP, NeuralMemory  # pyright: ignore[reportMissingImports]
 
@@ -186,12 +186,12 @@ SIDES: dict[str, Callable[[Command, int, int], Passes]] = {
 
 
 def sides_of(command: Command) -> list[str]:
-    """Those that are measured."""
+    """The variants that are measured."""
     return [side for side in SIDES if command.peer or side.startswith("ours")]
 
 
 def seconds(command: Command, call: Call) -> float:
-    """Time of one call; see the module's docstring."""
+    """Time of one call; see the docstring of the module."""
     clock = time.process_time if command.threads == 1 else time.perf_counter
     began = clock()
     call()
@@ -199,7 +199,7 @@ def seconds(command: Command, call: Call) -> float:
 
 
 def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, float]]:
-    """Medians of alternating runs, after one that compiles, by pass and side."""
+    """Medians of alternating runs after a warm-up run, by pass and variant."""
     sides = sides_of(command)
     calls = {side: SIDES[side](command, tokens, chunk) for side in sides}
     result: dict[str, dict[str, float]] = {}
@@ -215,7 +215,7 @@ def times(command: Command, tokens: int, chunk: int) -> dict[str, dict[str, floa
 
 
 def peak_bytes(command: Command, side: str, name: str, tokens: int, chunk: int) -> int:
-    """What one pass adds to the resident memory of a process of its own, at most."""
+    """Peak resident memory that one pass adds to a separate process."""
     fields = ("width", "num_heads", "depth", "threads")
     options = [text for field in fields for text in (f"--{field.replace('_', '-')}", str(getattr(command, field)))]
     only = ["--only", side, name, str(tokens), str(chunk)]
@@ -227,17 +227,17 @@ def peak_bytes(command: Command, side: str, name: str, tokens: int, chunk: int) 
 
 
 def measure_one(command: Command) -> None:
-    """In a process of its own: prints the bytes that one call adds to its memory."""
+    """In a separate process: prints the bytes that one call adds to its memory."""
     assert command.only is not None
     side, name, tokens, chunk = command.only
-    SIDES[side](command, chunk, chunk)[name].call()  # what libraries set up once
+    SIDES[side](command, chunk, chunk)[name].call()  # one-time set-up of the libraries
     prepare, call = SIDES[side](command, tokens, chunk)[name]
     prepare()
     print(resident.peak(call))
 
 
 def growth(rows: list[dict[str, Any]], side: str, name: str, key: str, by: str) -> float | None:
-    """Exponent of the growth from the least to the most tokens, or chunk: 1 is linear."""
+    """Exponent of the growth from the smallest to the largest number of tokens, or chunk; 1 is linear."""
     rows = sorted((row for row in rows if side in row[key].get(name, {})), key=lambda row: row[by])
     if not rows or rows[0][by] == rows[-1][by]:
         return None
@@ -246,7 +246,7 @@ def growth(rows: list[dict[str, Any]], side: str, name: str, key: str, by: str) 
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The numbers as Markdown."""
     rows = figures["rows"]
     sides = [side for side in SIDES if side in rows[0]["seconds"]["forward"]]
     peers = [side for side in sides if not side.startswith("ours")]
@@ -270,7 +270,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures and writes the figures."""
+    """Measures and writes the numbers."""
     command = tyro.cli(Command, description=__doc__)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if command.threads == 1:
@@ -285,18 +285,18 @@ def main() -> None:
         peaks = {side: peak_bytes(command, side, "backward", tokens, chunk) for side in sides_of(command)}
         taken = times(command, tokens, chunk)
         rows.append({"tokens": tokens, "chunk": chunk, "seconds": taken, "peak_bytes": {"backward": peaks}})
-        write(command, rows)  # what is measured is not lost where a long text takes too long
+        write(command, rows)  # so that nothing is lost when a long text takes too long
 
 
 def cases(command: Command) -> list[tuple[int, int]]:
-    """Lengths and chunks, the longest text last."""
+    """Text and chunk lengths, the longest text last."""
     of_chunks = [(command.chunk_length, chunk) for chunk in command.chunks]
     of_lengths = [(tokens, command.chunk_tokens) for tokens in command.lengths]
     return sorted({*of_chunks, *of_lengths}, key=lambda case: (case[0], -case[1]))
 
 
 def write(command: Command, rows: list[dict[str, Any]]) -> None:
-    """The figures so far, as JSON and as Markdown."""
+    """Writes the numbers so far, as JSON and as Markdown."""
     by = {
         "tokens": [row for row in rows if row["chunk"] == command.chunk_tokens],
         "chunk": [row for row in rows if row["tokens"] == command.chunk_length],
@@ -305,7 +305,7 @@ def write(command: Command, rows: list[dict[str, Any]]) -> None:
         "command": origin.typed("benchmarks.titans_memory"),
         "machine": f"{origin.machine()}, {command.threads} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "titans-pytorch")),
-        "time": "of the processor" if command.threads == 1 else "of the clock",
+        "time": "processor time" if command.threads == 1 else "wall time",
         "rows": rows,
         "growth": {
             f"{key.replace('_', ' ')} of {name} with {size}, {side}": growth(by[size], side, name, key, size)
@@ -322,7 +322,7 @@ def write(command: Command, rows: list[dict[str, Any]]) -> None:
 
 
 def version(name: str) -> str:
-    """Of an installed package, or `none`."""
+    """Version of an installed package, or `none`."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

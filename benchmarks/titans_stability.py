@@ -1,10 +1,10 @@
-"""How well an outer gradient survives Titans' inner loop: its norm at the start of training, by what the start is.
+"""Stability of the outer gradient through Titans' inner loop: its norm at the first step, for several initialisations.
 
     python -m benchmarks.titans_stability                         # babilong_small_mac: 64 chunks of 16 tokens a row
 
-One batch and one compiled train step for each variant. Printed are the norm of the gradient by all parameters before
-clipping, and the inner loss (mean over layers): a norm far above that of the decoder without memory, about 1, is
-chaos in the inner loop, and clipping then leaves a random direction.
+Each variant takes one train step on one batch. Reported are the norm of the gradient before clipping and the inner
+loss (mean over layers). Without memory the norm is about 1. A norm far above that means that the inner loop is
+chaotic, and the clipped gradient then has a random direction.
 
 Writes benchmarks/results/titans_stability.json and .md.
 """
@@ -33,18 +33,18 @@ from lm2_jax.training.fit import prepare_jax
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What is measured."""
+    """Options."""
 
     preset: str = "babilong_small_mac"
-    """A preset whose memory is Titans'."""
+    """A preset with a Titans memory."""
     segments: int = 8
-    """Segments of a row."""
+    """Segments per row."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/titans_stability")
-    """Where the table goes, as .json and .md."""
+    """Table to write, as .json and .md."""
 
 
 def variants(base: TitansConfig) -> dict[str, TitansConfig]:
-    """The default, and starts that differ from it in one thing or in all."""
+    """The default, and variants that differ from it in one option or in all."""
     replace = dataclasses.replace
     scale_free = MlpNetwork(norm_epsilon=1e-6)
     return {
@@ -85,11 +85,11 @@ def main() -> None:
     prepare_jax(config)
     rows = {name: measure(replace_model(config, memory=variant)) for name, variant in variants(memory).items()}
     made = origin.typed("benchmarks.titans_stability"), origin.cores()
-    lines = ["| start | norm of the gradient | inner loss |", "|---|---|---|"]
+    lines = ["| variant | gradient norm | inner loss |", "|---|---|---|"]
     lines += [f"| {name} | {row['grad_norm']:.2g} | {row['inner_loss_before']:.3g} |" for name, row in rows.items()]
     text = "\n".join(lines) + "\n"
     command.out.parent.mkdir(parents=True, exist_ok=True)
-    command.out.with_suffix(".md").write_text(f"{text}\n{origin.told([made])}")
+    command.out.with_suffix(".md").write_text(f"{text}\n{origin.markdown([made])}")
     figures = {"command": made[0], "machine": made[1], "variants": rows}
     command.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     print(text)

@@ -1,13 +1,13 @@
-"""Where a training step's time goes: tokens per second of the whole loop, and its share of data, step and host.
+"""The time of a training step: tokens per second of the complete loop, and the shares of data, step and host.
 
     python -m benchmarks.training                    # the quickstart's model
     python -m benchmarks.training --preset probe_rmt
 
-Three loops, each with something more. Step: the compiled step, again and again on one batch that lies on the device.
-Host: the same batch is sent to the device each time, and the report of the step before is read. Data: what `train.py`
-does, each batch new, written ahead in threads, so it costs what the threads take from the step's cores and what they
-cannot hide. Beside that stands what one thread takes to write a batch. Medians of alternating blocks of steps, all in
-one process, without evaluations and checkpoints.
+Three loops are measured, each with more work than the one before. Step: the compiled step on one batch that stays on
+the device. Host: the batch is sent to the device at each step, and the report of the previous step is read. Data: the
+loop of `train.py`, where threads prepare each batch in advance; it costs what the threads take from the cores of the
+step, and what cannot be overlapped. The time that one thread needs to make a batch is reported separately. Numbers are
+medians of alternating blocks of steps in one process, without evaluation and checkpoints.
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ from lm2_jax.training.step import jit_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What is measured."""
+    """Options."""
 
     preset: str = "quickstart"
     """Preset of the run."""
     steps: int = 20
-    """Steps in a block."""
+    """Steps per block."""
     blocks: int = 5
-    """Alternating blocks of each kind."""
+    """Alternating blocks per loop."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/training.json")
-    """Where the figures go."""
+    """File to write."""
 
 
 class Blocks:
-    """Blocks of steps of one run; to be used inside the layout's context."""
+    """Blocks of steps of one run; used inside the context of the layout."""
 
     def __init__(self, config: RunConfig, workdir: epath.Path):
         self.config = config
@@ -67,7 +67,7 @@ class Blocks:
         self.step(1)
 
     def read(self, steps: int) -> None:
-        """Writes batches, one after the other."""
+        """Makes batches in one thread."""
         data = self.config.data
         for step in range(steps):
             stack([read_row(data, self.source, step, row, False) for row in range(data.rows)])
@@ -79,11 +79,11 @@ class Blocks:
         jax.block_until_ready(self.state)
 
     def host(self, steps: int) -> None:
-        """As `fit`, but for the data: a batch sent, a step, and the report of the step before."""
+        """As `fit`, with the same batch at each step."""
         self._loop(itertools.repeat(self.batch_on_host), steps)
 
     def loop(self, steps: int) -> None:
-        """As `fit`, with a new batch from the threads each time."""
+        """As `fit`, with a new batch from the threads at each step."""
         self._loop(self.data, steps)
 
     def _loop(self, data: Iterator[Any], steps: int) -> None:
@@ -97,14 +97,14 @@ class Blocks:
 
 
 def seconds(call: Any, steps: int) -> float:
-    """Wall time of a step."""
+    """Wall time per step."""
     began = time.perf_counter()
     call(steps)
     return (time.perf_counter() - began) / steps
 
 
 def main() -> None:
-    """Measures and writes the figures."""
+    """Measures and writes the file."""
     command = tyro.cli(Command, description=__doc__)
     config = lm2_jax.preset(command.preset)
     prepare_jax(config)

@@ -1,13 +1,14 @@
 """Presets: one experiment per file, collected here by name."""
 
 from lm2_jax.config import RunConfig
-from lm2_jax.presets import babilong_small, probe, probe_titans, published, quickstart, tiny, titans
+from lm2_jax.presets import babilong_small, probe, probe_titans, published, quickstart, text, tiny, titans
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding.mesh import MeshConfig
 
 PRESETS: dict[str, RunConfig] = {
     **tiny.PRESETS,
     **quickstart.PRESETS,
+    **text.PRESETS,
     **probe.PRESETS,
     **probe_titans.PRESETS,
     **babilong_small.PRESETS,

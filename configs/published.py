@@ -1,18 +1,23 @@
-"""Models at the published sizes, for TPU slices; docs/tpu.md has what they cost.
+"""Models at the published sizes, for TPU slices; docs/tpu.md has their estimated costs.
 
     python train.py lm2_1p7b --compile-only --quick --topology v5e:16x16
 
-LM2 (arXiv:2502.06049, section 3): 16 blocks of width 2048 with 2,048 slots each, in the paper's write form and with
-read projections of its own; 1.7 billion parameters. `llama_1p7b` is its twin without memory, widened to as many
-parameters. `lm2_8b` has the width of Llama-3-8B, in 24 blocks. `titans_mac_1p3b` is Titans' largest memory as context
-(arXiv:2501.00663) on rows as long as LM2's. All compute in bfloat16 and keep parameters, both moments and the memory in
-float32, recompute each block in the backward pass, and make logits for 512 tokens at a time.
+- `lm2_1p7b`: LM2 (arXiv:2502.06049, section 3), 16 blocks of width 2048 with 2,048 slots each, in the paper's write
+  form and with read projections of its own; 1.7 billion parameters.
+- `llama_1p7b`: its baseline without memory, with a wider MLP for the same number of parameters.
+- `lm2_8b`: the width of Llama-3-8B, in 24 blocks.
+- `titans_mac_1p3b`: the largest memory-as-context model of Titans (arXiv:2501.00663), on rows of the same length.
 
-Data is what `python -m lm2_jax.data.convert` writes; the paper's corpus is SmolLM's without the Python part. The
-paper does not print its optimizer; figures are those of the released configuration.
+All compute in bfloat16, keep parameters, both moments and the memory in float32, recompute each block in the backward
+pass, and compute logits for 512 tokens at a time.
+
+Data is the output of `python -m lm2_jax.data.convert`; the paper's corpus is that of SmolLM without its Python part.
+The paper does not state its optimizer. Steps, warm-up and learning rates are those of the released configuration. What
+decays is not: here weight decay applies to all matrices, the embedding included, and not to gates; in the released
+code to gates and not to the embedding.
 
 `MESHES` has a mesh per number of devices for a step of 64 rows (256 rows on 4,096 chips: `--data.rows 256`); train.py
-takes it where no --mesh option is given. That all arrays divide is tested; docs/tpu.md has what was compiled with them.
+uses it if no --mesh option is given. A test checks that all arrays divide; docs/tpu.md lists what was compiled.
 """
 
 import dataclasses
@@ -46,7 +51,7 @@ LM2_1P7B = RunConfig(
         vocab_size=128_256,
         segment_tokens=2048,
         decoder=LLAMA_1B,
-        # The released code has 8 heads in the memory; a learned start belongs to the paper's half billion.
+        # The released code has 8 heads in the memory; learned initial slots are part of the paper's parameter count.
         memory=GatedBankConfig(num_slots=2048, num_heads=8, start="learned", norm_slots=False, write=PaperWrite()),
         join=ResidualJoin(read="own", source="attention"),
         precision=Precision(compute="bfloat16"),
@@ -81,7 +86,7 @@ LM2_8B = dataclasses.replace(
     optim=dataclasses.replace(LM2_1P7B.optim, learning_rate=3e-4),
 )
 
-# The sixteen segments of 512 tokens are as many tokens a row as the others have.
+# 16 segments of 512 tokens: as many tokens per row as the others.
 TITANS_MAC_1P3B = dataclasses.replace(
     titans.PRESETS["titans_1p3b_mac"],
     name="titans_mac_1p3b",
@@ -90,10 +95,11 @@ TITANS_MAC_1P3B = dataclasses.replace(
 
 PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P3B)}
 
-# Rows go over data and fsdp; where there are more chips than rows, slots and tokens go over `slots` (the queries of a
-# device meet all keys, which are few), and in Titans, whose memory walks through the tokens, heads over `model`. Two
-# copies even where one would do: libtpu sums a gradient over all devices to every one of them, but over some devices
-# right into the parts that they keep, which halves what is sent. 4,096 chips of v5e are 16 slices, with a copy in each.
+# Rows are split over data and fsdp. With more chips than rows, slots and tokens are split over `slots` (the queries of
+# a device attend to all keys, which are few); in Titans, whose memory processes its tokens one after the other, heads
+# are split over `model`. Two replicas even where one would do: libtpu sums a gradient over all devices by all-reduce,
+# but over some of the devices by reduce-scatter, which sends half. 4,096 chips of v5e are 16 slices with a replica in
+# each.
 _LM2 = {
     16: MeshConfig(data=2, fsdp=8),
     64: MeshConfig(data=2, fsdp=32),
@@ -104,7 +110,7 @@ _LM2 = {
 MESHES: dict[str, dict[int, MeshConfig]] = {
     "lm2_1p7b": _LM2,
     "llama_1p7b": _LM2,
-    "lm2_8b": _LM2 | {64: MeshConfig(data=2, fsdp=16, slots=2)},  # on v5e with --optim.accumulate 2, as there is room
+    "lm2_8b": _LM2 | {64: MeshConfig(data=2, fsdp=16, slots=2)},  # on v5e with --optim.accumulate 2, to fit into memory
     "titans_mac_1p3b": {
         16: MeshConfig(data=1, fsdp=8, model=2),
         64: MeshConfig(data=1, fsdp=32, model=2),

@@ -1,9 +1,10 @@
-"""Checkpoints of a run: Orbax writes them, and nothing that is damaged or not finite gets in or out unseen."""
+"""Checkpoints of a run, written by Orbax: complete, finite, verified by checksums, and tied to config and tokenizer."""
 
-import functools
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -13,15 +14,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lm2_jax import checkpoint_files as files
+from lm2_jax.atomic import is_remote
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.errors import UserError
-from lm2_jax.training.hosts import together
-from lm2_jax.training.state import TrainState, with_average
-from lm2_jax.types import Array, PyTree
+from lm2_jax.library_logs import drop_late_work, quiet_libraries
+from lm2_jax.training.hosts import FailedElsewhere, run_on_all_hosts
+from lm2_jax.training.state import TrainState
+from lm2_jax.types import PyTree
 
 FOLDER = "checkpoints"
 # What Orbax, TensorStore and the disk raise when something cannot be written.
 _REFUSALS = (OSError, ValueError, RuntimeError)
+
+Check = Callable[[str, dict[str, Any], str | None], None]
+"""Raises a `UserError` where a checkpoint (its path, config as JSON types, fingerprint of its tokenizer) is not one of
+this run."""
 
 
 class Restored(NamedTuple):
@@ -32,111 +40,153 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, open for writing.
+    """The checkpoints of one workdir, open for writing by one run at a time.
 
     Args:
       workdir: folder or bucket.
       config: of the run; `checkpoint` says how many are kept, `data.carry_state` whether memory belongs to them.
+      tokenizer: fingerprint, which is recorded in every checkpoint.
+      check: refuses checkpoints of another run; None: they are not compared.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: RunConfig):
+    def __init__(
+        self, workdir: epath.PathLike, config: RunConfig, tokenizer: str | None = None, check: Check | None = None
+    ):
         self.folder = folder_of(workdir)
-        self._config = config
+        self._config, self._tokenizer, self._check = config, tokenizer, check
         self._damaged: set[int] = set()
-        for name in half_written(self.folder) if jax.process_index() == 0 else ():  # who then removes them
-            _warn(f"skipping the half-written checkpoint {self.folder / name}")
-        self._manager = _Manager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Newest(self),
-                cleanup_tmp_directories=True,
-                save_root_metadata=False,
-                # Made in the background, a folder that the disk refuses would show only after a timeout of minutes.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            ),
-        )
+        self._failure: Exception | None = None  # of a save in the background, until `finish` raises it
+        self._exit = contextlib.ExitStack()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._path = self._exit.enter_context(files.library_path(self.folder))
+            self._exit.enter_context(quiet_libraries())
+            for name in half_written(self._path) if jax.process_index() == 0 else ():  # Orbax removes them
+                _warn(f"removing the incomplete checkpoint {self.folder / name}")
+            self._manager = _Manager(
+                self._path,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_Newest(self),
+                    cleanup_tmp_directories=True,
+                    save_root_metadata=False,
+                    # Made in the background, a folder that the disk refuses would show only after minutes.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                ),
+            )
+        except BaseException as error:
+            self._exit.close()
+            if isinstance(error, _REFUSALS):
+                raise UserError(f"{self.folder} cannot be opened: {self._brief(error)}", status=1) from error
+            raise
 
     def restore(self, targets: TrainState) -> Restored | None:
-        """The newest checkpoint from which the run can go on exactly, or None where there is none at all.
+        """The newest checkpoint from which the run can resume exactly, or None where there is none at all.
 
-        A damaged one is passed over with a warning, and so is, where a state is carried, one without memory.
+        A damaged one is skipped with a warning, and so is, where a state is carried, one without memory.
 
         Args:
-          targets: shapes, types and shardings of what is wanted.
+          targets: shapes, types and shardings of the result.
         Raises:
-          UserError: there are checkpoints, but none is usable.
+          UserError: there are checkpoints, but none is usable; or the newest belongs to another run.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            if targets.memory is not None and not (self.folder / str(step) / "memory").exists():
+            where = self.folder / str(step)
+            if targets.memory is not None and not (self._path / str(step) / "memory").exists():
                 _warn(
-                    f"checkpoint {self.folder / str(step)} holds no memory (checkpoint.memory_every="
-                    f"{self._config.checkpoint.memory_every}); the run goes on from the newest one that does"
+                    f"checkpoint {where} holds no memory (checkpoint.memory_every="
+                    f"{self._config.checkpoint.memory_every}); the run resumes from the newest one that does"
                 )
                 continue
             try:
                 return self._read(step, targets)
             except Exception as error:  # whatever the many layers below make of a damaged file
+                if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
+                    raise
                 self._damaged.add(step)
-                _warn(f"skipping the damaged checkpoint {self.folder / str(step)}: {_brief(error)}", here=True)
+                _warn(f"skipping the damaged checkpoint {where}: {self._brief(error)}", always=True)
         if steps:
             raise UserError(
-                f"{self.folder}: none of the checkpoints {sorted(steps)} can be used, see above. "
-                "Nothing was changed; move the folder away to begin anew, or choose another --workdir.",
+                f"{self.folder}: none of the checkpoints {sorted(steps)} can be used, see above. Nothing was changed; "
+                "move the folder away to start again, or choose another --workdir.",
                 status=1,
             )
         return None
 
     def save(self, step: int, state: TrainState, first_loss: float | None, with_memory: bool = True) -> None:
-        """Begins to write a checkpoint in the background; one that is still being written is waited for.
+        """Begins to write a checkpoint in the background, after the one that is still being written.
 
         Args:
           step: `state.step`, as the host counts it.
           state: the run after that step.
           first_loss: first loss of the run.
-          with_memory: whether the carried memory is saved too; without it no run can go on from here exactly.
+          with_memory: whether the carried memory is saved too; without it no run can resume exactly from here.
         Raises:
-          UserError: the state is not finite, or the disk refuses; checkpoints before this one stay as they are.
+          UserError: the state is not finite, or this or the previous checkpoint cannot be written; those before stay
+            as they are.
         """
-        items: dict[str, PyTree] = {"params": state.params, "opt_state": state.opt_state}
-        if state.averaged is not None:
-            items["averaged"] = state.averaged
-        if state.memory is not None and with_memory:
-            items["memory"] = _cast(state.memory, self._config.checkpoint.memory_dtype)
-        sums, finite = jax.device_get(_inspect(items))
+        items = _items(state)
+        if "memory" in items:
+            items["memory"] = _cast(items["memory"], self._config.checkpoint.memory_dtype)
+        if not with_memory:
+            items.pop("memory", None)
+        sums, finite = files.checksums(items)
         if not finite:
             raise UserError(
                 f"Training stopped: parameters or state after step {step} are not finite and were not saved. "
                 f"{self.last_good()}",
                 status=1,
             )
-        position = {
-            "step": step,
-            "rows": self._config.data.rows,
-            "first_loss": first_loss,
-            "checksums": {name: [int(s) for s in values] for name, values in sums.items()},
-        }
-        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}  # pyright: ignore
-        args["position"] = ocp.args.JsonSave(position)  # pyright: ignore[reportCallIssue]
-        args["config"] = ocp.args.JsonSave(to_dict(self._config))  # pyright: ignore[reportCallIssue]
+        config = to_dict(self._config)
+        rows = self._config.data.rows
+        record = files.record_of(sums, config, step=step, rows=rows, first_loss=first_loss, tokenizer=self._tokenizer)
+        self._wait()
+        self._raise_failure()
         try:
-            self._manager.wait_until_finished()
             if step in self._manager.all_steps():  # damaged, or without memory: the run has come here again
                 self._manager.delete(step)
                 self._damaged.discard(step)
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+            self._manager.save(step, args=files.save_args(items, record, config), force=True)
         except _REFUSALS as error:
-            raise self._failed(error) from error
+            self._failure = error
+            self._raise_failure()
+
+    def finish(self) -> str:
+        """Waits until everything is written and reads the newest checkpoint back.
+
+        Returns:
+          `last_good()`.
+        Raises:
+          UserError: the last checkpoint could not be written.
+        """
+        self._wait()
+        self._raise_failure()
+        return self.last_good()
 
     def last_good(self) -> str:
-        """A sentence that names the newest checkpoint that is completely written and not known to be damaged."""
-        try:
-            self._manager.wait_until_finished()
-        except _REFUSALS as error:
-            _warn(f"saving a checkpoint failed: {_brief(error)}", here=True)
-        self._manager.reload()
-        steps = set(self._manager.all_steps()) - self._damaged
-        return f"Last good checkpoint: {self.folder / str(max(steps))}." if steps else "No checkpoint was saved yet."
+        """A sentence that names the newest checkpoint that is complete and could be read back."""
+        self._wait()
+        with contextlib.suppress(*_REFUSALS):
+            self._manager.reload()
+            for step in sorted(set(self._manager.all_steps()) - self._damaged, reverse=True):
+                try:
+                    if jax.process_index() == 0:
+                        files.confirm(self._path, step)
+                    return f"Last good checkpoint: {self.folder / str(step)}."
+                except Exception as error:  # see `restore`
+                    self._damaged.add(step)
+                    _warn(f"checkpoint {self.folder / str(step)} is damaged: {self._brief(error)}", always=True)
+        return "There is no good checkpoint."
+
+    def complete(self, step: int) -> bool:
+        """Whether the run could resume exactly from this checkpoint, as far as its folder shows."""
+        if step in self._damaged:
+            return False
+        return not self._config.data.carry_state or (self._path / str(step) / "memory").exists()
+
+    def damaged(self, step: int) -> bool:
+        """Whether this checkpoint was found damaged."""
+        return step in self._damaged
 
     def __enter__(self) -> Self:
         return self
@@ -145,53 +195,54 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Waits for what is being written; a failure there must not hide an error from before."""
+        self._wait()
+        with contextlib.suppress(*_REFUSALS):
+            self._manager.close()
+        self._exit.close()
+        if error is None:
+            self._raise_failure()
+        elif self._failure is not None:
+            _warn(f"saving a checkpoint failed: {self._brief(self._failure)}", always=True)
+
+    def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
-        except _REFUSALS as failure:
-            if error is None:
-                raise self._failed(failure) from failure
-            _warn(f"saving a checkpoint failed: {_brief(failure)}", here=True)
-        finally:
-            self._manager.close()
+        except _REFUSALS as error:
+            self._failure = self._failure or error
+            drop_late_work()
 
-    def complete(self, step: int) -> bool:
-        """Whether the run could go on exactly from this checkpoint, as far as its folder shows."""
-        if step in self._damaged:
-            return False
-        return not self._config.data.carry_state or (self.folder / str(step) / "memory").exists()
-
-    def damaged(self, step: int) -> bool:
-        """Whether this checkpoint was found damaged."""
-        return step in self._damaged
+    def _raise_failure(self) -> None:
+        if self._failure is None:
+            return
+        cause, self._failure = self._brief(self._failure), None
+        drop_late_work()
+        raise UserError(
+            f"{self.folder}: saving a checkpoint failed: {cause}. {self.last_good()} Free some space (or lower "
+            "checkpoint.keep) and run the same command again.",
+            status=1,
+        ) from None  # the frames of the failure keep Orbax's half-done work alive until the process ends
 
     def _read(self, step: int, targets: TrainState) -> Restored:
-        wanted: dict[str, PyTree] = {"params": targets.params, "opt_state": targets.opt_state}
-        if targets.averaged is not None:
-            wanted["averaged"] = targets.averaged
-        if targets.memory is not None:
-            wanted["memory"] = _retype(targets.memory, self._config.checkpoint.memory_dtype)
-        items, position = read_items(self.folder, step, wanted)
-        memory = None
-        if targets.memory is not None:
-            memory = jax.tree.map(lambda x, to: x.astype(to.dtype), items["memory"], targets.memory)
+        _check_record(self._path, self.folder, step, self._check)
+        wanted = _items(targets)
+        if "memory" in wanted:
+            wanted["memory"] = _retype(wanted["memory"], self._config.checkpoint.memory_dtype)
+        items, record = files.read_items(self._path, step, wanted)
+        if "memory" in items:
+            items["memory"] = jax.tree.map(lambda x, to: x.astype(to.dtype), items["memory"], targets.memory)
         place = targets.step.sharding
         counter = jax.device_put(np.int32(step), place) if place is not None else jnp.int32(step)
-        state = TrainState(counter, items["params"], items["opt_state"], memory, items.get("averaged"))
-        return Restored(state, position["first_loss"])
+        return Restored(targets._replace(step=counter, **items), record["first_loss"])
 
-    def _failed(self, error: Exception) -> UserError:
-        return UserError(
-            f"{self.folder}: saving a checkpoint failed: {_brief(error)}. Checkpoints before it are unharmed; "
-            "free some space (or lower checkpoint.keep) and run the same command again.",
-            status=1,
-        )
+    def _brief(self, error: BaseException) -> str:
+        return brief(error).replace(str(getattr(self, "_path", self.folder)), str(self.folder))
 
 
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager, which does not ask jax whether the job is to stop: the training loop does.
 
-    What is asked with a step of the past, as Orbax does in the background when a save is complete, would make jax
-    count from there when the hosts agree on the step to stop at, and some may have passed it.
+    Orbax asks in the background when a save is complete, with a step of the past. That would make jax count from there
+    when the hosts agree on the step to stop at, and some may have passed it.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -216,107 +267,85 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or owner.damaged(step) for step in steps]
 
 
-def read_items(folder: epath.Path, step: int, wanted: dict[str, PyTree]) -> tuple[dict[str, Any], Any]:
-    """Items of one checkpoint, and its position, proved by their checksums; on all processes or on none.
-
-    Args:
-      folder: of the checkpoints.
-      step: which.
-      wanted: trees of shapes by item name.
-    Raises:
-      ValueError: what is read is not what was written; or whatever Orbax raises over a damaged file.
-      UserError: it could be read here, but not on another process.
-    """
-    _hush_late_reads()
-    items, position = together(lambda: _read_files(folder / str(step), wanted))
-    sums, _ = jax.device_get(_inspect(items))
-    for name, values in sums.items():
-        if [int(s) for s in values] != position["checksums"][name]:
-            raise ValueError(f"{name}: the arrays differ from those that were saved")
-    return items, position
+def read_params(workdir: epath.PathLike, shapes: PyTree, check: Check | None = None) -> tuple[PyTree, int]:
+    """Parameters of the newest checkpoint that is intact, and its step; see `read_newest`."""
+    items, step = read_newest(workdir, {"params": shapes}, check)
+    return items["params"], step
 
 
-def _read_files(folder: epath.Path, wanted: dict[str, PyTree]) -> tuple[dict[str, Any], Any]:
-    """What this process needs of a checkpoint.
-
-    Not through the manager, in which the processes wait for each other: where a file is damaged that only some of
-    them read, it would wait for ever.
-    """
-    handler, texts = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-    try:
-        items = {
-            name: handler.restore(folder / name, args=ocp.args.StandardRestore(tree))  # pyright: ignore
-            for name, tree in wanted.items()
-        }
-        return items, texts.restore(folder / "position", args=ocp.args.JsonRestore())
-    finally:
-        handler.close()
-        texts.close()
-
-
-def read_params(workdir: epath.PathLike, shapes: PyTree, averaged: PyTree = None) -> tuple[PyTree, int]:
-    """Parameters of the newest checkpoint that is intact, and its step; nothing in the workdir changes.
+def read_newest(
+    workdir: epath.PathLike, wanted: dict[str, PyTree], check: Check | None = None
+) -> tuple[dict[str, Any], int]:
+    """Items of the newest checkpoint that is intact, and its step; nothing in the workdir changes.
 
     Args:
       workdir: folder or bucket of a run.
-      shapes: of the parameters, with shardings where they matter.
-      averaged: likewise, of their moving average where the run keeps one; it is what is then returned.
+      wanted: shapes, with shardings where they matter, by the name of a field of `TrainState`.
+      check: refuses a checkpoint that does not belong to the workdir's config and tokenizer.
     Raises:
       UserError: there is no usable checkpoint.
     """
     folder = folder_of(workdir)
-    if not folder.exists():
+    steps = saved_steps(workdir)
+    if not steps:
         raise UserError(f"{workdir}: no checkpoint there yet; expected a folder {FOLDER!r} with one", status=1)
-    manager = ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
-    )
-    try:
-        for step in sorted(manager.all_steps(), reverse=True):
+    with files.library_path(folder) as path:
+        for step in reversed(steps):
             try:
-                wanted = {"params": shapes} | ({} if averaged is None else {"averaged": averaged})
-                items = read_items(folder, step, wanted)[0]
-                params = items["params"]
-                return (params if averaged is None else with_average(params, items["averaged"])), step
+                with quiet_libraries():
+                    _check_record(path, folder, step, check)
+                    return files.read_items(path, step, wanted)[0], step
             except Exception as error:  # whatever the many layers below make of a damaged file
-                _warn(f"skipping the damaged checkpoint {folder / str(step)}: {_brief(error)}")
-    finally:
-        manager.close()
+                if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
+                    raise
+                cause = brief(error).replace(str(path), str(folder))
+                _warn(f"skipping the damaged checkpoint {folder / str(step)}: {cause}")
     raise UserError(f"{folder}: no usable checkpoint there", status=1)
 
 
+def _check_record(path: epath.Path, folder: epath.Path, step: int, check: Check | None) -> None:
+    """Reads the record of a checkpoint, on all processes or on none, and compares it with the run."""
+
+    def read() -> None:
+        record, config = files.read_record(path, step)
+        if check is not None:
+            check(str(folder / str(step)), config, record.get("tokenizer"))
+
+    run_on_all_hosts(read)
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps of all checkpoints that were written to their end, in order; they may be damaged since."""
+    folder = folder_of(workdir)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
 def folder_of(workdir: epath.PathLike) -> epath.Path:
-    """The checkpoints of a workdir; absolute where it is local, as Orbax wants it, and a bucket as it is."""
+    """The checkpoints of a workdir: an absolute path, or a bucket as it is."""
     path = os.fspath(workdir)
-    return epath.Path(path if "://" in path else os.path.abspath(path)) / FOLDER
+    return epath.Path(path if is_remote(path) else os.path.abspath(path)) / FOLDER
 
 
 def half_written(folder: epath.PathLike) -> list[str]:
-    """Names of what an interrupted save left behind."""
+    """Names of what an interrupted save left."""
     folder = epath.Path(folder)
     return sorted(path.get().name for path in ocp.utils.tmp_checkpoints(folder))
 
 
-@jax.jit
-def _inspect(items: dict[str, PyTree]) -> tuple[dict[str, Array], Array]:
-    """Per item the checksums of its arrays, and whether everything is finite.
-
-    A checksum is the sum of an array's bits modulo 2^32: any change of values shows, however they are sharded, and
-    no file has to be read again.
-    """
-    leaves = [leaf for leaf in jax.tree.leaves(items) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    finite = functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in leaves), jnp.array(True))
-    sums = {
-        name: jnp.stack([_bit_sum(leaf) for leaf in jax.tree.leaves(tree)] or [jnp.uint32(0)])
-        for name, tree in items.items()
-    }
-    return sums, finite
+def brief(error: BaseException) -> str:
+    """The cause of an exception in one line that fits a message."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    text = re.sub(r" \[(tensorstore_spec|os_error_code|source_locations)=.*", "", lines[0])
+    if len(text) > 200:  # TensorStore names layer after layer; the system's own words come last
+        text = text.rsplit('": ', 1)[-1]
+    return f"{type(error).__name__}: {text[:300]}"
 
 
-def _bit_sum(x: Array) -> Array:
-    if x.dtype == bool:
-        return jnp.sum(x, dtype=jnp.uint32)
-    word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    return jnp.sum(jax.lax.bitcast_convert_type(x, word), dtype=jnp.uint32)
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """The trees of a train state that a checkpoint holds as items of their own."""
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
 
 
 def _cast(memory: PyTree, dtype: str | None) -> PyTree:
@@ -336,34 +365,7 @@ def _retype(shapes: PyTree, dtype: str | None) -> PyTree:
     return jax.tree.map(one, shapes)
 
 
-def _brief(error: Exception) -> str:
-    """First line of what lies behind an exception, of a length that fits a message."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
-
-
-@functools.cache
-def _hush_late_reads() -> None:
-    """Keeps one kind of noise off the terminal.
-
-    When one file of a checkpoint is damaged, Orbax gives up at once and closes its event loop; the reads of the other
-    files end later or are dropped, and Python prints a traceback for each though nothing more is wrong.
-    """
-    show = sys.unraisablehook
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        error = unraisable.exc_value
-        closed = isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
-        dropped = error is not None and isinstance(error.__cause__, GeneratorExit)
-        if not (closed or dropped):
-            show(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _warn(message: str, here: bool = False) -> None:
-    """Prints a warning, on the first process, or wherever it is `here` that something failed."""
-    if here or jax.process_index() == 0:
+def _warn(message: str, always: bool = False) -> None:
+    """Prints a warning, on the first process, or `always` on the one where something failed."""
+    if always or jax.process_index() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lm2_jax.blocks.base import Block, BlockSpec, JoinConfig
 from lm2_jax.blocks.residual import ResidualJoin
@@ -297,4 +297,59 @@ def _value(hint: Any, plain: Any, path: str) -> Any:
     accepted = (int, float) if hint is float else hint
     if not isinstance(plain, accepted) or (isinstance(plain, bool) and hint is not bool):
         raise UserError(f"{path}: expected {hint.__name__}, got {plain!r}", status=1)
-    return float(plain) if hint is float else plain
+    try:
+        return float(plain) if hint is float else plain
+    except OverflowError:
+        raise UserError(f"{path}: expected a number, got one of more than 300 digits", status=1) from None
+
+
+# Fields that change nothing of what a run computes or reads back; a resumed run may have other values.
+_FREE = (
+    "name",
+    "data.prefetch",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.max_loss_ratio",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.memory_every",
+)
+
+
+class Change(NamedTuple):
+    """A field that differs between two configs."""
+
+    name: str  # with dots
+    old: Any  # "<absent>" where the config has no such field
+    new: Any
+    rule: Literal["fixed", "free", "grows"]  # what a resumed run may do with it
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a run may be resumed with the new value."""
+        return self.rule == "free" or (self.rule == "grows" and self.new > self.old)
+
+
+def changes(old: Any, new: Any) -> list[Change]:
+    """The fields that differ between two configs of one class, in order of their names."""
+    before, after = _leaves(to_dict(old)), _leaves(to_dict(new))
+    return [
+        Change(
+            name,
+            before.get(name, "<absent>"),
+            after.get(name, "<absent>"),
+            "free" if name in _FREE else "grows" if name == "optim.steps" else "fixed",
+        )
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, "<absent>") != after.get(name, "<absent>")
+    ]
+
+
+def _leaves(plain: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(plain, dict):
+        return {path: plain}
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        found |= _leaves(value, f"{path}.{name}".lstrip("."))
+    return found

@@ -11,7 +11,7 @@ from lm2_jax.decoder import RopeScaling
 from lm2_jax.parameters import Role
 from lm2_jax.parameters import named as named
 from lm2_jax.partition import constrain as constrain
-from lm2_jax.partition import is_split, pin
+from lm2_jax.partition import constrain_last, is_split
 from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Axes, Float, Int
 
@@ -51,10 +51,13 @@ class Einsum(nn.Module):
         w = self.param("w", init, self.shape, jnp.dtype(self.precision.params))
         dtype = jnp.dtype(self.precision.compute)
         kernel_axes, axes = _without(GATHERED, self.axes), _without(NEVER_SPLIT, self.axes)
-        w, x = fsdp_gather(w.astype(dtype), self.axes, kernel_axes), pin(x.astype(dtype), axes[: self.in_dims])
+        w, x = (
+            fsdp_gather(w.astype(dtype), self.axes, kernel_axes),
+            constrain_last(x.astype(dtype), axes[: self.in_dims]),
+        )
         if kernel_axes != axes:  # each device sums over its shard of the input; without this, each would do it all
-            x = pin(x, kernel_axes[: self.in_dims])
-        return pin(_flat_einsum(equation, x, w, self.in_dims), axes[self.in_dims :])
+            x = constrain_last(x, kernel_axes[: self.in_dims])
+        return constrain_last(_flat_einsum(equation, x, w, self.in_dims), axes[self.in_dims :])
 
 
 def fsdp_gather(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
@@ -72,9 +75,6 @@ def fsdp_gather(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
     used = jax.custom_vjp(lambda w: constrain(w, kernel_axes))
     used.defvjp(lambda w: (constrain(w, kernel_axes), None), lambda _, gradient: (constrain(gradient, axes),))
     return used(w)
-
-
-gathered = fsdp_gather  # the name that other files still use
 
 
 def _without(names: frozenset[str], axes: Axes) -> Axes:

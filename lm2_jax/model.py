@@ -13,7 +13,7 @@ from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
 from lm2_jax.parameters import Role
-from lm2_jax.partition import parts
+from lm2_jax.partition import num_shards
 from lm2_jax.state import (
     Segments,
     begin_rows,
@@ -288,7 +288,7 @@ class LanguageModel(nn.Module):
         begun = begin_rows(before, stack.start_state(), axes)
         rows = [stack.prefix(begun), x_BTD, stack.suffix(begun)]
         if stack.prefix_tokens + stack.suffix_tokens:
-            if parts("time") > 1:  # uneven shards, on which XLA's partitioner aborts
+            if num_shards("time") > 1:  # uneven shards, on which XLA's partitioner aborts
                 raise ValueError(
                     f"join {self.config.join.kind!r} adds memory tokens to a segment, which cannot be sharded along "
                     "its tokens then; set mesh.slots to 1"

@@ -1,12 +1,13 @@
-"""Arrays in parts on several devices, by logical names: constraints, and functions that run on each device's own part.
+"""Constraints and per-device programs for activations, by logical axis names.
 
-What is said here is done by the `Partition` of the active `Layout.context`; without one, arrays are whole.
+A traced function calls the functions of this module; what they do is decided by the `Partition` of the active
+`Layout.context()`. Outside of any context nothing is split, and they return their arguments.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -14,84 +15,88 @@ from lm2_jax.types import Array, Axes
 
 
 class Shards:
-    """The devices that share one logical axis, as a function inside `logical_shard_map` sees them.
+    """The devices that share one logical axis, as seen by a function inside `logical_shard_map`.
 
-    This class is the single shard that there is on one device, and where the partitioner is in charge.
+    This class is the case of a single shard; `sharding.partition.MeshShards` is that of several devices.
     """
 
     size = 1
 
     def gather(self, x: Array, axis: int) -> Array:
-        """All parts of dimension `axis`."""
+        """All shards of dimension `axis`, on each device (all-gather)."""
         return x
 
     def sum(self, x: Array) -> Array:
-        """The sum over shards, on each of them."""
+        """The sum over shards, on each device (all-reduce)."""
         return x
 
     def scatter(self, x: Array, axis: int) -> Array:
-        """The sum over shards, of which each keeps its part of dimension `axis`."""
+        """The sum over shards, of which each device keeps its shard of dimension `axis` (reduce-scatter)."""
         return x
 
-    def enter(self, x: Any) -> Any:
-        """A tree that is the same on all shards, of which each makes its own part: gradients are summed over shards."""
+    def copy_to(self, x: Any) -> Any:
+        """Marks a replicated tree as the input of sharded work: identity forward, all-reduce backward."""
         return x
 
-    def leave(self, x: Any) -> Any:
-        """The sum of what each shard has of a tree, the same on all: gradients go to each as they are."""
+    def reduce_from(self, x: Any) -> Any:
+        """Sums the partial results of sharded work into a replicated tree: all-reduce forward, identity backward."""
         return x
 
-    def receive(self, x: Any) -> Any:
-        """An argument that no shard has its own part of, for an `fn` that enters and leaves."""
+    def scale_replicated_grad(self, x: Any) -> Any:
+        """Marks a replicated argument of an `fn` that uses `copy_to` and `reduce_from`.
+
+        jax sums the gradients of such an argument over shards, although each shard has the whole gradient already. This
+        is the identity forward, and divides the gradient by the number of shards.
+        """
         return x
 
-    def turn(self, x: Any) -> Any:
-        """A tree of the arrays of the next shard, in a ring."""
+    def ring_permute(self, x: Any) -> Any:
+        """A tree of the arrays of the next shard in a ring."""
         return x
 
     def softmax(self, score: Array) -> Array:
-        """softmax over the last dimension, of which each shard has a part."""
+        """The softmax over the last dimension, of which each device has a shard."""
         return jax.nn.softmax(score, axis=-1)
 
 
-class Partition(Protocol):
-    """How arrays lie in parts; `sharding.partition.MeshPartition` is the one in use."""
+class Partition:
+    """How activations are split over devices; the functions of the same names describe the methods.
+
+    This class is the case of a single device; `sharding.partition.MeshPartition` is that of a mesh.
+    """
 
     def is_split(self) -> bool:
-        """See below."""
-        ...
+        return False
 
-    def parts(self, name: str | None) -> int:
-        """See below."""
-        ...
+    def num_shards(self, name: str | None) -> int:
+        return 1
 
     def constrain(self, x: Array, axes: Axes) -> Array:
-        """See below."""
-        ...
+        return x
 
-    def pin(self, x: Array, last: Sequence[str | None]) -> Array:
-        """See below."""
-        ...
+    def constrain_last(self, x: Array, last: Sequence[str | None]) -> Array:
+        return x
 
     def map_shards(
         self, fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduce: str, check: bool
     ) -> Callable[..., Any] | None:
         """`logical_shard_map`, or None where `reduce` is not split."""
-        ...
+        return None
 
     def without(self, name: str) -> "Partition":
-        """The same for arrays of which this axis stays whole."""
-        ...
+        """The same partition, except that the axis `name` is replicated."""
+        return self
 
 
-_ACTIVE: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("partition", default=None)
-_BY_HAND = contextvars.ContextVar("by_hand", default=True)
+# Flax modules have no argument for it, so the active partition is held here. It is a context variable: set for the
+# duration of a `with` block, separately in each thread.
+_ACTIVE: contextvars.ContextVar[Partition] = contextvars.ContextVar("partition", default=Partition())  # noqa: B039  it has no state
 
 
 @contextlib.contextmanager
 def use(partition: Partition | None) -> Iterator[None]:
-    """Inside it, logical names mean the parts of this partition; None: all arrays are whole."""
-    token = _ACTIVE.set(partition)
+    """Makes a partition the active one inside the `with` block; None: nothing is split."""
+    token = _ACTIVE.set(partition or Partition())
     try:
         yield
     finally:
@@ -99,73 +104,59 @@ def use(partition: Partition | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def automatic() -> Iterator[None]:
-    """Inside it, `logical_shard_map` leaves everything to XLA's partitioner: the reference that tests compare with."""
-    token = _BY_HAND.set(False)
-    try:
-        yield
-    finally:
-        _BY_HAND.reset(token)
-
-
-@contextlib.contextmanager
-def whole(name: str) -> Iterator[None]:
-    """Inside it an axis is not cut, for arrays that hold one entry for all."""
-    partition = _ACTIVE.get()
-    with use(None if partition is None else partition.without(name)):
+def replicated(name: str) -> Iterator[None]:
+    """Inside the `with` block an axis is not split: for arrays with a single entry along it that serves all devices."""
+    with use(_ACTIVE.get().without(name)):
         yield
 
 
 def is_split() -> bool:
-    """Whether arrays lie in parts on several devices here, and XLA decides how each operation runs on them."""
-    partition = _ACTIVE.get()
-    return partition is not None and partition.is_split()
+    """Whether arrays are split over several devices and XLA's partitioner decides how each operation runs on them."""
+    return _ACTIVE.get().is_split()
 
 
-def parts(name: str | None) -> int:
-    """How many parts the active layout cuts this axis into; 1 without a layout."""
-    partition = _ACTIVE.get()
-    return 1 if partition is None else partition.parts(name)
+def num_shards(name: str | None) -> int:
+    """Number of shards of a logical axis; 1 for None, and outside of a layout's context."""
+    return _ACTIVE.get().num_shards(name)
 
 
 def constrain(x: Array, axes: Axes) -> Array:
-    """Shards `x` by logical axes, as the active layout says; without one, and on a device's own part, it does nothing.
+    """Constrains the sharding of `x` by logical axes.
 
-    Where two dimensions want the same devices, the upper row of the table has them and the other dimension is whole.
+    If two dimensions map to the same mesh axis, the one whose name is higher in the table of rules gets it, and the
+    other is replicated. Inside `logical_shard_map`, and outside of a layout's context, nothing happens.
 
     Raises:
       ValueError: an unknown name, another number of names than dimensions, or a dimension that does not divide.
     """
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axes {axes} for an array of shape {x.shape}")
-    partition = _ACTIVE.get()
-    return x if partition is None else partition.constrain(x, axes)
+    return _ACTIVE.get().constrain(x, axes)
 
 
-def pin(x: Array, last: Sequence[str | None]) -> Array:
-    """Shards the last dimensions of `x` by their names, None for a whole one, and leaves the others as they are."""
-    partition = _ACTIVE.get()
-    return x if partition is None else partition.pin(x, last)
+def constrain_last(x: Array, last: Sequence[str | None]) -> Array:
+    """Constrains the last dimensions of `x` by their names, None for a replicated one; the others stay as they are."""
+    return _ACTIVE.get().constrain_last(x, last)
 
 
 def logical_shard_map(
     fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduce: str = "slots", check: bool = True
 ) -> Callable[..., Any]:
-    """`fn(shards, *arguments)` on each device's part of the arguments, where the active layout splits `reduce`.
+    """A `jax.shard_map` by logical axes: `fn(shards, *arguments)` runs on each device's shards of the arguments.
 
-    Elsewhere `fn` is called on whole arrays with a single shard, and the partitioner does what there is to do.
+    If the axis `reduce` is not split, `fn` is called on the complete arrays with a single shard instead, and XLA's
+    partitioner handles the other axes.
 
     Args:
       fn: takes the `Shards` of `reduce` first; it may combine over those only.
-      in_axes: for each argument, a tree with the tuple of logical names in the place of each array.
+      in_axes: for each argument, a tree with a tuple of logical names in place of each array.
       out_axes: the same for the result.
       reduce: the logical axis over which `fn` combines, or along which its parts are independent.
-      check: whether jax follows which values differ between devices, for cheaper gradients. Kernels do not say so and
-        need False; so does an `fn` that differentiates, for jax would sum its gradients over the devices.
+      check: whether jax tracks which values differ between devices, which makes gradients cheaper. Pass False for a
+        Pallas kernel, which gives no such information, and for an `fn` that differentiates, whose gradients jax would
+        sum over devices.
     Raises:
       ValueError: when called with a dimension that does not divide, or two dimensions of an array on one mesh axis.
     """
-    partition, mapped = _ACTIVE.get(), None
-    if partition is not None and _BY_HAND.get():
-        mapped = partition.map_shards(fn, in_axes, out_axes, reduce, check)
+    mapped = _ACTIVE.get().map_shards(fn, in_axes, out_axes, reduce, check)
     return (lambda *arguments: fn(Shards(), *arguments)) if mapped is None else mapped

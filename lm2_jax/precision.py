@@ -38,6 +38,3 @@ def prepare_numbers(precision: Precision) -> None:
 def at_least_float32(dtype: jnp.dtype | str) -> jnp.dtype:
     """`dtype`, or float32 if `dtype` is narrower: the type of softmax, norms and gates."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
-
-
-safe = at_least_float32  # the name that other files still use

@@ -1,56 +1,82 @@
-"""`make quickstart`: trains a small LM2 and its twin without memory on the CPU, and shows what each remembers.
+"""`make quickstart`: trains a small LM2 and a baseline without memory on the CPU, and compares what they remember.
 
-It runs the commands that a person would type, from the repository's root.
+It runs the commands that a person would type in the repository's root.
 """
 
+import json
 import pathlib
 import shlex
+import sys
 import time
-
-import rich.console
+from typing import Any
 
 from lm2_jax import cli
 from lm2_jax.errors import UserError
-from lm2_jax.evaluation.recall import measure, show
-from lm2_jax.folders import prepare_folder
-from lm2_jax.runs import load_run
 
 RUNS = pathlib.Path("runs/quickstart")
 PRESETS = {"quickstart": RUNS / "lm2", "quickstart_none": RUNS / "none"}
-SEGMENTS, ROWS = 16, 256  # of the final comparison; four times as long as in training
+SEGMENTS, ROWS = 16, 256  # of the comparison; the rows are four times as long as in training
 
 
-def command(console: rich.console.Console, *words: str) -> None:
-    """Shows a command, and runs it."""
-    console.print(f"\n[bold]$ python {shlex.join(words)}[/bold]")
+def run(*words: str) -> None:
+    """Prints a command and runs it.
+
+    Raises:
+      UserError: it ended with another status than 0.
+    """
+    shown = printed(*words)
+    print(f"\n$ {shown}", flush=True)
     status = cli.run_program(*words)
     if status:
-        raise UserError(f"`python {shlex.join(words)}` ended with status {status}", status=status)
+        raise UserError(f"`{shown}` ended with status {status}", status=status)
+
+
+def printed(*words: str) -> str:
+    """A command as it can be typed here: with the interpreter of this environment, which may not be the shell's."""
+    python, folder = pathlib.Path(sys.executable), pathlib.Path.cwd()
+    shown = python.relative_to(folder) if python.is_relative_to(folder) else python
+    return shlex.join([str(shown), *words])
+
+
+def accuracy(result: dict[str, Any], first: int, last: int) -> float:
+    """Per cent of correct answers at the distances `first` to `last` of one row of recall.json."""
+    asked, correct = (sum(result[name][first : last + 1]) for name in ("asked", "right"))
+    if not asked:
+        raise UserError(f"none of {ROWS} held-out rows has a question about another segment: change ROWS", status=1)
+    return 100 * correct / asked
 
 
 def main() -> None:
-    """Trains, compares, and says where the pictures are."""
+    """Trains, compares, and prints what was saved where."""
     if not pathlib.Path("train.py").is_file():
         raise UserError("the quickstart runs train.py: start it in the repository's root")
-    console, began = rich.console.Console(highlight=False), time.monotonic()
-    console.print(
-        "Two small language models read the same stories: who went where, and meanwhile much else. Now and then a\n"
-        "question comes up. One model has LM2's memory; its twin sees nothing but the segment at hand. Interrupt them\n"
-        "when you like: the same command goes on where it stopped."
+    began = time.monotonic()
+    print(
+        "Two small language models read the same stories: who went where, between sentences of prose, with questions\n"
+        "in between. One has LM2's memory. The baseline has no memory and sees only the current segment.\n"
+        "You may interrupt this at any time: the same command resumes."
     )
     for preset, workdir in PRESETS.items():
-        command(console, "train.py", preset, "--workdir", str(workdir))
-    results = [measure(load_run(workdir), workdir, SEGMENTS, ROWS) for workdir in PRESETS.values()]
-    paths = show(results, prepare_folder(RUNS / "eval"), console)
-    lm2, twin = (result.counts.accuracy(1, 4) for result in results)
-    if lm2 is None or twin is None:
-        raise UserError(f"none of {ROWS} held-out rows asks for a fact of another segment: change ROWS", status=1)
-    command(console, *f"eval.py babilong --workdir {PRESETS['quickstart']} --lengths 0k 1k --samples 50".split())
-    console.print(
-        f"\nFacts told 1 to 4 segments ago: LM2 {100 * lm2:.1f}%, its twin without memory {100 * twin:.1f}%.\n"
-        f"That took {(time.monotonic() - began) / 60:.1f} minutes. The picture: {paths[-1]}\n"
-        "Go on: read configs/quickstart.py, change a field (see python train.py quickstart --help), or train\n"
-        "babilong_small on real text."
+        run("train.py", preset, "--workdir", str(workdir))
+    out, workdirs = RUNS / "eval", [str(workdir) for workdir in PRESETS.values()]
+    run(
+        "eval.py", "recall", "--workdirs", *workdirs, "--segments", str(SEGMENTS), "--rows", str(ROWS),
+        "--out", str(out),
+    )  # fmt: skip
+    run(
+        "eval.py", "babilong", "--workdir", workdirs[0], "--baseline", workdirs[1], "--lengths", "0k", "1k",
+        "--samples", "50", "--out", str(out),
+    )  # fmt: skip
+    results = json.loads((out / "recall.json").read_text())["results"]
+    shown = [f"  {result['model']:<28}{accuracy(result, 1, 4):5.1f}%" for result in results]
+    print(
+        f"\nAccuracy on facts stated 1 to 4 segments before the question, rows of {SEGMENTS} segments:\n"
+        + "\n".join(shown)
+        + f"\nThat took {(time.monotonic() - began) / 60:.1f} minutes, one run of each model.\n"
+        f"Saved: checkpoints in {workdirs[0]} and {workdirs[1]}; tables and pictures in {out}\n"
+        f"(recall.png, babilong.png). TensorBoard: tensorboard --logdir {RUNS}\n"
+        f"Next, the same model with a change of your own (all fields: train.py quickstart --help):\n"
+        f"  {printed('train.py', 'quickstart', '--workdir', 'runs/mine', '--model.memory.num-slots', '16')}"
     )
 
 

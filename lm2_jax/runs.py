@@ -5,18 +5,19 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lm2_jax.checkpoint import read_params
+from lm2_jax.checkpoint import read_newest
 from lm2_jax.config import RunConfig
 from lm2_jax.data.tokenizers import FileTokenizer, load_tokenizer
-from lm2_jax.layout import Layout
+from lm2_jax.folders import open_path
+from lm2_jax.layout import Layout, sharded_shapes
 from lm2_jax.model import LanguageModel
 from lm2_jax.precision import prepare_numbers
-from lm2_jax.training.state import make_plan
-from lm2_jax.training.workdir import read_config
+from lm2_jax.training.state import make_plan, with_average
+from lm2_jax.training.workdir import read_config, use_check
 
 
 class Run(NamedTuple):
-    """All that is needed to use a trained model."""
+    """Everything needed to use a trained model."""
 
     config: RunConfig
     model: LanguageModel
@@ -33,22 +34,23 @@ def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
 
     Args:
       workdir: folder or bucket that train.py wrote.
-      layout: where the parameters lie; None: on the first device.
+      layout: where the parameters are placed; None: on the first device.
     Raises:
-      UserError: no such run, a damaged config, tokenizer or checkpoint.
+      UserError: no such run; a damaged config, tokenizer or checkpoint; or a config or tokenizer that the checkpoint
+        was not trained with.
     """
+    workdir = open_path(workdir, "workdir")
     config = read_config(workdir)
     prepare_numbers(config.model.precision)
     model = LanguageModel(config.model)
     plan = make_plan(config, model)
-    wanted, axes = (plan.shapes.params, plan.shapes.averaged), (plan.axes.params, plan.axes.averaged)
+    tokenizer = load_tokenizer(workdir, config.data.tokenizer)
+    names = ["params"] + ["averaged"] * (plan.shapes.averaged is not None)
+    wanted = {name: getattr(plan.shapes, name) for name in names}
     if layout is None:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, wanted)
+        shardings: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     else:
-        shardings = layout.shardings(axes, wanted)
-    shapes, averaged = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), wanted, shardings
-    )
-    params, step = read_params(workdir, shapes, averaged)
-    return Run(config, model, params, load_tokenizer(workdir, config.data.tokenizer), step)
+        shardings = layout.shardings({name: getattr(plan.axes, name) for name in names}, wanted)
+    items, step = read_newest(workdir, sharded_shapes(wanted, shardings), use_check(workdir, config, tokenizer))
+    params = with_average(items["params"], items["averaged"]) if "averaged" in items else items["params"]
+    return Run(config, model, params, tokenizer, step)

@@ -1,4 +1,4 @@
-"""The mesh and what is split over it; `lm2_jax` names logical axes only and never imports this package."""
+"""The device mesh and the table that maps logical axes to it; the rest of `lm2_jax` uses logical axes only."""
 
 from lm2_jax.sharding.check import assert_sharded as assert_sharded
 from lm2_jax.sharding.layout import Layout as Layout

@@ -1,4 +1,4 @@
-"""What a mesh leaves whole on every device, told before it is found out by running out of memory."""
+"""Finds arrays that a mesh replicates on every device, before they run a device out of memory."""
 
 import math
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import jax
 from lm2_jax.errors import UserError
 
 
-class Placed(NamedTuple):
-    """One array of a run and its part on one device."""
+class Placement(NamedTuple):
+    """An array of a run and its shard on one device."""
 
     path: str
     shape: tuple[int, ...]
@@ -20,8 +20,8 @@ class Placed(NamedTuple):
     device_bytes: int
 
 
-def placed(shapes: Any, shardings: Any) -> Iterator[Placed]:
-    """Every array of a tree.
+def placements(shapes: Any, shardings: Any) -> Iterator[Placement]:
+    """The placement of every array of a tree.
 
     Args:
       shapes: tree of arrays or `jax.ShapeDtypeStruct`s.
@@ -30,48 +30,48 @@ def placed(shapes: Any, shardings: Any) -> Iterator[Placed]:
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        whole = math.prod(leaf.shape) * leaf.dtype.itemsize
-        yield Placed(name, tuple(leaf.shape), leaf.dtype.name, describe_spec(sharding), whole, here)
+        shard = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total = math.prod(leaf.shape) * leaf.dtype.itemsize
+        yield Placement(name, tuple(leaf.shape), leaf.dtype.name, describe_spec(sharding), total, shard)
 
 
 def describe_spec(sharding: Any) -> str:
-    """Mesh axes of each dimension, those of size 1 left out, as in `fsdp+slots, model, -`."""
+    """The mesh axes of each dimension, without those of size 1, such as `fsdp+slots, model, -`."""
     shape, spec = sharding.mesh.shape, sharding.spec
     parts = ((axes,) if isinstance(axes, str) else axes or () for axes in spec)
     return ", ".join("+".join(axis for axis in axes if shape[axis] > 1) or "-" for axes in parts)
 
 
-def describe_whole(array: Placed) -> str:
-    """The line of an array of which each device has all."""
+def describe_replicated(array: Placement) -> str:
+    """A line about a replicated array."""
     return f"{array.path} {array.shape}: {array.bytes:,} bytes on each device"
 
 
-def unsharded(shapes: Any, shardings: Any, least_bytes: int = 2**20) -> list[Placed]:
-    """Arrays of `least_bytes` or more that every device holds whole, though the mesh has an axis to split them on.
+def replicated_arrays(shapes: Any, shardings: Any, least_bytes: int = 2**20) -> list[Placement]:
+    """Arrays of `least_bytes` or more that are replicated on every device although the mesh could split them.
 
-    Copies along `data` are what that axis is for: on a mesh of nothing else, all parameters are whole on purpose.
+    Replicas of the model are the purpose of the axis `data`: on a mesh with no other axis the result is empty.
     """
-    meshes = [sharding.mesh for sharding in jax.tree.leaves(shardings)[:1]]  # none where there is no array
+    meshes = [sharding.mesh for sharding in jax.tree.leaves(shardings)[:1]]  # none for an empty tree
     if all(size == 1 for mesh in meshes for axis, size in mesh.shape.items() if axis != "data"):
         return []
-    return [array for array in placed(shapes, shardings) if array.bytes == array.device_bytes >= least_bytes]
+    return [array for array in placements(shapes, shardings) if array.bytes == array.device_bytes >= least_bytes]
 
 
 def assert_sharded(shapes: Any, shardings: Any, least_bytes: int = 2**20) -> None:
-    """Refuses parameters and states that are replicated by accident.
+    """Raises an error if parameters or states are replicated by accident.
 
     Args:
       shapes: tree of arrays or `jax.ShapeDtypeStruct`s.
       shardings: tree of their `NamedSharding`s.
-      least_bytes: smaller arrays may be whole: norms, biases, counters.
+      least_bytes: smaller arrays may be replicated: norms, biases, counters.
     Raises:
-      UserError: a list of them, with bytes.
+      UserError: there are such arrays; the message lists them with their bytes.
     """
-    whole = unsharded(shapes, shardings, least_bytes)
-    if whole:
-        lines = "".join(f"\n  {describe_whole(array)}" for array in whole)
+    found = replicated_arrays(shapes, shardings, least_bytes)
+    if found:
+        lines = "".join(f"\n  {describe_replicated(array)}" for array in found)
         raise UserError(
-            f"{len(whole)} arrays would lie whole on every device:{lines}\nName their dimensions by axes that "
+            f"{len(found)} arrays would be replicated on every device:{lines}\nName their dimensions by axes that "
             "sharding/rules.py splits."
         )

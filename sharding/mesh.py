@@ -1,6 +1,6 @@
-"""The device mesh: four axes, any of which may have size 1.
+"""The device mesh. Its axes are the fields of `MeshConfig` but `slices`; any may have size 1.
 
-A pipeline over stacked layers would be a fifth axis, `stage`; nothing else here counts them.
+A pipeline over layers would add an axis `stage`: a field of `MeshConfig` and a name in `AXES`.
 """
 
 import dataclasses
@@ -16,45 +16,50 @@ from jax.experimental import mesh_utils
 from lm2_jax.errors import UserError
 
 AXES = ("data", "fsdp", "model", "slots")
-THREADS_OF_A_DEVICE = 8
+_THREADS_PER_DEVICE = 8
 
 
 def spare_threads(devices: int) -> None:
-    """Gives so many virtual CPU devices threads enough to wait for one another; before anything asks for devices.
+    """Gives virtual CPU devices enough threads, by setting $NPROC; call it before jax is asked for its devices.
 
-    XLA's CPU devices run independent collectives in any order, and each keeps a thread until all devices are there.
-    With one thread a device, what each of them waits for may be what none has a thread left to begin: after 40 seconds
-    XLA aborts the process. $NPROC is how many threads XLA makes.
+    XLA's CPU devices start independent collectives in any order, and each blocks a thread until all devices joined it.
+    With one thread per device they can deadlock, each blocked in another collective; XLA aborts the process after 40
+    seconds. $NPROC is the number of threads that XLA creates.
+
+    Args:
+      devices: number of virtual CPU devices.
     """
     if devices > 1:
-        os.environ.setdefault("NPROC", str(THREADS_OF_A_DEVICE * devices))
+        os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * devices))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 and takes what the others leave."""
+    """Number of devices along each mesh axis; one of them may be -1: all remaining devices."""
 
     data: int = -1
-    """Copies of the model, each with its own rows of the batch."""
+    """Replicas of the model, each with its own rows of the batch."""
     fsdp: int = 1
-    """Shards of parameters and optimizer state; the batch is split over these devices too."""
+    """Shards of parameters and optimizer state; the rows of the batch are split over these devices too."""
     model: int = 1
     """Shards of heads, MLP and vocabulary (tensor parallelism)."""
     slots: int = 1
     """Shards of the memory's slots, and of the tokens of a segment."""
     slices: int | None = None
-    """Slices that only a data-centre network joins; they divide mesh.data. None: as many as the devices say."""
+    """Number of TPU slices, which a data-centre network connects; divides mesh.data. None: as the devices report."""
 
-    def sizes(self, devices: int) -> tuple[int, int, int, int]:
-        """Sizes of data, fsdp, model and slots on `devices` devices, -1 resolved.
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """Sizes of the mesh axes in the order of `AXES`, with -1 resolved.
 
+        Args:
+          devices: number of devices.
         Raises:
           UserError: sizes that are 0 or below -1, two that are -1, or a product other than `devices`.
         """
-        sizes = (self.data, self.fsdp, self.model, self.slots)
+        sizes = tuple(getattr(self, name) for name in AXES)
         given = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
         if any(size < 1 and size != -1 for size in sizes):
-            raise UserError(f"Each mesh size must be at least 1, or -1 for all that is left; got {given}.")
+            raise UserError(f"Each mesh size must be at least 1, or -1 for all remaining devices; got {given}.")
         if sizes.count(-1) > 1:
             raise UserError(f"At most one mesh size can be -1; got {given}.")
         fixed = math.prod(size for size in sizes if size != -1)
@@ -68,26 +73,25 @@ class MeshConfig:
                 f"The mesh sizes multiply to {fixed}, but there are {devices} devices; got {given}. "
                 "Change one of them, or set one to -1."
             )
-        data, fsdp, model, slots = (devices // fixed if size == -1 else size for size in sizes)
-        return data, fsdp, model, slots
+        return tuple(devices // fixed if size == -1 else size for size in sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `config`, with neighbours on the mesh near each other in the hardware.
+    """The mesh of `config`, with neighbours on the mesh close to each other in the hardware.
 
     Args:
-      config: sizes of its axes.
-      devices: `jax.Device`s, those to use; None: all of the job's.
+      config: sizes of the mesh axes.
+      devices: `jax.Device`s to use; None: all devices of the job.
     Raises:
-      UserError: sizes that do not fit the number of devices.
+      UserError: sizes that do not fit the number of devices or of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, slices = config.sizes(len(devices)), _by_slice(devices, config.slices)
-    data, *rest = sizes
+    data, *rest = sizes  # slices are stacked along the first axis
     if data % len(slices):
         raise UserError(
-            f"mesh.data={data} is not divisible by the {len(slices)} slices of the devices, and only copies of the "
-            "model may lie in different slices; change mesh.data or mesh.slices."
+            f"mesh.data={data} is not divisible by {len(slices)} slices, the number that the devices belong to. Only "
+            "the axis data can span slices; change mesh.data or mesh.slices."
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
     inner = [_arranged((data // len(slices), *rest), part) for part in slices]
@@ -95,7 +99,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 
 
 def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-    """The devices of a slice in the mesh's shape, each mesh axis along whole axes of the slice's torus if possible."""
+    """The devices of a slice in the mesh's shape, each mesh axis along complete axes of the torus if possible."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:  # such as 16 x 16 on a torus of 4 x 8 x 8
@@ -103,30 +107,32 @@ def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
 
 def planned_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-    """The mesh of `config` without devices; a size of -1 counts as 1, because nothing says how many there are.
+    """The mesh of `config` without devices; a size of -1 counts as 1, since the number of devices is unknown.
 
     Raises:
-      UserError: sizes that no number of devices has.
+      UserError: sizes below 1 other than -1.
     """
     config = dataclasses.replace(config, **{name: 1 for name in AXES if getattr(config, name) == -1})
     return jax.sharding.AbstractMesh(config.sizes(math.prod(getattr(config, name) for name in AXES)), AXES)
 
 
 def _by_slice(devices: Sequence[Any], slices: int | None) -> list[list[Any]]:
-    """The devices of each slice; where devices do not say theirs (CPUs), as many pieces as are asked for.
+    """The devices of each slice. Devices that do not report their slice (CPUs) are divided into `slices` groups.
 
     Raises:
-      UserError: another number of slices than the devices lie in, or slices of different size.
+      UserError: another number of slices than the devices report.
     """
     groups: dict[int, list[Any]] = {}
     for device in devices:
         groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
-    parts = [groups[index] for index in sorted(groups)]
-    if slices is None or slices == len(parts):
-        return parts
-    if len(parts) > 1 or slices < 1 or len(devices) % slices:
-        raise UserError(f"mesh.slices={slices}, but {len(devices)} devices lie in {len(parts)} slices; leave it out.")
+    in_order = [groups[index] for index in sorted(groups)]
+    if slices is None or slices == len(in_order):
+        return in_order
+    if len(in_order) > 1 or slices < 1 or len(devices) % slices:
+        raise UserError(
+            f"mesh.slices={slices}, but {len(devices)} devices belong to {len(in_order)} slices; omit mesh.slices."
+        )
     if hasattr(devices[0], "slice_index"):
-        raise UserError(f"mesh.slices={slices}, but all {len(devices)} devices lie in one slice; leave it out.")
+        raise UserError(f"mesh.slices={slices}, but all {len(devices)} devices belong to one slice; omit mesh.slices.")
     size = len(devices) // slices
     return [list(devices[first : first + size]) for first in range(0, len(devices), size)]

@@ -1,4 +1,4 @@
-"""Constraints and manual programs on a mesh: what `lm2_jax.partition` asks for by logical names."""
+"""The `lm2_jax.partition.Partition` of a mesh: sharding constraints and shard_map by logical axis names."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm2_jax.partition import Shards
+from lm2_jax.partition import Partition, Shards
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding.rules import FIELDS, Rule, mesh_axes
 from lm2_jax.state import map_axes
@@ -17,73 +17,66 @@ from lm2_jax.types import Array, Axes
 
 
 class MeshShards(Shards):
-    """The devices along some mesh axes."""
+    """The devices along some mesh axes; methods are described in the base class."""
 
     def __init__(self, sizes: dict[str, int]):
         self._axes, self.size = tuple(sizes), math.prod(sizes.values())
 
     def gather(self, x: Array, axis: int) -> Array:
-        """See the base class."""
         return jax.lax.all_gather(x, self._axes, axis=axis, tiled=True)
 
     def sum(self, x: Array) -> Array:
-        """See the base class."""
         return jax.lax.psum(x, self._axes)
 
     def scatter(self, x: Array, axis: int) -> Array:
-        """See the base class."""
         return jax.lax.psum_scatter(x, self._axes, scatter_dimension=axis, tiled=True)
 
-    def enter(self, x: Any) -> Any:
-        """See the base class."""
-        return _enter(x, self._axes)
+    def copy_to(self, x: Any) -> Any:
+        return _copy_to(x, self._axes)
 
-    def leave(self, x: Any) -> Any:
-        """See the base class."""
-        return _leave(x, self._axes)
+    def reduce_from(self, x: Any) -> Any:
+        return _reduce_from(x, self._axes)
 
-    def receive(self, x: Any) -> Any:
-        """jax sums the gradient of such an argument over shards, which all have all of it."""
-        return _receive(x, self.size)
+    def scale_replicated_grad(self, x: Any) -> Any:
+        return _scale_replicated_grad(x, self.size)
 
-    def turn(self, x: Any) -> Any:
-        """See the base class."""
+    def ring_permute(self, x: Any) -> Any:
         ring = [((shard + 1) % self.size, shard) for shard in range(self.size)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, self._axes, ring), x)
 
     def softmax(self, score: Array) -> Array:
-        """exp(score - L), L the log-sum-exp of all shards, made of that of each."""
+        """exp(score - L), with L the log-sum-exp over all shards, computed from that of each shard."""
         part = jax.nn.logsumexp(score, axis=-1, keepdims=True)
         return jnp.exp(score - jax.nn.logsumexp(self.gather(part, score.ndim - 1), axis=-1, keepdims=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _enter(x: Any, axes: tuple[str, ...]) -> Any:
+def _copy_to(x: Any, axes: tuple[str, ...]) -> Any:
     return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _leave(x: Any, axes: tuple[str, ...]) -> Any:
+def _reduce_from(x: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(x, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _receive(x: Any, size: int) -> Any:
+def _scale_replicated_grad(x: Any, size: int) -> Any:
     return x
 
 
-# Each is the derivative of the other, of any order.
-_enter.defvjp(lambda x, axes: (_enter(x, axes), None), lambda axes, _, dy: (_leave(dy, axes),))
-_leave.defvjp(lambda x, axes: (_leave(x, axes), None), lambda axes, _, dy: (_enter(dy, axes),))
-_receive.defvjp(lambda x, size: (x, None), lambda size, _, dy: (jax.tree.map(lambda a: a / size, dy),))
+# `_copy_to` and `_reduce_from` are each other's derivative, to any order.
+_copy_to.defvjp(lambda x, axes: (_copy_to(x, axes), None), lambda axes, _, dy: (_reduce_from(dy, axes),))
+_reduce_from.defvjp(lambda x, axes: (_reduce_from(x, axes), None), lambda axes, _, dy: (_copy_to(dy, axes),))
+_scale_replicated_grad.defvjp(lambda x, size: (x, None), lambda size, _, dy: (jax.tree.map(lambda a: a / size, dy),))
 
 
-class MeshPartition:
-    """The `lm2_jax.partition.Partition` of a mesh and a table.
+class MeshPartition(Partition):
+    """The partition of a mesh by a table of rules; methods are described in the base class.
 
     Args:
       shape: sizes of the mesh axes.
-      rules: the table; where two dimensions of an activation want one mesh axis, its upper row has it.
+      rules: the table. If two dimensions of an activation map to one mesh axis, the higher row gets it.
     """
 
     def __init__(self, shape: dict[str, int], rules: Iterable[Rule]):
@@ -91,15 +84,13 @@ class MeshPartition:
         self._rank = {name: rank for rank, name in enumerate(self._table)}
 
     def is_split(self) -> bool:
-        """Whether there are several devices, and this is not the inside of a manual program."""
+        """Whether there are several devices, outside of `map_shards`."""
         return math.prod(self._shape.values()) > 1 and not jax.sharding.get_abstract_mesh().manual_axes
 
-    def parts(self, name: str | None) -> int:
-        """Devices along the mesh axes of a name."""
+    def num_shards(self, name: str | None) -> int:
         return math.prod(self._sizes(name).values())
 
     def constrain(self, x: Array, axes: Axes) -> Array:
-        """See `lm2_jax.partition.constrain`."""
         wanted = [self._sizes(name) for name in axes]
         if not self.is_split():
             return x
@@ -113,8 +104,7 @@ class MeshPartition:
                 spec[position] = tuple(sizes)
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
-    def pin(self, x: Array, last: Sequence[str | None]) -> Array:
-        """See `lm2_jax.partition.pin`."""
+    def constrain_last(self, x: Array, last: Sequence[str | None]) -> Array:
         if not self.is_split():
             return x
         others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(last))
@@ -123,7 +113,6 @@ class MeshPartition:
     def map_shards(
         self, fn: Callable[..., Any], in_axes: Any, out_axes: Any, reduce: str, check: bool
     ) -> Callable[..., Any] | None:
-        """See `lm2_jax.partition.logical_shard_map`."""
         sizes = self._sizes(reduce)
         if not sizes or not self.is_split():
             return None
@@ -142,12 +131,11 @@ class MeshPartition:
         return mapped
 
     def without(self, name: str) -> "MeshPartition":
-        """See `lm2_jax.partition.whole`."""
         self._check_known(name)
         return MeshPartition(self._shape, (self._table | {name: None}).items())
 
     def _sizes(self, name: str | None) -> dict[str, int]:
-        """The mesh axes, of size above 1, that a logical axis lies on."""
+        """The mesh axes of size above 1 that a logical axis is split over, with their sizes."""
         if name is None:
             return {}
         self._check_known(name)
@@ -170,7 +158,7 @@ def _check_divides(size: int, name: str | None, sizes: dict[str, int]) -> None:
     if size % math.prod(sizes.values()):
         given = {f"mesh.{axis}": n for axis, n in sizes.items()}
         fields = ", ".join([*FIELDS.get(name or "", ()), *given])
-        what = "batch" if name == "copies" else name  # rows, cut in another way
+        what = "batch" if name == "copies" else name  # the same rows, split differently
         raise ValueError(
             f"{what}={size} is not divisible by {' * '.join(f'{k}={v}' for k, v in given.items())}; change {fields}"
         )

@@ -1,4 +1,4 @@
-"""Where every array of a run would lie, told without devices and without allocating anything."""
+"""The placement of every array of a run, computed without devices and without allocating anything."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax
 from lm2_jax.config import RunConfig
 from lm2_jax.model import LanguageModel
 from lm2_jax.precision import prepare_numbers
-from lm2_jax.sharding.check import Placed, placed, unsharded
+from lm2_jax.sharding.check import Placement, placements, replicated_arrays
 from lm2_jax.sharding.layout import Layout
 from lm2_jax.sharding.mesh import MeshConfig, planned_mesh
 from lm2_jax.training.state import make_plan
@@ -19,13 +19,13 @@ def describe_plan(config: RunConfig, mesh: MeshConfig) -> str:
     """The table of `train.py PRESET --plan`.
 
     Args:
-      config: of the run.
-      mesh: its sizes; -1 counts as 1, since nothing says how many devices there are.
+      config: the run.
+      mesh: sizes of the mesh; -1 counts as 1, since the number of devices is unknown.
     Returns:
-      Each parameter, array of the optimizer and array of the recurrent state: shape, type, mesh axes of each
-      dimension, bytes on one device; then sums, and what lies whole on every device.
+      For each array of parameters, optimizer and recurrent state: shape, type, mesh axes of each dimension, bytes on
+      one device. Then the arrays that are replicated on every device.
     Raises:
-      UserError: mesh and run do not go together.
+      UserError: mesh and run are incompatible.
     """
     prepare_numbers(config.model.precision)
     layout = Layout(planned_mesh(mesh), config=config)
@@ -40,14 +40,26 @@ def describe_plan(config: RunConfig, mesh: MeshConfig) -> str:
     sizes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     lines = [f"{config.name} on {math.prod(layout.mesh.shape.values())} devices: {sizes}"]
     for name, (shapes, where) in trees.items():
-        lines += ["", *_section(name, list(placed(shapes, where)))]
-    whole = [array for shapes, where in trees.values() for array in unsharded(shapes, where)]
-    lines += ["", f"whole on every device: {', '.join(array.path for array in whole) or 'nothing of 1 MiB or more'}"]
-    return "\n".join(lines)
+        lines += ["", *_section(name, list(placements(shapes, where)))]
+    replicated = [array.path for shapes, where in trees.values() for array in replicated_arrays(shapes, where)]
+    return "\n".join([*lines, "", _describe_replication(dict(layout.mesh.shape), replicated)])
 
 
-def _section(name: str, arrays: Sequence[Placed]) -> list[str]:
-    """Lines of one tree, the sum first."""
+def _describe_replication(sizes: dict[str, int], replicated: list[str]) -> str:
+    """The last line of the plan: what each device holds completely."""
+    axes = [axis for axis, size in sizes.items() if size > 1]
+    if not axes:
+        return (
+            "replicated: nothing, as there is one device: it holds every array completely. "
+            "To plan for several devices, set --mesh.fsdp N or another axis"
+        )
+    if axes == ["data"]:
+        return "replicated on every device: all parameters and the optimizer, as mesh.data is the only axis above 1"
+    return f"replicated on every device: {', '.join(replicated) or 'nothing of 1 MiB or more'}"
+
+
+def _section(name: str, arrays: Sequence[Placement]) -> list[str]:
+    """The lines of one tree, starting with the sum."""
     total = sum(array.device_bytes for array in arrays)
     rows: list[Any] = [
         (array.path, str(list(array.shape)), array.dtype, array.spec, f"{array.device_bytes:,}") for array in arrays

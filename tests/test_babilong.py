@@ -1,4 +1,4 @@
-"""The scorers against published verdicts, and the reader of the published layout."""
+"""The verdicts against published ones, the names of lengths, and the reader of published data sets."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from pyarrow import parquet
 from lm2_jax import babilong
 from lm2_jax.babilong import Sample, is_correct
 from lm2_jax.errors import UserError
+from lm2_jax.evaluation.published import read_set
 
 ROWS = [
     {"input": "Mary went to the office.", "question": "Where is Mary? ", "target": "office"},
@@ -72,7 +73,7 @@ WHERE = "Where is Mary? "
         ("qa1", "kitchen", "'kitchen'!", WHERE, True, True),
         ("qa3", "garden", "Before the office the garden", "Where was the milk before the office? ", True, True),
         ("qa3", "garden", "Before the office", "Where was the milk before the office? ", False, False),
-        ("qa1", "office", "office", "Is the office where Mary is?", False, True),  # the target stands in the question
+        ("qa1", "office", "office", "Is the office where Mary is?", False, True),  # the target occurs in the question
         ("qa7", "none", "none", "How many objects is Mary carrying? ", False, True),  # "one" in "none"
         ("qa7", "one", "none", "How many objects is Mary carrying? ", False, False),
         ("qa7", "one", "one", "How many objects is Mary carrying? ", True, True),
@@ -101,12 +102,27 @@ def test_unknown_task():
         is_correct("a", "b", "c", "qa0")
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("0k", 0), ("4k", 4000), ("128k", 128_000), ("10M", 10_000_000)])
-def test_length_tokens(name, tokens):
+@pytest.mark.parametrize(
+    ("name", "tokens", "published"),
+    [
+        ("0k", 0, "0k"),
+        ("4k", 4000, "4k"),
+        ("128k", 128_000, "128k"),
+        ("10M", 10_000_000, "10M"),
+        ("16K", 16_000, "16k"),
+        ("1m", 1_000_000, "1M"),
+        ("1000k", 1_000_000, "1M"),
+        ("4096", 4096, "4096"),
+        ("4000", 4000, "4k"),
+        ("0", 0, "0k"),
+    ],
+)
+def test_lengths(name, tokens, published):
     assert babilong.length_tokens(name) == tokens
+    assert babilong.length_name(name) == published
 
 
-@pytest.mark.parametrize("name", ["4", "4K", "k", "-1k", "1.5k", "4k "])
+@pytest.mark.parametrize("name", ["4", "k", "-1k", "1.5k", "4k ", "4kb", "\uff14k", "9" * 400, ""])
 def test_no_length(name):
     with pytest.raises(UserError, match=re.escape(repr(name))):
         babilong.length_tokens(name)
@@ -115,12 +131,53 @@ def test_no_length(name):
 def write(path):
     """Writes ROWS in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         path.write_text(json.dumps(ROWS))
     elif path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
     else:
         parquet.write_table(pyarrow.Table.from_pylist([{"extra": None, **row} for row in ROWS]), path)
+
+
+NAMES = ["input", "question", "target"]
+PLAIN = [{name: row[name] for name in NAMES} for row in ROWS]
+CONTAINERS = {  # the names of pandas are those of its `orient`
+    "lines": "\n".join(map(json.dumps, ROWS)),
+    "lines with blank ones": "\n\n".join(map(json.dumps, ROWS)) + "\r\n",
+    "indented": json.dumps(ROWS, indent=2),
+    "lists": json.dumps({name: [row[name] for row in ROWS] for name in NAMES}),
+    "wrapped": json.dumps({"version": 1, "data": ROWS}),
+    "viewer": json.dumps({"rows": [{"row_idx": index, "row": row} for index, row in enumerate(ROWS)]}),
+    "pandas columns": json.dumps({name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in NAMES}),
+    "pandas index": json.dumps({str(i): row for i, row in enumerate(ROWS)}),
+    "pandas split": json.dumps(
+        {"columns": NAMES, "index": [0, 1], "data": [[row[name] for name in NAMES] for row in ROWS]}
+    ),
+    "pandas table": json.dumps(
+        {"schema": {"fields": []}, "data": [{"index": i, **row} for i, row in enumerate(PLAIN)]}
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_rows_in_all_containers(tmp_path, container, encoding, suffix):
+    path = tmp_path / f"qa1{suffix}"
+    path.write_bytes(CONTAINERS[container].encode(encoding))
+    assert babilong.read_samples(path) == SAMPLES
+
+
+def test_one_row(tmp_path):
+    path = tmp_path / "qa1.json"
+    path.write_text(json.dumps(ROWS[0]))
+    assert babilong.read_samples(path) == SAMPLES[:1]
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    path = tmp_path / "qa1.json"
+    path.write_text(r'[{"input": "a \ud83d b \ud83d\ude00", "question": "\udc00?", "target": "x"}]')
+    assert babilong.read_samples(path) == [Sample("a \ufffd b \U0001f600", "\ufffd?", "x")]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -136,6 +193,8 @@ def test_layout(tmp_path):
     (tmp_path / "README.md").write_text("not a set")
     (tmp_path / "2k" / "notes.json").write_text("{}")
     (tmp_path / "64k").mkdir()
+    (tmp_path / ".cache" / "8k").mkdir(parents=True)
+    write(tmp_path / ".cache" / "8k" / "qa1.json")
     found = babilong.published_files(tmp_path)
     assert [(length, list(files)) for length, files in found.items()] == [
         ("0k", ["qa1"]),
@@ -146,6 +205,11 @@ def test_layout(tmp_path):
     everything = babilong.select_files(tmp_path)
     assert list(everything) == [("qa1", "0k"), ("qa2", "2k"), ("qa10", "2k"), ("qa1", "16k"), ("qa1", "1M")]
     assert list(babilong.select_files(tmp_path, tasks=("qa10",), lengths=("2k",))) == [("qa10", "2k")]
+    assert list(babilong.select_files(tmp_path, lengths=("2K", "1000k"))) == [
+        ("qa2", "2k"),
+        ("qa10", "2k"),
+        ("qa1", "1M"),
+    ]
     with pytest.raises(UserError, match=r"holds no 'qa5', only \['qa2', 'qa10'\]"):
         babilong.select_files(tmp_path, tasks=("qa5",), lengths=("2k",))
     with pytest.raises(UserError, match=r"holds no '4k', only \['0k', '2k', '16k', '1M'\]"):
@@ -154,6 +218,61 @@ def test_layout(tmp_path):
         babilong.select_files(tmp_path, tasks=("mmlu",))
     write(tmp_path / "0k/qa1.jsonl")
     with pytest.raises(UserError, match="one set in two files"):
+        babilong.published_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "lengths"),
+    [
+        (["data/qa1/0k.json", "data/qa1/16K.json"], ["0k", "16k"]),
+        (["qa1/0k.json", "qa1/4096.json"], ["0k", "4096"]),
+        (["0k/qa1-00000-of-00001.parquet"], ["0k"]),
+        (["data/0k/qa1-00000-of-00001.parquet", "data/1m/QA1-00000-of-00001.parquet"], ["0k", "1M"]),
+        (["0k/qa1/0000.parquet", "1k/qa1/0000.parquet"], ["0k", "1k"]),
+        (["some/where/4k/qa1.JSON"], ["4k"]),
+    ],
+)
+def test_layouts_of_the_hub(tmp_path, names, lengths):
+    for name in names:
+        write(tmp_path / name)
+    found = babilong.select_files(tmp_path)
+    assert list(found) == [("qa1", length) for length in lengths]
+    assert all(read_set(files) == SAMPLES for files in found.values())
+
+
+@pytest.mark.parametrize("pattern", ["0k/qa1-0000{}-of-00003.parquet", "0k/qa1/000{}.parquet"])
+def test_shards_are_joined_in_order(tmp_path, pattern):
+    for number in (2, 0, 1):
+        path = tmp_path / pattern.format(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist([{**ROWS[0], "input": f"part {number}"}]), path)
+    (files,) = babilong.select_files(tmp_path).values()
+    assert [sample.input for sample in read_set(files)] == ["part 0", "part 1", "part 2"]
+    (tmp_path / pattern.format(1)).unlink()
+    with pytest.raises(UserError, match="qa1 at 0k lacks shards"):
+        babilong.published_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("4 k/qa1.json", "'qa1' without a length.*got '4 k'"),
+        ("qa1/long.json", "'qa1' without a length.*got 'long'"),
+        ("4k/qa21.json", "unknown task 'qa21'"),
+        ("qa0/4k.json", "unknown task 'qa0'"),
+    ],
+)
+def test_no_set_is_skipped(tmp_path, name, message):
+    write(tmp_path / "0k/qa1.json")
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        babilong.published_files(tmp_path)
+
+
+def test_a_dangling_link_is_refused(tmp_path):
+    (tmp_path / "0k").mkdir()
+    (tmp_path / "0k" / "qa1.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"qa1\.json: not a file that can be read"):
         babilong.published_files(tmp_path)
 
 
@@ -171,9 +290,16 @@ def test_layout_missing(tmp_path):
         ("a.json", b"[]", "holds no rows", 1),
         ("a.jsonl", b"\n", "holds no rows", 1),
         ("a.json", b"{", "not valid JSON", 1),
-        ("a.json", b"\xff\xfe\xfd", "not valid JSON", 1),
-        ("a.json", b'{"input": "x"}\n{"input": "y"}', "must end in .jsonl", 1),
-        ("a.json", b'{"input": "x"}', "expected a list of rows, got dict", 1),
+        ("a.json", b"\xff\xfe\xfd", "not UTF-8 text", 1),
+        ("a.json", b'[{"input": "caf\xe9"}]', "not UTF-8 text", 1),
+        ("a.json", b'{"input": "x"}\n{"input": "y"}', "row 0: no field 'question'", 1),
+        ("a.json", b'{"input": "x"}', "row 0: no field 'question'", 1),
+        ("a.json", b'{"a": "x"}', "expected rows with ['input', 'question', 'target']", 1),
+        ("a.json", b'{"input": ["x"], "question": [], "target": ["z"]}', "columns of different rows: [1, 0, 1]", 1),
+        ("a.json", b'{"columns": ["input"], "data": [["x", "y"]]}', "row 0: expected a list of 1 values", 1),
+        ("a.json", b"3", "expected a list of rows, got int", 1),
+        ("a.json", b"[" * 100_000, "nested too deeply", 1),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "not valid JSON", 1),
         ("a.json", b'["x"]', "row 0: expected an object", 1),
         ("a.jsonl", b'{"input": 1}\nnonsense', "line 2: not valid JSON", 1),
         ("a.json", b'[{"input": "x", "question": "y"}]', "row 0: no field 'target', only", 1),

@@ -1,7 +1,11 @@
 """Checkpoints: complete, proved, and never worse off after a failure."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import pathlib
+import resource
 import shutil
 
 import jax
@@ -9,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax import load_run
+from lm2_jax import checkpoint_files, load_run
 from lm2_jax.checkpoint import Checkpoints, folder_of, half_written
 from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.fit import begin
 from lm2_jax.training.state import make_plan
+from lm2_jax.training.workdir import read_config
 from tests.e2e.tiny_run import ROWS, tiny_config, write_documents
 
 
@@ -134,8 +139,15 @@ DAMAGES = {
     "the position gone": lambda folder: shutil.rmtree(folder / "position"),
     "the position cut": lambda folder: truncate(folder / "position" / "metadata"),
     "the position of other arrays": lambda folder: (folder / "position" / "metadata").write_text(
-        (folder / "position" / "metadata").read_text().replace('"params": [', '"params": [1')
+        (folder / "position" / "metadata").read_text().replace('"final_norm/scale": ', '"final_norm/scale": 1')
     ),
+    "the first loss changed": lambda folder: (folder / "position" / "metadata").write_text(
+        (folder / "position" / "metadata").read_text().replace('"first_loss": 3.5', '"first_loss": 4.5')
+    ),
+    "the config changed": lambda folder: (folder / "config" / "metadata").write_text(
+        (folder / "config" / "metadata").read_text().replace('"learning_rate": ', '"learning_rate": 1')
+    ),
+    "another step's folder": lambda folder: [shutil.rmtree(folder), shutil.copytree(folder.parent / "4", folder)],
     "an index gone": lambda folder: (folder / "params" / "manifest.ocdbt").unlink(),
     "an index garbled": lambda folder: garble(folder / "params" / "manifest.ocdbt"),
     "metadata garbled": lambda folder: [garble(path) for path in folder.rglob("_METADATA")],
@@ -231,6 +243,125 @@ def test_a_save_that_the_disk_refuses_is_one_message(plan, state, workdir):
         with pytest.raises(UserError, match="saving a checkpoint failed") as caught:
             checkpoints.save(12, at(state, 12), 3.5)
     assert caught.value.status == 1
+
+
+def save_and_finish(checkpoints, state, step):
+    checkpoints.save(step, state, 3.5)
+    checkpoints.finish()
+
+
+def test_a_save_that_fails_in_the_background_is_raised_by_finish(plan, state, tmp_path, monkeypatch, capfd):
+    """As on a disk that fills up: Orbax reports it when it is asked the next time."""
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        checkpoints.save(4, at(state, 4), 3.5)
+        checkpoints.finish()
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            with pytest.raises(UserError, match=r"saving a checkpoint failed: .*too large") as caught:
+                save_and_finish(checkpoints, at(state, 8), 8)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.status == 1
+    assert f"Last good checkpoint: {tmp_path / 'checkpoints' / '4'}." in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert "Traceback" not in capfd.readouterr().err
+    assert restore(plan, tmp_path)[1] == 4
+
+
+def test_a_checkpoint_is_read_back_before_it_is_called_good(plan, workdir, capsys):
+    with Checkpoints(workdir, plan.config) as checkpoints:
+        for path in arrays_of(workdir / "checkpoints" / "8"):
+            path.write_bytes(b"")
+        assert checkpoints.last_good() == f"Last good checkpoint: {workdir / 'checkpoints' / '4'}."
+        shutil.rmtree(workdir / "checkpoints" / "4" / "position")
+        assert checkpoints.last_good() == "There is no good checkpoint."
+    assert f"{workdir / 'checkpoints' / '8'} is damaged" in capsys.readouterr().err
+
+
+STRANGE = {
+    "brackets": b"a[b]c",
+    "latin-1": b"caf\xe9",
+    "blanks": b" a  b ",
+    "emoji": "\N{BRAIN}".encode(),
+    "glob": b"a*?{b,c}!",
+    "quotes": b"a'b\"c\\d`$x",
+    "control": b"a\nb\tc\x01",
+    "long": b"x" * 200,
+    "percent": b"%20%s#frag&x=1",
+    "printable": bytes(byte for byte in range(32, 127) if byte != ord("/")),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_workdir_may_have_any_name(plan, state, tmp_path, name, capfd):
+    workdir = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + STRANGE[name]))
+    with Checkpoints(workdir, plan.config) as checkpoints:
+        checkpoints.save(4, at(state, 4), 3.5)
+        assert checkpoints.finish() == f"Last good checkpoint: {workdir / 'checkpoints' / '4'}."
+    restored, step, _ = restore(plan, workdir)
+    assert step == 4
+    assert_equal(restored, at(state, 4))
+    assert os.listdir(tmp_path) == [workdir.name]
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_a_link_to_a_workdir_is_one(plan, state, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with Checkpoints(f"{tmp_path}/link/", plan.config) as checkpoints:
+        checkpoints.save(4, at(state, 4), 3.5)
+    assert restore(plan, tmp_path / "real")[1] == 4
+
+
+def test_a_checksum_depends_on_order_and_place():
+    def sums(**trees):
+        return checkpoint_files.checksums({"params": {name: jnp.asarray(x) for name, x in trees.items()}})[0]["params"]
+
+    a, b = np.array([1.0, 2.0, 3.0], np.float32), np.array([4.0, 5.0, 6.0], np.float32)
+    one = sums(a=a, b=b)
+    assert sums(a=a[[1, 0, 2]], b=b)["a"] != one["a"]
+    assert sums(a=b, b=a) != one, "arrays changed places"
+    assert sums(a=np.zeros((2, 3)))["a"] == 0
+    x = np.arange(6, dtype=np.int32)
+    assert sums(a=x.reshape(2, 3))["a"] == sums(a=x)["a"], "the place is counted in the file's order"
+    for y in (a, x.astype(bool), x.astype(np.int8), np.float32(3), a.astype(jnp.bfloat16)):
+        assert checkpoint_files._host_checksum(np.asarray(y)) == sums(a=y)["a"]
+    stacked = checkpoint_files.checksums({"params": {"blocks_0": {"w": jnp.stack([jnp.asarray(a), jnp.asarray(b)])}}})
+    assert stacked[0]["params"] == {"layers/0/w": one["a"], "layers/1/w": one["b"]}
+
+
+def test_a_newer_format_is_refused_with_both_versions(plan, workdir):
+    path = workdir / "checkpoints" / "8" / "position" / "metadata"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"format": 99, "version": "7.5"}))
+    with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*formats 1 to 2"):
+        restore(plan, workdir)
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "workdir_format1"
+
+
+def digests(tree):
+    return [hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_checkpoint_of_format_1_comes_back_bit_for_bit(tmp_path):
+    """Written by version 0.1.0: stacked layers, state fields by name, a random key, no format number."""
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    workdir = shutil.copytree(GOLDEN, tmp_path / "workdir")
+    config = read_config(workdir)
+    old = make_plan(config, LanguageModel(config.model))
+    for layout in (one_device(), Layout(make_mesh(MeshConfig(data=2, fsdp=2, model=2)))):
+        restored, step, _ = restore(old, workdir, layout)
+        assert step == 4
+        for item in ("params", "opt_state", "memory"):
+            assert digests(getattr(restored, item)) == expected[item], item
+    run = load_run(workdir)
+    assert digests(run.params) == expected["params"]
+    truncate(arrays_of(workdir / "checkpoints" / "4")[0])
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        restore(old, workdir)
 
 
 def test_load_run_without_a_run(tmp_path):

@@ -5,7 +5,6 @@ import signal
 import time
 
 import pytest
-import rich.console
 
 from lm2_jax import cli, quickstart
 from lm2_jax.errors import UserError
@@ -78,7 +77,7 @@ def child(tmp_path):
 
 
 def test_ctrl_c_lets_a_program_save(child, tmp_path, capsys):
-    status, printed = end(lambda: quickstart.command(rich.console.Console(), child, "1", "1", f"{tmp_path}/it"), capsys)
+    status, printed = end(lambda: quickstart.run(child, "1", "1", f"{tmp_path}/it"), capsys)
     assert (status, printed.err) == (130, "error: interrupted\n")
     assert (tmp_path / "it").read_text() == "saved"
 

@@ -63,7 +63,10 @@ def test_the_library_names_no_mesh_axis():
     forbidden = {"PartitionSpec", "NamedSharding", "Mesh", "make_mesh", "set_mesh", "shard_map"}
     offenders = []
     for name, tree in trees(sorted((ROOT / "lm2_jax").rglob("*.py"))):
-        offenders += [f"{name}: imports {m}" for m in imported_modules(tree) if m.startswith("lm2_jax.sharding")]
+        if name.startswith("lm2_jax/aot/"):  # compiles for meshes
+            continue
+        if name != "lm2_jax/layout.py":  # gives the others the class `Layout`
+            offenders += [f"{name}: imports {m}" for m in imported_modules(tree) if m.startswith("lm2_jax.sharding")]
         for node in ast.walk(tree):
             word = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name"}.get(type(node))
             if word and getattr(node, word) in forbidden:

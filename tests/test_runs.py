@@ -9,11 +9,12 @@ import pytest
 
 import lm2_jax
 from lm2_jax import runs
+from lm2_jax.aot import compile_only
+from lm2_jax.aot.topology import parse_topology
 from lm2_jax.config import to_dict
 from lm2_jax.errors import UserError
-from lm2_jax.sharding import MeshConfig, compile_only
+from lm2_jax.sharding import MeshConfig
 from lm2_jax.sharding.plan import describe_plan
-from lm2_jax.sharding.topology import parse_topology
 from tests.contract.subjects import FLOAT64
 
 NARROW = lm2_jax.preset("none_tiny")
@@ -27,7 +28,7 @@ def types(params):
 @pytest.mark.usefixtures("wide_numbers")
 def test_a_run_is_read_in_its_types(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(WIDE)))
-    monkeypatch.setattr(runs, "read_params", lambda workdir, shapes: (shapes, 1))
+    monkeypatch.setattr(runs, "read_params", lambda workdir, shapes, check: (shapes, 1))
     monkeypatch.setattr(runs, "load_tokenizer", lambda *_: None)
     run = lm2_jax.load_run(tmp_path)
     assert types(run.params) == {np.dtype("float64")}

@@ -25,7 +25,7 @@ def test_the_mesh_of_a_preset_is_taken_where_none_is_asked_for(monkeypatch, word
         meshes.append(mesh(16))
         return 0
 
-    monkeypatch.setattr(train, "compile_and_tell", tell)
+    monkeypatch.setattr(train, "compile_and_report", tell)
     monkeypatch.setattr(train.os, "_exit", sys.exit)
     arguments = ["lm2_1p7b", *words, "--compile-only", "--topology", "v5e:4x4"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lm2_jax.attention import splash
 from lm2_jax.attention.keys import Keys, Queries, joined, visible
 from lm2_jax.attention.softmax import dot_product_attention
-from lm2_jax.partition import parts
+from lm2_jax.partition import num_shards
 from lm2_jax.types import Array, Float
 
 
@@ -48,7 +48,7 @@ def _plain(queries: Queries, sets: Sequence[Keys], window_tokens: int | None, im
     """Through `jax.nn.dot_product_attention`."""
     prefix = [s for s in sets if s.position is None]
     is_segment = queries.position is None and queries.document is None and len(sets) - len(prefix) == 1
-    if is_segment and window_tokens is None and (not prefix or parts("time") == 1):
+    if is_segment and window_tokens is None and (not prefix or num_shards("time") == 1):
         return _causal(queries.q, prefix, sets[-1], implementation)
     k, v = joined(sets)
     mask_RTS = jnp.concatenate([visible(queries, s, window_tokens) for s in sets], axis=2)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lm2_jax.partition import Shards, logical_shard_map
-from lm2_jax.precision import safe
+from lm2_jax.precision import at_least_float32
 from lm2_jax.types import Array, Bool, Float
 
 
@@ -77,7 +77,7 @@ def _attend_pool(
         return dot_product_attention(q_BNHK, keys.k, keys.v, seen_BS[:, None, None, :])
     y_BNHK, norm_BNH = _attend_part(q_BNHK, keys, seen_BS)
     for _ in range(shards.size - 1):
-        keys, seen_BS = shards.turn((keys, seen_BS))
+        keys, seen_BS = shards.ring_permute((keys, seen_BS))
         part_BNHK, part_norm_BNH = _attend_part(q_BNHK, keys, seen_BS)
         total_BNH = jnp.logaddexp(norm_BNH, part_norm_BNH)
         y_BNHK = y_BNHK * jnp.exp(norm_BNH - total_BNH)[..., None]
@@ -91,7 +91,7 @@ def _attend_part(
     q_BNHK: Float[Array, "B N H K"], keys: ExtraKV, seen_BS: Bool[Array, "B S"]
 ) -> tuple[Float[Array, "B N H K"], Float[Array, "B N H"]]:
     """softmax over some of the keys, and the log of its denominator; both in float32 at least."""
-    (B, N, H, K), G, wide = q_BNHK.shape, keys.k.shape[2], safe(q_BNHK.dtype)
+    (B, N, H, K), G, wide = q_BNHK.shape, keys.k.shape[2], at_least_float32(q_BNHK.dtype)
     q_BNGRK = q_BNHK.reshape(B, N, G, H // G, K)
     score_BNGRS = jnp.einsum("bngrk,bsgk->bngrs", q_BNGRK, keys.k, preferred_element_type=wide) / math.sqrt(K)
     # Far below any score, but not so far that a shard of padding alone would divide infinities.

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from lm2_jax.attention.keys import Keys, Queries, joined
-from lm2_jax.partition import Shards, logical_shard_map, parts
+from lm2_jax.partition import Shards, logical_shard_map, num_shards
 from lm2_jax.types import Array, Float, Int
 
 LANES = 128  # of a TPU's vector registers: what the kernel's blocks are multiples of
@@ -28,7 +28,7 @@ def platform() -> str:
 
 def fits(tokens: int) -> bool:
     """Whether segments are long enough: the kernel takes whole blocks of tokens, on each device that has a part."""
-    return tokens % (LANES * parts("time")) == 0
+    return tokens % (LANES * num_shards("time")) == 0
 
 
 def unsupported(queries: Queries, sets: Sequence[Keys], window_tokens: int | None) -> str | None:
@@ -46,7 +46,7 @@ def unsupported(queries: Queries, sets: Sequence[Keys], window_tokens: int | Non
         return f"takes no persistent tokens and no rows of a memory (join.retrieve 'rows' or 'queries') with {other}"
     if not fits(T):
         return (
-            f"takes a multiple of {LANES} tokens on each of {parts('time')} devices, got {T} in all "
+            f"takes a multiple of {LANES} tokens on each of {num_shards('time')} devices, got {T} in all "
             "(model.segment_tokens and, with join 'tokens', twice memory.num_tokens)"
         )
     return None
@@ -117,7 +117,7 @@ def splash_attend(
 
     queries, keys = ("batch", "time", "heads", "head"), ("batch", None, "kv_heads", "head")
     in_axes = (names, queries, keys, keys, ("batch", "time"), ("batch", None))
-    split = next((name for name in ("batch", "heads", "time") if parts(name) > 1), "batch")
+    split = next((name for name in ("batch", "heads", "time") if num_shards(name) > 1), "batch")
     mapped = logical_shard_map(attend, in_axes, queries, reduce=split, check=False)
     scaled = (q.astype(jnp.float32) / math.sqrt(K)).astype(q.dtype)
     return mapped(pieces, scaled, k, v, query_ids, key_ids)
@@ -126,7 +126,7 @@ def splash_attend(
 def _kernel(mask: Any, num_heads: int, interpret: bool) -> kernels.SplashAttentionKernel:
     """The kernel for one mask; its arrays say which blocks of it are visited, for all heads of a device alike."""
     T, S = mask.shape
-    block_q, block_kv = (_block(size) for size in (T // parts("time"), S))
+    block_q, block_kv = (_block(size) for size in (T // num_shards("time"), S))
     sizes = kernels.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -138,7 +138,11 @@ def _kernel(mask: Any, num_heads: int, interpret: bool) -> kernels.SplashAttenti
     heads = masks.MultiHeadMask([mask] * num_heads)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         return kernels.make_splash_mha(
-            heads, block_sizes=sizes, head_shards=parts("heads"), q_seq_shards=parts("time"), interpret=interpret
+            heads,
+            block_sizes=sizes,
+            head_shards=num_shards("heads"),
+            q_seq_shards=num_shards("time"),
+            interpret=interpret,
         )
 
 
@@ -160,7 +164,7 @@ def _piece_axes(piece: Array) -> tuple[str | None, ...]:
 def _share(mask: Any) -> str:
     """Name of a scope that says how many blocks of scores the kernel computes, of how many."""
     T, S = mask.shape
-    block_q, block_kv = _block(T // parts("time")), _block(S)
+    block_q, block_kv = _block(T // num_shards("time")), _block(S)
     blocks = mask[:, :].reshape(T // block_q, block_q, S // block_kv, block_kv)
     return f"splash_{np.count_nonzero(blocks.any(axis=(1, 3)))}_of_{blocks.shape[0] * blocks.shape[2]}"
 

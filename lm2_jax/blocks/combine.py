@@ -9,7 +9,7 @@ from flax import linen as nn
 from lm2_jax.layers import Einsum, RMSNorm, Vector
 from lm2_jax.memory.base import Metrics, record
 from lm2_jax.parameters import MEMORY, Role
-from lm2_jax.precision import Precision, safe
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Float
 
@@ -64,7 +64,7 @@ class ProductModule(nn.Module):
           metrics: receives the mean of the gate.
         """
         gate = self.norm_memory(m)
-        gate = jax.nn.sigmoid(gate.astype(safe(gate.dtype)))
+        gate = jax.nn.sigmoid(gate.astype(at_least_float32(gate.dtype)))
         record(metrics, gate_memory=gate)
         normed = self.norm_attention(y)
         return (normed.astype(gate.dtype) * gate).astype(normed.dtype)
@@ -89,7 +89,7 @@ class MixModule(nn.Module):
         """A convex combination, so that either side can be silent; arguments as of `ProductModule`."""
         project = "...d,de->...e"
         logit = self.gate_attention(project, self.norm_attention(y)) + self.gate_memory(project, self.norm_memory(m))
-        logit = logit.astype(safe(logit.dtype))
+        logit = logit.astype(at_least_float32(logit.dtype))
         bias = self.gate_bias().astype(logit.dtype).reshape((1,) * (logit.ndim - 1) + (-1,))
         gate = jax.nn.sigmoid(logit + bias)
         record(metrics, gate_memory=1 - gate)

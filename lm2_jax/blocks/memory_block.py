@@ -9,7 +9,7 @@ from lm2_jax.attention import ExtraKV
 from lm2_jax.blocks.base import Block, JoinConfig
 from lm2_jax.blocks.ports import Buffers, LayerState, OpenLayer, begin_memory
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs
-from lm2_jax.partition import whole
+from lm2_jax.partition import replicated
 from lm2_jax.state import clear_start
 from lm2_jax.types import Array, Bool, Float, State
 
@@ -129,7 +129,7 @@ class MemoryBlock(Block):
         """
         N, T, module = x_1ND.shape[1], self.spec.segment_tokens, self.memory
         inputs = TokenInputs(jnp.pad(x_1ND, ((0, 0), (0, T - N), (0, 0))), (jnp.arange(T) < N)[None])
-        with whole("batch"):  # one row for all documents
+        with replicated("batch"):  # one row for all documents
             start = module.start_state()
             if self.is_running:
                 y_1TD, opened = module.advance(inputs, module.open(start))

@@ -6,11 +6,13 @@ bAbI v1.2 (Weston et al., arXiv:1502.05698) is plain text. A line is `number sen
 
 import functools
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lm2_jax.data.files import clean_text, read_text
 from lm2_jax.errors import UserError
 
 PERSONS = ("Mary", "John", "Daniel", "Sandra", "Fred", "Bill", "Jeff")
@@ -41,7 +43,7 @@ STATEMENT_FORMS = {
     "give": "{person} {verb} the {object} to {other_person}.",
     "relation": "The {place} is {direction} of the {other_place}.",
 }
-QUESTION_FORMS = {  # the trailing blank stands in the files, except in qa4
+QUESTION_FORMS = {  # the trailing blank is in the files, except in qa4
     "where_person": "Where is {person}? ",
     "where_object": "Where is the {object}? ",
     "before": "Where was the {object} before the {place}? ",
@@ -70,14 +72,14 @@ QUESTION_KINDS = {
 
 
 class Event(NamedTuple):
-    """What a statement says: its kind and the words in its slots, in the order of its form."""
+    """What a statement says: its kind, and the words that fill its form, in order."""
 
     kind: str
     words: tuple[str, ...]
 
 
 class Query(NamedTuple):
-    """What a question asks: its kind and the words in its slots, in the order of its form."""
+    """What a question asks: its kind, and the words that fill its form, in order."""
 
     kind: str
     words: tuple[str, ...]
@@ -120,7 +122,7 @@ _QUESTIONS = {kind: _pattern(form) for kind, form in QUESTION_FORMS.items()}
 
 @functools.lru_cache(maxsize=65536)
 def parse_statement(text: str) -> Event:
-    """The event that a statement of qa1 to qa5 tells; any other sentence is a `UserError`."""
+    """The event that a statement of qa1 to qa5 describes; any other sentence is a `UserError`."""
     for kind, pattern in _STATEMENTS.items():
         match = pattern.fullmatch(text)
         if match:
@@ -140,7 +142,7 @@ def parse_question(text: str) -> Query:
 
 @functools.cache
 def write_statement(event: Event, verb: str = "", there: bool = False) -> str:
-    """The statement that tells `event`, with one of VERBS[event.kind] and with or without a closing "there"."""
+    """The statement that describes `event`, with one of VERBS[event.kind] and with or without a closing "there"."""
     form = STATEMENT_FORMS[event.kind]
     words = dict(zip(_slots(form), event.words, strict=True))
     return form.format(verb=verb, there=" there" if there else "", **words)
@@ -148,7 +150,7 @@ def write_statement(event: Event, verb: str = "", there: bool = False) -> str:
 
 @functools.cache
 def write_question(query: Query) -> str:
-    """The question as it stands in the files, trailing blank included."""
+    """The question as the files have it, trailing blank included."""
     form = QUESTION_FORMS[query.kind]
     return form.format(**dict(zip(_slots(form), query.words, strict=True)))
 
@@ -175,7 +177,7 @@ def find_file(folder: str, task: str, split: str) -> pathlib.Path:
     Raises:
       UserError: if the folder or the file is not there.
     """
-    root = pathlib.Path(folder).expanduser()
+    root = pathlib.Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise UserError(f"babi_dir: expected a folder of bAbI files, got {folder!r}, which is not a folder")
     found = sorted(root.glob(f"{task}_*_{split}.txt")) + sorted(root.glob(f"{task}_{split}.txt"))
@@ -187,10 +189,18 @@ def find_file(folder: str, task: str, split: str) -> pathlib.Path:
     return found[0]
 
 
+_NUMBER = "[0-9]{1,9}"
+_LINE = re.compile(rf"({_NUMBER}) ([^\t]+)(?:\t([^\t]+)\t *((?:{_NUMBER}(?: +|$))*))?")
+
+
 def _line(text: str, path: pathlib.Path, row: int) -> Line:
-    match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)\t([\d ]*))?", text)
+    match = _LINE.fullmatch(text)
     if not match:
-        raise UserError(f"{path}: line {row} is not a line of a bAbI file: {text[:80]!r}", status=1)
+        raise UserError(
+            f"{path}: line {row} is not a line of a bAbI file: {text[:80]!r}; expected `number sentence`, or `number "
+            "question<TAB>answer<TAB>numbers of lines`",
+            status=1,
+        )
     number, sentence, answer, support = match.groups()
     if answer is None:
         return Line(int(number), sentence.strip())
@@ -211,7 +221,7 @@ def read_stories(folder: str, task: str, split: str) -> list[list[Line]]:
     """
     path = find_file(folder, task, split)
     stories: list[list[Line]] = []
-    for row, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for row, text in enumerate(clean_text(read_text(path)).splitlines(), start=1):
         if not text.strip():
             continue
         line = _line(text, path, row)

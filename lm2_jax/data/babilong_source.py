@@ -1,24 +1,25 @@
-"""BABILong for training: bAbI facts among background text, with the question at the end or questions all along."""
+"""BABILong for training: bAbI facts among background text, with one question at the end or questions throughout."""
 
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
-from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, read_samples, read_stories
+from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, answers_of, read_samples, read_stories
 from lm2_jax.data.background import open_background
 from lm2_jax.data.base import Example, Source, SourceConfig, Tokenizer
+from lm2_jax.data.event_stream import Steps, chained, simulated
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
 from lm2_jax.data.philox import Draws
 from lm2_jax.data.protocol import MIN_SENTENCE_TOKENS, limit_facts
-from lm2_jax.data.question_last import QuestionLastRows, Supply
+from lm2_jax.data.question_last import QuestionLastRows, SampleSampler
 from lm2_jax.data.text_tokens import Encoder, Noise, noise
-from lm2_jax.data.wander import Steps, chained, simulated
 from lm2_jax.data.worlds import simulate_sample
 
 _TRAIN, _HELD_OUT, _CORPUS = range(3)  # streams of draws
 _CORPUS_CHARACTERS = 600_000  # of facts, questions and answers
 _CORPUS_FACTS = 12  # of one story at most
+_REPEATS = 2000  # of an answer that no story has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,11 @@ class BabilongSource(SourceConfig):
 
     kind: ClassVar[str] = "babilong"
     tasks: tuple[str, ...] = ("qa1",)
-    """Tasks; interleaved questions and simulated worlds know qa1 to qa5, real files bring all 20."""
+    """Tasks; interleaved questions and simulated worlds support qa1 to qa5, real files all 20."""
     task_weights: tuple[float, ...] = ()
     """How often each task is drawn, relative; empty: equally often."""
     layout: Literal["question_last", "interleaved"] = "interleaved"
-    """One question at the end of a row (the published form), or questions all along it."""
+    """One question at the end of a row (the published form), or questions throughout it."""
     babi_dir: str | None = None
     """Folder of real bAbI files, such as en-10k (held-out rows read the test files); None: simulated worlds."""
     books_dir: str | None = None
@@ -43,18 +44,20 @@ class BabilongSource(SourceConfig):
     noise_fraction: float = 0.5
     """Interleaved: share of background in the tokens of statements and background."""
     noise_up_to: float | None = None
-    """Interleaved: each row draws its share between `noise_fraction` and this, evenly; None: all have the one share."""
+    """Interleaved: each row draws its share between `noise_fraction` and this, evenly; None: every row has
+    `noise_fraction`."""
     question_rate: float = 0.5
     """Interleaved: questions per sentence."""
     asked: tuple[int, ...] = ()
-    """Interleaved: of how many persons questions are about, in each stage; empty: of all, always. To keep apart what
-    several persons do, a memory has to learn where to write and where to read at once; with one person it need not."""
+    """Interleaved: number of persons that questions are about, in each stage; empty: all persons in every stage. With
+    several persons a memory has to learn where to write and where to read at once; with one person it need not."""
     asked_steps: tuple[int, ...] = ()
     """Interleaved: step at which each stage of `asked` after the first begins."""
     closing: bool = True
     """Interleaved: whether the row ends with a question, its answer and the end token in the text."""
     max_facts: int | None = None
-    """Question last: samples with more facts are dropped (and counted in the log); None: none are."""
+    """Question last: samples with more facts are dropped (and counted in the log), where the question counts as a fact,
+    as in the published filter; None: none are dropped."""
     margin: int = 0
     """Question last: tokens at the end of the row that stay padding (the published runs leave 20)."""
     plain_fraction: float = 0.0
@@ -71,7 +74,7 @@ class BabilongSource(SourceConfig):
             if needs_world and task not in WORLD_TASKS:
                 raise ValueError(
                     f"{name}.tasks: {task!r} needs layout 'question_last' and real files in babi_dir; layout "
-                    f"'interleaved' and the simulator know {list(WORLD_TASKS)}"
+                    f"'interleaved' and the simulator support {list(WORLD_TASKS)}"
                 )
         if self.task_weights and (len(self.task_weights) != len(self.tasks) or min(self.task_weights) <= 0):
             raise ValueError(
@@ -93,7 +96,7 @@ class BabilongSource(SourceConfig):
                 f"after the first; got {self.asked} and {self.asked_steps}"
             )
         if not 0.0 <= self.plain_fraction <= 1.0:
-            raise ValueError(f"{name}.plain_fraction must lie between 0 and 1, got {self.plain_fraction}")
+            raise ValueError(f"{name}.plain_fraction must be between 0 and 1, got {self.plain_fraction}")
         if self.min_sentence_tokens < 1:
             raise ValueError(f"{name}.min_sentence_tokens must be at least 1, got {self.min_sentence_tokens}")
         if self.max_sentence_tokens is not None and self.max_sentence_tokens < self.min_sentence_tokens:
@@ -101,8 +104,10 @@ class BabilongSource(SourceConfig):
                 f"{name}.max_sentence_tokens={self.max_sentence_tokens} is below "
                 f"min_sentence_tokens={self.min_sentence_tokens}"
             )
-        if self.max_facts is not None and self.max_facts < 2:
-            raise ValueError(f"{name}.max_facts must be at least 2 or None, got {self.max_facts}")
+        if self.max_facts is not None and self.max_facts < 3:
+            raise ValueError(
+                f"{name}.max_facts must be at least 3 (two facts and the question) or None, got {self.max_facts}"
+            )
         if self.margin < 0:
             raise ValueError(f"{name}.margin must not be negative, got {self.margin}")
 
@@ -125,7 +130,7 @@ class BabilongSource(SourceConfig):
         def sentences(draws: Draws, held_out: bool) -> Iterator[tuple[str, list[int]]]:
             return noise(background, encode, draws, held_out, bounds)
 
-        # A row with one question has no stages, whatever a preset says of interleaved ones.
+        # Stages are a property of interleaved rows only.
         layouts = {"interleaved": (self._interleaved, self.asked_steps), "question_last": (self._question_last, ())}
         stages, starts = layouts[self.layout]
         return _RowSource([rows.example for rows in stages(encode, sentences)], starts, segment_tokens, seed)
@@ -140,8 +145,8 @@ class BabilongSource(SourceConfig):
         return [InterleavedRows(stage, encode, steps, sentences) for stage in stages]
 
     def _question_last(self, encode: Encoder, sentences: Noise) -> list[QuestionLastRows]:
-        supply = Supply(self.tasks, self.weights, self._samples(), self.max_facts)
-        return [QuestionLastRows(supply, encode, sentences, self.margin, self.plain_fraction)]
+        sampler = SampleSampler(self.tasks, self.weights, self._samples(), self.max_facts)
+        return [QuestionLastRows(sampler, encode, sentences, self.margin, self.plain_fraction)]
 
     def _steps(self) -> Steps:
         if self.babi_dir is None:
@@ -162,27 +167,30 @@ class BabilongSource(SourceConfig):
         }
 
     def corpus(self, seed: int) -> list[str]:
-        """Stories with a question and its answer, and half as much background, or what interleaved rows have of it."""
+        """Stories with a question and its answer, and half as much background, or as much as interleaved rows have."""
         draws = Draws(seed, _CORPUS)
         background = open_background(self.books_dir).sentences(draws, held_out=False)
         share = sum(self._noise_shares) / 2 if self.layout == "interleaved" else 0.5
         samples = self._samples()
         texts: list[str] = []
-        told = filled = 0
-        while told < _CORPUS_CHARACTERS:
+        written = filled = 0
+        while written < _CORPUS_CHARACTERS:
             task = draws.weighted(self.tasks, self.weights)
             sample = simulate_sample(task, draws) if samples is None else draws.choice(samples[task, False])
             facts = " ".join(sample.facts[-_CORPUS_FACTS:])
             texts.append(f" {facts} {sample.question.strip()} {sample.answer}")
-            told += len(texts[-1])
-            while filled < told * share / (1 - share):
+            written += len(texts[-1])
+            while filled < written * share / (1 - share):
                 texts.append(" " + next(background))
                 filled += len(texts[-1])
+        if self.layout == "interleaved":  # its answers are one token each, those too that small files never give
+            words = set(" ".join(texts).replace(".", " ").split())
+            texts += [f" {word}" for task in self.tasks for word in answers_of(task) if word not in words] * _REPEATS
         return texts
 
 
 class _RowSource:
-    """Rows by index; each stage has its own way of writing them, and held-out rows have that of the last."""
+    """Rows by index; each stage has its own writer, and held-out rows use that of the last stage."""
 
     def __init__(
         self,

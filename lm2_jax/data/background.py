@@ -1,24 +1,29 @@
-"""Sentences that hide the facts: consecutive sentences of books, or generated prose.
+"""Background text that hides the facts: consecutive sentences of books, or generated prose.
 
-Books are drawn as BABILong does (booydar/babilong): a random book, a random place in it, the first and the last
-piece thrown away because they may be cut. Held-out text is the last tenth of every book, or paragraphs of the
+Books are drawn as BABILong does (booydar/babilong): a random book, a random place in it, and the first and last
+pieces dropped because they may be incomplete. Held-out text is the last tenth of every book, or paragraphs of the
 generated prose that training never reads.
 """
 
 import codecs
 import functools
+import itertools
 import mmap
+import os
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Protocol
 
 from lm2_jax.data import prose
+from lm2_jax.data.files import check_regular, decode
 from lm2_jax.data.philox import Draws
 from lm2_jax.errors import UserError
 
 HELD_OUT_PART = 0.1  # of every book, at its end
 _WINDOW = 4096  # bytes read at once
+_CHECKED = 1 << 16  # bytes at the start of each book whose encoding is checked when the folder is opened
+_CHECKED_BOOKS = 1000
 _PARAGRAPHS = 16_384  # of generated prose for training; as many again are held out
 _LONGEST = 16_384  # characters of a sentence; beyond that a text has no full stops
 _END = re.compile(r"[.!?]+[\"'”’“)\]_]*(?=\s+[\"'“‘„(\[_]*(\w))|\n\s*\n")
@@ -63,7 +68,7 @@ def split_sentences(text: str) -> tuple[list[str], str]:
     Args:
       text: any text; line breaks count as blanks.
     Returns:
-      The complete sentences with blanks normalised, and the rest of the text as it stands.
+      The complete sentences with blanks normalised, and the rest of the text unchanged.
     """
     sentences, start = [], 0
     for match in _END.finditer(text):
@@ -83,20 +88,26 @@ def split_sentences(text: str) -> tuple[list[str], str]:
 class Books:
     """A folder of plain-text books, UTF-8, one per `.txt` file.
 
-    The files are memory-mapped: opening is instant, and only what is read takes memory.
+    The files are memory-mapped: opening is instant, and only what is read takes memory. The encoding is checked at the
+    start of each book (of the first thousand); a damaged character further on is read as U+FFFD.
 
     Args:
       folder: the folder.
     Raises:
-      UserError: if it is no folder or holds no text.
+      UserError: if it is no folder, holds no text, or a book is no regular file or not UTF-8.
     """
 
     def __init__(self, folder: str):
-        root = pathlib.Path(folder).expanduser()
+        root = pathlib.Path(os.path.expanduser(folder))
         if not root.is_dir():
             raise UserError(f"books_dir: expected a folder of .txt books, got {folder!r}, which is not a folder")
         self._folder = folder
-        self._paths = [path for path in sorted(root.glob("*.txt")) if path.stat().st_size > 0]
+        found = [path for path in sorted(root.glob("*.txt")) if not path.is_dir()]
+        for path in found:
+            check_regular(path)
+        self._paths = [path for path in found if path.stat().st_size > 0]
+        for path in itertools.islice(self._paths, _CHECKED_BOOKS):
+            _check_encoding(path)
         if not self._paths:
             raise UserError(f"books_dir: expected .txt books in {folder!r}, found none; change books_dir")
 
@@ -121,17 +132,28 @@ class Books:
         border = int(len(content) * (1 - HELD_OUT_PART))
         low, high = (border, len(content)) if held_out else (0, border)
         at = low + draws.below(max(1, high - low))
-        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         rest, first = "", True
+        while at < high and content[at] & 0xC0 == 0x80:  # the place is inside a character
+            at += 1
         while at < high:
             raw = content[at : min(at + _WINDOW, high)]
-            at += len(raw)
+            raw = raw.removeprefix(codecs.BOM_UTF8) if at == 0 else raw
+            at = min(at + _WINDOW, high)
             complete, rest = split_sentences(rest + decoder.decode(raw))
             if first and complete:
                 complete, first = complete[1:], False
             yield from complete
             if len(rest) > _LONGEST:
                 rest, first = "", True
+
+
+def _check_encoding(path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(_CHECKED)
+    if len(start) == _CHECKED:
+        start = start.rstrip(bytes(range(0x80, 0x100)))  # the last character may be incomplete
+    decode(start, str(path))
 
 
 @functools.lru_cache(maxsize=256)  # a mapped file keeps a descriptor open; there may be thousands of books

@@ -1,6 +1,7 @@
 """What a source of training examples is, and the arrays it gives."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 class Example(NamedTuple):
-    """One row of S = K*T positions, or a batch of them with rows in front. Position i predicts `targets[i]`."""
+    """One row of S = K*T positions, or a batch with rows as the first axis. Position i predicts `targets[i]`."""
 
     tokens: np.ndarray  # [S] int32
     targets: np.ndarray  # [S] int32: the token to predict here
@@ -38,6 +39,44 @@ class Example(NamedTuple):
     distance: np.ndarray  # [S] int32: at the first token of an answer, segments back to the latest mention; else -1
     document: np.ndarray  # [S] int32: number of the document within its segment; all 0 unless packed
 
+    @classmethod
+    def padding(cls, segments: int, segment_tokens: int, pad_id: int) -> "Example":
+        """A row without any text, whose arrays a source then fills."""
+        size = segments * segment_tokens
+        return cls(
+            tokens=np.full(size, pad_id, np.int32),
+            targets=np.full(size, pad_id, np.int32),
+            answer=np.zeros(size, bool),
+            text=np.zeros(size, bool),
+            valid=np.zeros(size, bool),
+            reset=np.zeros(segments, bool),
+            distance=np.full(size, -1, np.int32),
+            document=np.zeros(size, np.int32),
+        )
+
+    @classmethod
+    def next_token(cls, stream: Sequence[int], segments: int, segment_tokens: int, pad_id: int) -> "Example":
+        """One document of at most S + 1 tokens, from the start of a row: position i predicts token i + 1.
+
+        Args:
+          stream: the tokens; the last one is a target only.
+          segments: segments K of the row.
+          segment_tokens: tokens T of a segment.
+          pad_id: fills the rest of the row.
+        """
+        row = cls.padding(segments, segment_tokens, pad_id)
+        count = len(stream) - 1
+        row.tokens[: len(stream)] = stream[: len(row.tokens)]
+        row.targets[:count] = stream[1:]
+        row.valid[:count] = row.text[:count] = True
+        row.reset[0] = True
+        return row
+
+    def mark_answer(self, start: int, count: int = 1) -> None:
+        """Makes the targets at `count` positions from `start` on an answer, which is no text to learn from."""
+        self.answer[start : start + count] = self.valid[start : start + count] = True
+        self.text[start : start + count] = False
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig(Family):
@@ -45,7 +84,7 @@ class SourceConfig(Family):
 
     @property
     def continues(self) -> bool:
-        """Whether row r of a step goes on where row r of the step before stopped; `data.carry_state` wants that.
+        """Whether row r of a step continues the text of row r of the step before; `data.carry_state` needs that.
 
         Such a source needs the same number of segments at every step.
         """
@@ -53,7 +92,7 @@ class SourceConfig(Family):
 
     @property
     def packs(self) -> bool:
-        """Whether a segment can hold several documents, which `Example.document` then tells apart."""
+        """Whether a segment can hold several documents, which `Example.document` numbers."""
         return False
 
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> "Source":
@@ -67,7 +106,7 @@ class SourceConfig(Family):
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples: what row `row` of step `step` reads, whoever asks and whenever."""
+    """Random access to examples: each row of each step is a function of its step and its number."""
 
     def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
         """The example of one row of a global batch of `rows` rows of `segments` segments each.

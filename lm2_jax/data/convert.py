@@ -1,15 +1,14 @@
-"""Turns text into token shards: `python -m lm2_jax.data.convert --out DIR --text FOLDER`, or `--tfds NAME`."""
+"""Turns text into token shards: `python -m lm2_jax.data.convert --out DIR --text PATH`, or `--tfds NAME`."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import tyro
 
 from lm2_jax import cli
 from lm2_jax.data.shards import empty_folder, write_shards
-from lm2_jax.data.text_source import TextFiles, TfdsDocuments, TfdsText, file_documents
-from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
+from lm2_jax.data.text_source import TextFiles, TfdsText
+from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer, token_array
 from lm2_jax.errors import UserError
 
 
@@ -20,7 +19,8 @@ class Conversion:
     out: str
     """Folder for the shards, new or empty."""
     text: str | None = None
-    """Folder of .txt files (a document each) and .jsonl files (a document a line)."""
+    """A file, a folder or a glob pattern: .txt and .md files (a document each), .jsonl, .json and .parquet files (a
+    document a row)."""
     tfds: str | None = None
     """Name of a prepared tensorflow-datasets set."""
     split: str = "train"
@@ -28,7 +28,7 @@ class Conversion:
     data_dir: str | None = None
     """Where the set was prepared; None: TFDS's default."""
     field: str = "text"
-    """Name of the text in .jsonl lines or in the set."""
+    """Name under which a row of a file, or an example of the set, has its text."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text becomes tokens; the shards keep it."""
     vocab_size: int = 32_000
@@ -44,21 +44,21 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     if (conversion.text is None) == (conversion.tfds is None):
         raise UserError(f"give either --text or --tfds, got text={conversion.text!r} and tfds={conversion.tfds!r}")
     empty_folder(conversion.out)  # before a tokenizer is trained
-    texts: Iterable[str]
     if conversion.text is not None:
-        texts = file_documents(conversion.text, conversion.field)
         source = TextFiles(path=conversion.text, field=conversion.field)
     else:
-        name = conversion.tfds or ""
-        texts = TfdsDocuments(name, conversion.split, conversion.data_dir, conversion.field)
-        source = TfdsText(name=name, split=conversion.split, data_dir=conversion.data_dir, field=conversion.field)
+        source = TfdsText(
+            name=conversion.tfds or "", split=conversion.split, data_dir=conversion.data_dir, field=conversion.field
+        )
+    documents = source.documents()
     tokenizer = build_tokenizer(
         conversion.tokenizer,
         lambda: source.corpus(conversion.seed),
         conversion.vocab_size,
         size_field="--vocab-size",
     )
-    return write_shards(map(tokenizer.encode, texts), tokenizer, conversion.out, conversion.tokens_per_shard)
+    arrays = (token_array(tokenizer, document.text, document.where) for document in documents)
+    return write_shards(arrays, tokenizer, conversion.out, conversion.tokens_per_shard)
 
 
 def main() -> None:

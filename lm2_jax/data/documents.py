@@ -1,10 +1,10 @@
-"""Rows of training text cut from tokenised documents: packed one after another, or walked in order."""
+"""Rows of training text cut from tokenised documents: packed one after another, or read in order."""
 
 import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -52,11 +52,11 @@ class MemoryDocuments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentFields:
-    """What every source made of documents can be told."""
+    """Fields of every source that is made of documents."""
 
     packing: Literal["packed", "ordered"] = "packed"
-    """Rows filled with one document after another, or documents walked through from step to step, which need
-    data.carry_state for the memory to follow."""
+    """"packed": rows are filled with one document after another. "ordered": each row reads a document from step to
+    step; with data.carry_state its memory is carried along."""
     document_segments: int | None = None
     """With packing "ordered", longer documents are cut into documents of at most this many segments; None: never."""
     held_out_fraction: float = 0.02
@@ -64,13 +64,13 @@ class DocumentFields:
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"source.held_out_fraction must lie in [0, 1), got {self.held_out_fraction}")
+            raise ValueError(f"source.held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}")
         if self.document_segments is not None and self.document_segments < 1:
             raise ValueError(f"source.document_segments must be at least 1 or None, got {self.document_segments}")
 
     @property
     def continues(self) -> bool:
-        """Whether a row goes on at the next step where it stopped."""
+        """Whether a row continues at the next step where it stopped."""
         return self.packing == "ordered"
 
     @property
@@ -80,13 +80,13 @@ class DocumentFields:
 
 
 class Span(NamedTuple):
-    """`count` tokens of a document from its `start`, to stand at `position` of a row."""
+    """`count` tokens of a document from its `start`, placed at `position` of a row."""
 
     document: int
     start: int
     count: int
     position: int
-    begins: bool  # what was read before has nothing to do with it
+    begins: bool  # whether a new document starts here
 
 
 class Packed:
@@ -107,7 +107,7 @@ class Packed:
         return order, np.cumsum(self._lengths[order])
 
     def spans(self, step: int, row: int, rows: int, segments: int) -> list[Span]:
-        """What stands in the row, without gaps."""
+        """The content of the row, without gaps."""
         size = segments * self._segment_tokens
         first, filled, spans = (step * rows + row) * size, 0, []
         while filled < size:
@@ -125,10 +125,10 @@ class Packed:
 
 
 class Ordered:
-    """Every row has documents of its own and walks through them, segment by segment and step by step.
+    """Every row has documents of its own and reads them segment by segment and step by step.
 
     A document starts at a segment border. A row that has read all its documents reads them again in another order.
-    Evaluation on fewer documents than rows gives rows the same documents; training refuses that.
+    Evaluation on fewer documents than rows gives several rows the same document; training refuses that.
     """
 
     def __init__(self, lengths: np.ndarray, segment_tokens: int, fields: DocumentFields, seed: int, held_out: bool):
@@ -157,7 +157,7 @@ class Ordered:
         return found
 
     def spans(self, step: int, row: int, rows: int, segments: int) -> list[Span]:
-        """What stands in the row: one span a segment."""
+        """The content of the row: one span per segment."""
         if len(self._dealt) < rows and not self._share:
             raise UserError(
                 f"data.source: {len(self._dealt)} training documents for data.rows={rows} rows, but with packing="
@@ -182,11 +182,11 @@ class DocumentSource:
     """A `Source` over documents.
 
     Args:
-      documents: what is read.
+      documents: the documents.
       segment_tokens: tokens T of a segment.
-      fields: how rows are cut, and how much is held out.
+      fields: packing and the held-out share.
       seed: chooses every order.
-      name: where the documents come from, for messages.
+      name: field and value that name the documents, for messages.
     """
 
     def __init__(self, documents: Documents, segment_tokens: int, fields: DocumentFields, seed: int, name: str):
@@ -207,38 +207,38 @@ class DocumentSource:
             if len(members)
         }
 
+    def held_out_documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document that training never reads.
+
+        Raises:
+          UserError: nothing is held out.
+        """
+        if not len(self._parts[True]):
+            raise UserError(f"{self._name}: nothing is held out; set data.source.held_out_fraction above 0")
+        return (self._documents.tokens(int(index)) for index in self._parts[True])
+
     def example(self, step: int, row: int, rows: int, segments: int, held_out: bool = False) -> Example:
         """See `Source.example`; all of a document is text to learn from, its end included."""
         if held_out not in self._layouts:
             raise UserError(f"{self._name}: nothing is held out; set data.source.held_out_fraction above 0")
         spans = self._layouts[held_out].spans(step, row, rows, segments)
-        size = segments * self._segment_tokens
-        tokens = np.full(size, self._documents.pad_id, np.int32)
-        targets, valid = tokens.copy(), np.zeros(size, bool)
-        starts_KT, reset = np.zeros((segments, self._segment_tokens), bool), np.zeros(segments, bool)
+        example = Example.padding(segments, self._segment_tokens, self._documents.pad_id)
+        starts_KT = np.zeros((segments, self._segment_tokens), bool)
         for span in spans:
             document = self._documents.tokens(int(self._parts[held_out][span.document]))
             here = slice(span.position, span.position + span.count)
             following = document[span.start + 1 : span.start + span.count + 1]
-            tokens[here] = document[span.start : span.start + span.count]
-            targets[here] = self._documents.eos_id  # stays after the last token of a document
-            targets[span.position : span.position + len(following)] = following
-            valid[here] = True
+            example.tokens[here] = document[span.start : span.start + span.count]
+            example.targets[here] = self._documents.eos_id  # stays after the last token of a document
+            example.targets[span.position : span.position + len(following)] = following
+            example.valid[here] = example.text[here] = True
             segment, within = divmod(span.position, self._segment_tokens)
             if within:
                 starts_KT[segment, within] = True
             else:
-                reset[segment] = span.begins
-        return Example(
-            tokens=tokens,
-            targets=targets,
-            answer=np.zeros(size, bool),
-            text=valid.copy(),
-            valid=valid,
-            reset=reset,
-            distance=np.full(size, -1, np.int32),
-            document=np.cumsum(starts_KT, axis=1, dtype=np.int32).reshape(size),
-        )
+                example.reset[segment] = span.begins
+        example.document[:] = np.cumsum(starts_KT, axis=1, dtype=np.int32).reshape(-1)
+        return example
 
 
 def _held_out(hashes: np.ndarray, fraction: float) -> int:

@@ -1,4 +1,4 @@
-"""Choices that depend on nothing but their key: equal on every host, library version and resume."""
+"""Random choices that are functions of a key: equal on every host, in every library version and after a resume."""
 
 import hashlib
 

@@ -1,23 +1,21 @@
-"""Rows with questions all along the text, whose answers are only in the targets.
+"""Rows with questions throughout the text, whose answers are only in the targets.
 
     Mary moved to the office. Once upon a time ... Where is Mary? <answer> John went to the garden. ...
                                                                   target: office
 
-The answer never stands in the text, so no later question can read it: it must come from the statement, however many
-segments ago that was.
+The answer is never part of the text, so no later question can read it: it must come from the statement, at whatever
+distance in segments.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
-
 from lm2_jax.data.babi import QUESTION_KINDS, Query, all_queries, answers_of, write_question
 from lm2_jax.data.base import Example
+from lm2_jax.data.event_stream import Step, Steps
 from lm2_jax.data.philox import Draws
-from lm2_jax.data.replay import Replay
+from lm2_jax.data.story_tracker import StoryTracker
 from lm2_jax.data.text_tokens import Encoder, Noise
-from lm2_jax.data.wander import Step, Steps
 from lm2_jax.errors import UserError
 
 _FIRST_TASKS = 8  # drawn for a task that can be asked about now, before the question is left out
@@ -30,7 +28,7 @@ class Recipe:
 
     tasks: tuple[str, ...]
     weights: tuple[float, ...]
-    noise_shares: tuple[float, float]  # of background in the tokens of it and statements; a row's lies between them
+    noise_shares: tuple[float, float]  # least and most background in the tokens of background and statements
     question_rate: float  # questions per sentence
     closing: bool  # whether the row ends with a question, its answer and the end token in the text
     silent: frozenset[str] = frozenset()  # persons that no question is about
@@ -50,24 +48,24 @@ class _Row:
         self.segment_tokens = segment_tokens
         self.tokens: list[int] = []
         self.labels: list[tuple[int, int, int]] = []  # position of a marker, answer token, distance
-        self.replay = Replay()
+        self.tracker = StoryTracker()
         self.last: Query | None = None
-        self.told = self.background = 0  # tokens of statements and of background
+        self.stated = self.background = 0  # tokens of statements and of background
 
-    def tell(self, step: Step) -> None:
-        """Writes a statement; what it says counts as told at its last token."""
+    def add_statement(self, step: Step) -> None:
+        """Writes a statement; its position is that of its last token."""
         assert step.event is not None
         ids = self.encode(step.text)
         self.tokens += ids
-        self.told += len(ids)
-        self.replay.tell(step.event, len(self.tokens) - 1)
+        self.stated += len(ids)
+        self.tracker.add(step.event, len(self.tokens) - 1)
 
     def wants_noise(self) -> bool:
-        """Holds the share of background near its target, in random order."""
+        """Keeps the share of background near its target, in random order."""
         fraction = self.noise_share
         if fraction == 0.0:
             return False
-        missing = fraction * (self.told + self.background) - self.background
+        missing = fraction * (self.stated + self.background) - self.background
         return self.draws.chance(fraction + missing / _NOISE_SWING)
 
     def pick(self) -> Query | None:
@@ -81,7 +79,7 @@ class _Row:
             task = recipe.tasks[0] if len(recipe.tasks) == 1 else draws.weighted(recipe.tasks, recipe.weights)
             classes: dict[int, list[Query]] = {}
             for kind in QUESTION_KINDS[task]:
-                for words, known in self.replay.known[kind].items():
+                for words, known in self.tracker.known[kind].items():
                     query, distance = Query(kind, words), here - known.latest // self.segment_tokens
                     if recipe.asks(query):
                         classes.setdefault(distance.bit_length(), []).append(query)
@@ -90,9 +88,9 @@ class _Row:
                 return draws.choice(classes[draws.weighted(there, [1 + number for number in there])])
         return None
 
-    def ask(self, query: Query) -> int:
-        """Writes a question and its marker, and notes the answer; returns the answer's token."""
-        known = self.replay.ask(query)
+    def add_question(self, query: Query) -> int:
+        """Writes a question and its marker, and records the answer; returns the answer's token."""
+        known = self.tracker.answer(query)
         assert known is not None
         self.tokens += self.encode.question(write_question(query))
         at = len(self.tokens) - 1
@@ -117,15 +115,15 @@ def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]
             step = next(steps)
             ids = encode(step.text)
             if step.query is not None:
-                if row.replay.ask(step.query) is None or not recipe.asks(step.query):
+                if row.tracker.answer(step.query) is None or not recipe.asks(step.query):
                     continue
                 ids = encode.question(write_question(step.query))
             if len(row.tokens) + len(ids) > size:
                 return ids
             if step.query is not None:
-                row.ask(step.query)
+                row.add_question(step.query)
                 continue
-            row.tell(step)
+            row.add_statement(step)
         if draws.chance(recipe.question_rate):
             query = row.pick()
             if query is None or (query == row.last and draws.chance(0.5)):
@@ -133,16 +131,16 @@ def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]
             ids = encode.question(write_question(query))
             if len(row.tokens) + len(ids) > size:
                 return ids
-            row.ask(query)
+            row.add_question(query)
 
 
 class InterleavedRows:
-    """Writes rows with questions all along.
+    """Writes rows with questions throughout the text.
 
     Args:
       recipe: what a row is made of.
       encode: the encoder.
-      steps: statements, and questions that stand among them.
+      steps: statements, and questions among them.
       noise: background sentences with their tokens.
     Raises:
       UserError: if an answer is not one token.
@@ -170,7 +168,7 @@ class InterleavedRows:
             end = None
         else:
             end = self._close(row, query, noise, size)
-        return _arrays(row, end, segments, segment_tokens, self._encode.pad_id)
+        return _example(row, end, segments, segment_tokens, self._encode.pad_id)
 
     def _close(self, row: _Row, query: Query, noise: Iterator[tuple[str, list[int]]], size: int) -> int:
         """Ends the row with a question, its answer and the end token; returns the answer's position."""
@@ -178,36 +176,21 @@ class InterleavedRows:
         # The gap is filled with background, cut to fit as BABILong does; without background the row ends early.
         while row.noise_share > 0.0 and len(row.tokens) < body:
             row.tokens += next(noise)[1][: body - len(row.tokens)]
-        answer = row.ask(query)
+        answer = row.add_question(query)
         row.tokens += [answer, self._encode.eos_id]
         return len(row.tokens) - 2
 
 
-def _arrays(row: _Row, end: int | None, segments: int, segment_tokens: int, pad_id: int) -> Example:
-    """The row as arrays; `end` is where an answer stands in the text, followed by the end token."""
-    size, written = segments * segment_tokens, len(row.tokens)
-    stream = np.full(size + 1, pad_id, np.int32)
-    stream[:written] = row.tokens
-    targets = stream[1:].copy()
-    valid = np.arange(size) < written - 1
-    answer = np.zeros(size, bool)
-    distance = np.full(size, -1, np.int32)
+def _example(row: _Row, end: int | None, segments: int, segment_tokens: int, pad_id: int) -> Example:
+    """The row as an example; `end` is where an answer is part of the text, followed by the end token."""
+    example = Example.next_token(row.tokens, segments, segment_tokens, pad_id)
     for at, token, segments_back in row.labels:
-        if at < size:
-            targets[at], answer[at], distance[at] = token, True, segments_back
-            valid[at] = True
+        if at < len(example.tokens):
+            example.mark_answer(at)
+            example.targets[at], example.distance[at] = token, segments_back
     if end is not None:
-        answer[end] = True
-    return Example(
-        tokens=stream[:-1].copy(),
-        targets=targets,
-        answer=answer,
-        text=valid & ~answer,
-        valid=valid,
-        reset=np.arange(segments) == 0,
-        distance=distance,
-        document=np.zeros(size, np.int32),
-    )
+        example.mark_answer(end)
+    return example
 
 
 def _require_single_tokens(task: str, encode: Encoder) -> None:

@@ -30,7 +30,7 @@ class MixedSource(SourceConfig):
 
     @property
     def continues(self) -> bool:
-        """Whether any part's rows go on from step to step; then a row stays with its part."""
+        """Whether any part's rows continue from step to step; then each row keeps its part."""
         return any(part.continues for part in self.parts)
 
     @property
@@ -39,7 +39,7 @@ class MixedSource(SourceConfig):
         return any(part.packs for part in self.parts)
 
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
-        """Opens all parts, each with a seed of its own: equal parts would else write equal rows."""
+        """Opens all parts, each with its own seed, so that equal parts write different rows."""
         sources = [
             part.build(tokenizer, segment_tokens, draw(seed, "part", index)) for index, part in enumerate(self.parts)
         ]
@@ -52,7 +52,7 @@ class MixedSource(SourceConfig):
 
 
 class _MixtureByExample:
-    """Each row of each step draws its source; a source that reads on with the step skips what others serve."""
+    """Each row of each step draws its source; a source that reads by step skips the rows of the others."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int):
         self._sources, self._seed = sources, seed
@@ -65,7 +65,7 @@ class _MixtureByExample:
 
 
 class _MixtureByRow:
-    """Each source has rows of its own for the whole run, and counts them from 0, as if there were no others."""
+    """Each source has rows of its own for the entire run, numbered from 0."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int):
         self._sources, self._seed = sources, seed

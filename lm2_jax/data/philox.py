@@ -1,4 +1,4 @@
-"""Random draws that depend on nothing but a key: cheap single numbers from numpy's Philox."""
+"""Random draws that are functions of a key: cheap single numbers from numpy's Philox."""
 
 import bisect
 import itertools

@@ -4,7 +4,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from lm2_jax.config import DataConfig
@@ -12,7 +11,7 @@ from lm2_jax.data.base import Example, Source
 from lm2_jax.data.draws import draw
 from lm2_jax.errors import UserError
 
-_LAST_STEP = 2**40  # Grain wants an end
+_LAST_STEP = 2**40  # Grain needs an end
 
 
 def segments_at(config: DataConfig, step: int) -> int:
@@ -22,10 +21,10 @@ def segments_at(config: DataConfig, step: int) -> int:
 
 
 def check(config: DataConfig) -> None:
-    """Refuses rows that go on from step to step while the number of segments changes."""
+    """Refuses rows that continue from step to step while the number of segments changes."""
     if config.source.continues and (config.vary_segments or len(set(config.segments)) > 1):
         raise UserError(
-            "data.source goes on from step to step (packing='ordered'), which needs the same number of segments at "
+            "data.source continues from step to step (packing='ordered'), which needs the same number of segments at "
             f"every step, but data.segments={config.segments} and data.vary_segments={config.vary_segments}: give one "
             "number, or choose packing='packed'"
         )
@@ -37,7 +36,7 @@ def stack(examples: Sequence[Example]) -> Example:
 
 
 def concatenate(examples: Sequence[Example]) -> Example:
-    """Examples one after the other in one row."""
+    """Examples one after another in one row."""
     return Example(*map(np.concatenate, zip(*examples, strict=True)))
 
 
@@ -63,8 +62,8 @@ def batches(
 ) -> Iterator[Example]:
     """This process's rows of the batch of every step from `start_step` on, prepared ahead by threads.
 
-    What a step reads depends on nothing but the step: a run that resumes, on any number of hosts, goes on with
-    exactly what it would have read.
+    A batch is a function of its step: a run that resumes, on any number of hosts, reads exactly what it would have
+    read without the interruption.
 
     Args:
       config: rows, segments, seed and how many batches are prepared ahead.
@@ -77,6 +76,8 @@ def batches(
     Returns:
       An endless iterator of batches with rows / process_count rows.
     """
+    import grain  # slow to import
+
     check(config)
     if config.rows % process_count:
         raise UserError(f"data.rows={config.rows} is not a multiple of the {process_count} processes that share them")

@@ -1,9 +1,9 @@
 """BABILong samples as they are published: facts of bAbI, in order, between sentences of a book.
 
-The protocol (booydar/babilong; arXiv:2406.10149): the background has as many tokens as the sample should have, less
-those of the facts; its last sentence is cut to fit exactly. Each fact gets a slot between background sentences: a
-sorted draw with replacement, so the order is kept and facts may follow each other. Question and answer are not
-counted.
+The protocol (booydar/babilong; arXiv:2406.10149): the background has as many tokens as the sample should have, minus
+those of the facts; its last sentence is cut to fit exactly. The place of each fact among the background sentences is
+drawn with replacement, and the places are sorted: the order of the facts is kept, and facts may be adjacent. Question
+and answer are not counted.
 """
 
 import logging
@@ -54,7 +54,7 @@ def babilong_sample(
       encode: the encoder.
       total_tokens: tokens of facts and background together. Where the facts alone have as many, there is no
         background; 0 asks for the facts only.
-      draws: chooses the slots.
+      draws: chooses the places.
     Returns:
       The sample.
     """
@@ -66,15 +66,15 @@ def babilong_sample(
             sentence, ids = encode.cut(ids, budget), ids[:budget]
         sentences.append((sentence, ids))
         budget -= len(ids)
-    slots = sorted(draws.below(len(sentences) + 1) for _ in sample.facts)
+    places = sorted(draws.below(len(sentences) + 1) for _ in sample.facts)
     texts: list[str] = []
     tokens: list[int] = []
     latest = done = 0
-    for index, (fact, slot) in enumerate(zip(sample.facts, slots, strict=True)):
-        for sentence, ids in sentences[done:slot]:
+    for index, (fact, place) in enumerate(zip(sample.facts, places, strict=True)):
+        for sentence, ids in sentences[done:place]:
             texts.append(sentence)
             tokens += ids
-        done = slot
+        done = place
         texts.append(fact)
         tokens += encode(fact)
         if index in sample.support:
@@ -85,15 +85,20 @@ def babilong_sample(
     return Placed(" ".join(texts), tokens, sample.question, sample.answer, latest)
 
 
+def within_limit(sample: Sample, max_facts: int | None) -> bool:
+    """Whether a sample passes the published filter, which counts the question as one more fact."""
+    return max_facts is None or len(sample.facts) + 1 <= max_facts
+
+
 def limit_facts(samples: list[Sample], max_facts: int | None, task: str) -> list[Sample]:
-    """The samples of at most `max_facts` facts; how many are dropped is logged, for it changes the task."""
+    """The samples that pass the filter; how many are dropped is logged, for it changes the task."""
     if max_facts is None:
         return samples
-    kept = [sample for sample in samples if len(sample.facts) <= max_facts]
+    kept = [sample for sample in samples if within_limit(sample, max_facts)]
     if not kept:
         raise UserError(
-            f"max_facts={max_facts}: all {len(samples)} samples of {task} have more facts, the smallest "
-            f"{min(len(sample.facts) for sample in samples)}; raise max_facts"
+            f"max_facts={max_facts}: all {len(samples)} samples of {task} have more facts (with the question), "
+            f"the smallest {1 + min(len(sample.facts) for sample in samples)}; raise max_facts"
         )
     if len(kept) < len(samples):
         _log.info(
@@ -124,7 +129,7 @@ def build_babilong_set(
       babi_dir: folder of real bAbI files; None: the simulator.
       books_dir: folder of .txt books; None: generated prose. The part is read that training never reads.
       split: "test" or "train" of the bAbI files.
-      max_facts: samples with more facts are dropped.
+      max_facts: samples with more facts are dropped, where the question counts as a fact, as published.
       seed: another seed gives another set.
     Returns:
       Rows {"input": text, "question": question, "target": answer}; the same ones for the same arguments.
@@ -163,7 +168,7 @@ def _simulated(task: str, samples: int, max_facts: int | None, seed: int) -> lis
     while len(chosen) < samples:
         sample = simulate_sample(task, Draws(seed, _SET, TASKS.index(task), 0, tries))
         tries += 1
-        if max_facts is None or len(sample.facts) <= max_facts:
+        if within_limit(sample, max_facts):
             chosen.append(sample)
         elif tries > 1000 * samples:
             raise UserError(f"max_facts={max_facts}: hardly any sample of {task} has so few facts; raise max_facts")

@@ -1,14 +1,12 @@
-"""Rows of one BABILong sample each: context, question, marker, answer and end; the last two are what is learned."""
+"""Rows of one BABILong sample each: context, question, marker, answer and end token; the model learns the last two."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from lm2_jax.data.babi import Sample
 from lm2_jax.data.base import Example
 from lm2_jax.data.philox import Draws
-from lm2_jax.data.protocol import babilong_sample, facts_tokens
+from lm2_jax.data.protocol import babilong_sample, facts_tokens, within_limit
 from lm2_jax.data.text_tokens import Encoder, Noise
 from lm2_jax.data.worlds import simulate_sample
 from lm2_jax.errors import UserError
@@ -18,7 +16,7 @@ _TRIES = 500  # simulated samples drawn until one fits
 _log = logging.getLogger(__name__)
 
 
-class Supply:
+class SampleSampler:
     """Samples by random draw.
 
     Args:
@@ -49,7 +47,7 @@ class Supply:
             return draws.choice(self._fit(task, held_out, size, need))
         for _ in range(_TRIES):
             sample = simulate_sample(task, draws)
-            if need(sample) <= size and (self._max_facts is None or len(sample.facts) <= self._max_facts):
+            if need(sample) <= size and within_limit(sample, self._max_facts):
                 return sample
         raise _too_short(task, size)
 
@@ -81,15 +79,15 @@ class QuestionLastRows:
     """Writes rows with one question at the end.
 
     Args:
-      supply: samples.
+      sampler: samples.
       encode: the encoder.
       noise: background sentences with their tokens.
       margin: positions at the end of the row left as padding.
       plain_fraction: share of rows without background.
     """
 
-    def __init__(self, supply: Supply, encode: Encoder, noise: Noise, margin: int, plain_fraction: float):
-        self._supply, self._encode, self._noise = supply, encode, noise
+    def __init__(self, sampler: SampleSampler, encode: Encoder, noise: Noise, margin: int, plain_fraction: float):
+        self._sampler, self._encode, self._noise = sampler, encode, noise
         self._margin, self._plain_fraction = margin, plain_fraction
 
     def _end(self, sample: Sample) -> tuple[list[int], list[int]]:
@@ -102,27 +100,14 @@ class QuestionLastRows:
 
     def example(self, draws: Draws, segments: int, segment_tokens: int, held_out: bool) -> Example:
         """One row of `segments` segments."""
-        size = segments * segment_tokens
-        room = size + 1 - self._margin  # the end token is a target only
-        sample = self._supply.draw(draws, held_out, room, self._need)
+        room = segments * segment_tokens + 1 - self._margin  # the end token is a target only
+        sample = self._sampler.draw(draws, held_out, room, self._need)
         question, answer = self._end(sample)
         total = 0 if draws.chance(self._plain_fraction) else room - len(question) - len(answer)
         placed = babilong_sample(sample, self._noise(draws, held_out), self._encode, total, draws)
         marker = len(placed.tokens) + len(question) - 1
-        written = marker + 1 + len(answer)
-        stream = np.full(size + 1, self._encode.pad_id, np.int32)
-        stream[:written] = placed.tokens + question + answer
-        position = np.arange(size)
-        valid = position < written - 1
-        distance = np.full(size, -1, np.int32)
-        distance[marker] = marker // segment_tokens - placed.latest // segment_tokens
-        return Example(
-            tokens=stream[:-1].copy(),
-            targets=stream[1:].copy(),
-            answer=valid & (position >= marker),
-            text=valid & (position < marker),
-            valid=valid,
-            reset=np.arange(segments) == 0,
-            distance=distance,
-            document=np.zeros(size, np.int32),
-        )
+        stream = placed.tokens + question + answer
+        example = Example.next_token(stream, segments, segment_tokens, self._encode.pad_id)
+        example.mark_answer(marker, len(answer))
+        example.distance[marker] = marker // segment_tokens - placed.latest // segment_tokens
+        return example

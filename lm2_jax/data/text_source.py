@@ -1,71 +1,23 @@
-"""Documents of plain text: folders of .txt and .jsonl files, and tensorflow-datasets."""
+"""Sources of plain text: files (a folder, a file, a glob pattern), and tensorflow-datasets."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from etils import epath
 
 from lm2_jax.data.base import Source, SourceConfig, Tokenizer
 from lm2_jax.data.documents import DocumentFields, DocumentSource, MemoryDocuments
 from lm2_jax.data.draws import shuffled
+from lm2_jax.data.files import clean_text, decode
+from lm2_jax.data.text_files import Document, cut_document, read_documents
+from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 
 _CORPUS_CHARACTERS = 4_000_000
 
 
-def file_documents(path: epath.PathLike, field: str) -> Iterator[str]:
-    """Texts below a folder, in the order of the file names: each .txt file, and each line of a .jsonl file.
-
-    Args:
-      path: folder, searched to any depth.
-      field: where a line's object has its text.
-    """
-    folder = epath.Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{path}: no such folder; expected one with .txt or .jsonl files")
-    files = sorted(_files(folder))
-    if not files:
-        raise UserError(f"{path}: neither .txt nor .jsonl files there")
-    for file in files:
-        try:
-            if file.suffix == ".txt":
-                yield file.read_text(encoding="utf-8")
-            else:
-                yield from _json_lines(file, field)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 text: {error}", status=1) from error
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files(entry)
-        elif entry.suffix in (".txt", ".jsonl"):
-            yield entry
-
-
-def _json_lines(file: epath.Path, field: str) -> Iterator[str]:
-    with file.open("r", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: not JSON: {error}", status=1) from error
-            text = entry.get(field) if isinstance(entry, dict) else None
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{file}:{number}: expected an object with text under {field!r}, got {line.strip()[:80]!r}; "
-                    "change the field's name"
-                )
-            yield text
-
-
-class TfdsDocuments(Sequence[str]):
+class TfdsDocuments(Sequence[Document]):
     """Texts of a prepared tensorflow-datasets set; TensorFlow itself is not needed.
 
     Args:
@@ -82,105 +34,155 @@ class TfdsDocuments(Sequence[str]):
             records: Any = tensorflow_datasets.data_source(name, split=split, data_dir=data_dir, download=False)
             first = records[0] if len(records) else {field: ""}
         except Exception as error:  # TFDS raises its own kinds and bare ones
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"TFDS {name!r}, split {split!r}, in data_dir {data_dir!r}: {reason} Expected a set prepared with "
                 f"`tfds build {name} --file_format=array_record`; change name, split or data_dir"
             ) from error
         if field not in first:
             raise UserError(f"TFDS {name!r} has no feature {field!r}; it has {sorted(first)}. Change the field's name")
-        self._records, self._field = records, field
+        self._records, self._field, self._name = records, field, name
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         return map(self.__getitem__, range(len(self)))  # past its end TFDS raises another error than a list
 
     def __getitem__(self, index: Any) -> Any:
+        where = f"TFDS {self._name!r}, example {index}"
         text = self._records[index][self._field]
-        return text.decode("utf-8") if isinstance(text, bytes) else str(text)
-
-
-def _tokenised(
-    texts: Iterable[str], tokenizer: Tokenizer, limit_megabytes: int, name: str, convert: str
-) -> MemoryDocuments:
-    def documents() -> Iterator[np.ndarray]:
-        read = 0
-        for text in texts:
-            read += len(text)
-            if read > limit_megabytes * 1_000_000:
-                raise UserError(
-                    f"{name}: more than data.source.limit_megabytes={limit_megabytes} MB of text, too much to tokenise "
-                    f"at each start: convert it once with `python -m lm2_jax.data.convert {convert}` and read the "
-                    "shards, or raise the limit"
-                )
-            yield np.array(tokenizer.encode(text), np.uint32)
-
-    return MemoryDocuments(documents(), tokenizer.eos_id, tokenizer.pad_id)
-
-
-def _sample(texts: Sequence[str], seed: int) -> list[str]:
-    """About 4 MB out of all parts of a corpus, the same for the same seed."""
-    share = max(10_000, _CORPUS_CHARACTERS // max(1, len(texts)))
-    sample, size = [], 0
-    for index in shuffled(len(texts), seed, "corpus"):
-        if size >= _CORPUS_CHARACTERS:
-            break
-        sample.append(texts[int(index)][:share])
-        size += len(sample[-1])
-    return sample
+        return Document(clean_text(decode(text, where) if isinstance(text, bytes) else str(text)), where)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFiles(DocumentFields, SourceConfig):
-    """A folder of .txt files (a document each) and .jsonl files (a document a line), tokenised at the start."""
+class _TokenisedText(DocumentFields, SourceConfig, abstract=True):
+    """What sources of text share that tokenise it at the start."""
+
+    field: str = "text"
+    """Name under which a row has its text."""
+    limit_megabytes: int = 256
+    """Most text that is tokenised at the start; larger corpora are converted to shards."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit_megabytes < 1:
+            raise ValueError(f"source.limit_megabytes must be at least 1, got {self.limit_megabytes}")
+
+    def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
+        """Reads and tokenises all text."""
+
+        def arrays() -> Iterator[np.ndarray]:
+            read = 0
+            for document in self.documents():
+                read += len(document.text)
+                self.check_size(read)
+                yield token_array(tokenizer, document.text, document.where)
+
+        documents = MemoryDocuments(arrays(), tokenizer.eos_id, tokenizer.pad_id)
+        return DocumentSource(documents, segment_tokens, self, seed, self.title)
+
+    def corpus(self, seed: int) -> list[str]:
+        """About 4 MB out of all parts of the text, the same for the same seed."""
+        # Texts are read twice, so that memory holds the sample only.
+        lengths = [len(document.text) for document in self.documents()]
+        share = max(10_000, _CORPUS_CHARACTERS // max(1, len(lengths)))
+        chosen: dict[int, str] = {}
+        size = 0
+        for index in shuffled(len(lengths), seed, "corpus").tolist():
+            if size >= _CORPUS_CHARACTERS:
+                break
+            chosen[index] = ""
+            size += min(lengths[index], share)
+        for index, document in enumerate(self.documents()):
+            if index in chosen:
+                chosen[index] = document.text[:share]
+        return list(chosen.values())
+
+    def documents(self) -> Iterable[Document]:
+        """The documents in their order."""
+        raise NotImplementedError
+
+    def check_size(self, characters: int) -> None:
+        """Refuses more text than `limit_megabytes`."""
+        if characters > self.limit_megabytes * 1_000_000:
+            raise UserError(
+                f"{self.title}: more than data.source.limit_megabytes={self.limit_megabytes} MB of text, too much to "
+                f"tokenise at each start: convert it once with `python -m lm2_jax.data.convert --out OUT "
+                f"{self.convert_flags}` and read the shards, or raise the limit"
+            )
+
+    @property
+    def title(self) -> str:
+        """The field and value that name the text, for messages."""
+        raise NotImplementedError
+
+    @property
+    def convert_flags(self) -> str:
+        """How the converter is given the same text."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFiles(_TokenisedText):
+    """Text files, tokenised at the start: a document for each .txt or .md file, and for each row of the others."""
 
     kind: ClassVar[str] = "text"
 
     path: str
-    """Folder, searched to any depth."""
+    """A file, a folder (searched to any depth), or a glob pattern; .txt, .md, .jsonl, .json and .parquet files."""
     field: str = "text"
-    """Name under which a line of a .jsonl file has its text."""
-    limit_megabytes: int = 256
-    """Most text that is tokenised at the start; more belongs into shards."""
+    """Name under which a row of a .jsonl, .json or .parquet file has its text."""
+    document_characters: int | None = None
+    """Longer documents are cut into documents of at most this many characters, at the end of a paragraph where one
+    ends; None: never. A text of few documents needs it, since held-out text consists of complete documents."""
 
-    def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
-        """Reads and tokenises all files."""
-        name = f"data.source.path={self.path!r}"
-        texts = file_documents(self.path, self.field)
-        documents = _tokenised(texts, tokenizer, self.limit_megabytes, name, f"OUT --text {self.path}")
-        return DocumentSource(documents, segment_tokens, self, seed, name)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.document_characters is not None and self.document_characters < 1:
+            raise ValueError(f"source.document_characters must be at least 1 or None, got {self.document_characters}")
 
-    def corpus(self, seed: int) -> list[str]:
-        """A sample of all documents."""
-        return _sample(list(file_documents(self.path, self.field)), seed)
+    def documents(self) -> Iterator[Document]:
+        """The documents of all files, cut where they are longer than `document_characters`."""
+        for document in read_documents(self.path, self.field):
+            yield from cut_document(document, self.document_characters)
+
+    @property
+    def title(self) -> str:
+        """The field and value that name the text, for messages."""
+        return f"data.source.path={self.path!r}"
+
+    @property
+    def convert_flags(self) -> str:
+        """How the converter is given the same text."""
+        return f"--text {self.path}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TfdsText(DocumentFields, SourceConfig):
+class TfdsText(_TokenisedText):
     """A text set of tensorflow-datasets, prepared in the ArrayRecord format, tokenised at the start."""
 
     kind: ClassVar[str] = "tfds"
 
     name: str
-    """Name in TFDS, with config and version where wanted."""
+    """Name in TFDS, with config and version if needed."""
     split: str = "train"
     """Split in TFDS's notation, such as "train[:10%]"."""
     data_dir: str | None = None
     """Folder in which it was prepared; None: TFDS's default."""
     field: str = "text"
     """Feature that holds the text."""
-    limit_megabytes: int = 256
-    """Most text that is tokenised at the start; more belongs into shards."""
 
-    def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
-        """Reads and tokenises the split."""
-        name = f"data.source.name={self.name!r}"
-        texts = TfdsDocuments(self.name, self.split, self.data_dir, self.field)
-        documents = _tokenised(texts, tokenizer, self.limit_megabytes, name, f"OUT --tfds {self.name}")
-        return DocumentSource(documents, segment_tokens, self, seed, name)
+    def documents(self) -> "TfdsDocuments":
+        """The examples of the split."""
+        return TfdsDocuments(self.name, self.split, self.data_dir, self.field)
 
-    def corpus(self, seed: int) -> list[str]:
-        """A sample of all documents."""
-        return _sample(TfdsDocuments(self.name, self.split, self.data_dir, self.field), seed)
+    @property
+    def title(self) -> str:
+        """The field and value that name the text, for messages."""
+        return f"data.source.name={self.name!r}"
+
+    @property
+    def convert_flags(self) -> str:
+        """How the converter is given the same text."""
+        return f"--tfds {self.name}"

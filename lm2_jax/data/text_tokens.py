@@ -1,4 +1,4 @@
-"""How text of a row becomes tokens: one sentence at a time, with a leading blank, remembered."""
+"""Encodes the text of a row, one sentence at a time with a leading blank, with a cache."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,13 +7,13 @@ from lm2_jax.data.base import Tokenizer
 from lm2_jax.data.philox import Draws
 from lm2_jax.errors import UserError
 
-MARKER_TEXT = " Answer:"  # stands after a question where the vocabulary has no marker
-_REMEMBERED = 100_000
+MARKER_TEXT = " Answer:"  # follows a question where the vocabulary has no marker
+_CACHED_SENTENCES = 100_000
 Noise = Callable[[Draws, bool], Iterator[tuple[str, list[int]]]]  # `noise` with all but draws and held_out given
 
 
 class Encoder:
-    """Encodes sentences, each with a leading blank, and remembers what it encoded.
+    """Encodes sentences, each with a leading blank, and caches the result.
 
     Args:
       tokenizer: the tokenizer.
@@ -30,7 +30,7 @@ class Encoder:
         """Tokens of one sentence; the list is shared, so it must not be changed."""
         ids = self._known.get(sentence)
         if ids is None:
-            if len(self._known) >= _REMEMBERED:
+            if len(self._known) >= _CACHED_SENTENCES:
                 self._known.clear()
             ids = self._known[sentence] = self._tokenizer.encode(" " + sentence.strip())
         return ids
@@ -40,7 +40,7 @@ class Encoder:
         return self._tokenizer.decode(ids[:size]).strip()
 
     def question(self, question: str) -> list[int]:
-        """Tokens of a question and the marker after it: what stands before an answer."""
+        """Tokens of a question and the marker after it, which precede an answer."""
         return self(question) + self.marker
 
 

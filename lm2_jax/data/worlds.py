@@ -1,13 +1,13 @@
 """Simulator of the bAbI worlds of qa1 to qa5: stories that are distributed like the files of bAbI v1.2.
 
-How the files were made was read off their statistics (tests/data/test_worlds.py holds both sides together):
+The rules were derived from statistics of the files (tests/data/test_worlds.py compares both):
 
 - Everybody and everything begins somewhere, unknown to the reader. Somebody does something: a random person and a
-  random action, drawn again until they are possible. Moving picks one of six places, so it fails now and then.
+  random action, drawn again until they are possible. Moving picks one of six places, so it sometimes fails.
 - A gift picks neither person nor thing at random: see _FileWorld.
 - After every two statements a question is asked if one can be: about one of the last five statements. It must have
   exactly the number of supporting facts that its task is named after. A story ends with its fifth question.
-- qa4 is a line of three rooms: the two outer ones are told relative to the middle one.
+- qa4 is a line of three rooms: the two outer ones are described relative to the middle one.
 """
 
 from collections.abc import Callable, Sequence
@@ -144,8 +144,8 @@ class _Asked(NamedTuple):
     support: tuple[int, ...]  # indices into the history
 
 
-class _Told:
-    """A story as told so far."""
+class _History:
+    """The events of a story so far."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -173,37 +173,37 @@ class _Told:
         return self.events[index].words[1]
 
 
-def _ask_person(told: _Told, index: int, draws: Draws) -> _Asked | None:
+def _ask_person(history: _History, index: int, draws: Draws) -> _Asked | None:
     del draws
-    person = told.events[index].words[0]
-    last = told.moves[person][-1]
-    return _Asked(Query("where_person", (person,)), told.destination(last), (last,))
+    person = history.events[index].words[0]
+    last = history.moves[person][-1]
+    return _Asked(Query("where_person", (person,)), history.destination(last), (last,))
 
 
-def _ask_object(told: _Told, index: int, draws: Draws) -> _Asked | None:
+def _ask_object(history: _History, index: int, draws: Draws) -> _Asked | None:
     """A dropped thing is where its dropper was; a carried one counts after its carrier moved with it."""
     del draws
-    event = told.events[index]
-    if event.kind == "move" or told.touched[event.words[1]] != index:
+    event = history.events[index]
+    if event.kind == "move" or history.touched[event.words[1]] != index:
         return None
     person, thing = event.words
-    moves = told.moves.get(person, [])
+    moves = history.moves.get(person, [])
     fitting = [m for m in moves if (m < index) == (event.kind == "drop")]
     if not fitting:
         return None
-    return _Asked(Query("where_object", (thing,)), told.destination(fitting[-1]), (index, fitting[-1]))
+    return _Asked(Query("where_object", (thing,)), history.destination(fitting[-1]), (index, fitting[-1]))
 
 
-def _ask_before(told: _Told, index: int, draws: Draws) -> _Asked | None:
+def _ask_before(history: _History, index: int, draws: Draws) -> _Asked | None:
     """Two moves in a row with the thing in hand, to a place that it did not see again on that journey."""
-    event = told.events[index]
-    if event.kind == "move" or told.touched[event.words[1]] != index:
+    event = history.events[index]
+    if event.kind == "move" or history.touched[event.words[1]] != index:
         return None
     person, thing = event.words
-    end = index if event.kind == "drop" else len(told.events)
-    start = told.carried.get(thing, end)
-    moves = [m for m in told.moves.get(person, []) if start < m < end]
-    places = [told.destination(m) for m in moves]
+    end = index if event.kind == "drop" else len(history.events)
+    start = history.carried.get(thing, end)
+    moves = [m for m in history.moves.get(person, []) if start < m < end]
+    places = [history.destination(m) for m in moves]
     fitting = [i for i in range(1, len(moves)) if places[i] not in places[i + 1 :]]
     if not fitting:
         return None
@@ -211,12 +211,12 @@ def _ask_before(told: _Told, index: int, draws: Draws) -> _Asked | None:
     return _Asked(Query("before", (thing, places[i])), places[i - 1], (index, moves[i], moves[i - 1]))
 
 
-def _ask_gift(told: _Told, index: int, draws: Draws) -> _Asked | None:
-    event = told.events[index]
-    if event.kind != "give" or told.given[event.words[1]] != index:
+def _ask_gift(history: _History, index: int, draws: Draws) -> _Asked | None:
+    event = history.events[index]
+    if event.kind != "give" or history.given[event.words[1]] != index:
         return None
     person, thing, other = event.words
-    later = told.events[index + 1 :]
+    later = history.events[index + 1 :]
     if any(e.kind == "give" and (e.words[0], e.words[2]) == (person, other) for e in later):
         group = draws.below(2)  # "What did A give to B?" would have two answers
     else:
@@ -230,7 +230,7 @@ def _ask_gift(told: _Told, index: int, draws: Draws) -> _Asked | None:
     return _Asked(query, answer, (index,))
 
 
-_ASK: dict[str, Callable[[_Told, int, Draws], _Asked | None]] = {
+_ASK: dict[str, Callable[[_History, int, Draws], _Asked | None]] = {
     "qa1": _ask_person,
     "qa2": _ask_object,
     "qa3": _ask_before,
@@ -241,19 +241,19 @@ _ASK: dict[str, Callable[[_Told, int, Draws], _Asked | None]] = {
 def _acted_story(task: str, draws: Draws) -> list[Line]:
     persons = PERSONS_OF[task]
     world = _FileWorld(draws, persons, OBJECTS if task != "qa1" else (), ACTIONS[task])
-    told = _Told()
+    history = _History()
     lines: list[Line] = []
     questions = 0
     while questions < QUESTIONS:
         for _ in range(_STATEMENTS):
             event = world.act(persons)
-            told.add(event, len(lines) + 1)
+            history.add(event, len(lines) + 1)
             lines.append(Line(len(lines) + 1, word(event, _TAKE_THERE.get(task, 0.0), draws)))
-        recent = range(max(0, len(told.events) - _RECENT), len(told.events))
-        tries = (_ASK[task](told, index, draws) for index in draws.subset(recent, len(recent)))
+        recent = range(max(0, len(history.events) - _RECENT), len(history.events))
+        tries = (_ASK[task](history, index, draws) for index in draws.subset(recent, len(recent)))
         asked = next((found for found in tries if found is not None), None)
         if asked is not None:
-            support = tuple(told.numbers[index] for index in asked.support)
+            support = tuple(history.numbers[index] for index in asked.support)
             lines.append(Line(len(lines) + 1, write_question(asked.query), asked.answer, support))
             questions += 1
     return lines
@@ -267,8 +267,8 @@ def _line_of_rooms(draws: Draws) -> list[Line]:
         sides = sides[::-1]
     events = []
     for room, side, other_side in zip(outer, sides, sides[::-1], strict=True):
-        told_by_outer = draws.chance(_OUTER_FIRST)
-        events.append(Event("relation", (room, side, middle) if told_by_outer else (middle, other_side, room)))
+        from_outer = draws.chance(_OUTER_FIRST)
+        events.append(Event("relation", (room, side, middle) if from_outer else (middle, other_side, room)))
     number = draws.below(2)
     subject, direction, known = events[number].words
     opposite = {a: b for pair in _AXES for a, b in (pair, pair[::-1])}

@@ -1,6 +1,7 @@
-"""Suites of `eval.py`: one file each, entered by being imported here."""
+"""Suites of `eval.py`: one file each, registered by being imported here."""
 
 from lm2_jax.evaluation.babilong import Babilong as Babilong
+from lm2_jax.evaluation.perplexity import Perplexity as Perplexity
 from lm2_jax.evaluation.recall import Recall as Recall
 from lm2_jax.evaluation.suite import Suite as Suite
 

@@ -1,288 +1,270 @@
-"""The BABILong suite: asks a model the questions, judges its answers twice, writes table, JSON and picture."""
+"""The BABILong suite: asks a model questions about facts hidden in long text, and judges its answers twice."""
 
 import dataclasses
-import datetime
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import rich.console
-from etils import epath
 
 from lm2_jax import babilong
 from lm2_jax.babilong import Sample
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import Tokenizer
-from lm2_jax.data.protocol import build_babilong_set
-from lm2_jax.data.text_tokens import Encoder
+from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
-from lm2_jax.evaluation.generate import greedy
-from lm2_jax.evaluation.suite import Suite
-from lm2_jax.folders import prepare_folder
+from lm2_jax.evaluation.answerer import Answerer, Prompt, RunAnswerer, even_batches
+from lm2_jax.evaluation.answers import AnswerLog, identity_of
+from lm2_jax.evaluation.gpt2 import find_gpt2
+from lm2_jax.evaluation.names import distinct_names
+from lm2_jax.evaluation.questions import QuestionSet, built_sets, published_sets
+from lm2_jax.evaluation.suite import Evaluation, Output, Suite
 
 DEFAULT_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")  # of a run that was not trained on tasks
 DEFAULT_LENGTHS = ("0k", "1k", "2k", "4k")
 
 
-class QuestionSet(NamedTuple):
-    """The samples of one task at one length."""
-
-    task: str
-    length: str
-    samples: list[Sample]
-
-
 class SetResult(NamedTuple):
-    """How one set went; accuracies are fractions."""
+    """The result of one set; accuracies are fractions."""
 
     task: str
     length: str
     accuracy: float  # the official verdict
     accuracy_strict: float
     samples: int
-    mean_tokens: float  # of the whole prompt, in the run's tokenizer
-    seconds: float
-
-
-class Answer(NamedTuple):
-    """One answer and its verdicts; a line of answers.jsonl."""
-
-    task: str
-    length: str
-    question: str
-    target: str
-    output: str
-    correct: bool
-    correct_strict: bool
-    prompt_tokens: int
-
-
-class Evaluation(NamedTuple):
-    """What `evaluate` found."""
-
-    document: dict[str, Any]  # babilong.json
-    results: list[SetResult]
-    answers: list[Answer]
-
-
-def evaluate(
-    run: Any,
-    sets: Iterable[QuestionSet],
-    batch_rows: int = 32,
-    max_new_tokens: int = 20,
-    data: str = "given by the caller",
-    on_result: Callable[[SetResult], None] = lambda result: None,
-) -> Evaluation:
-    """Asks a run all questions of all sets.
-
-    Args:
-      run: what `lm2_jax.load_run` gives.
-      sets: read one at a time, so a generator keeps only one in memory.
-      batch_rows: most prompts read side by side.
-      max_new_tokens: most tokens of an answer.
-      data: where the sets come from, for the report.
-      on_result: called after each set.
-    Returns:
-      Accuracy by task and length, and every answer.
-    """
-    results: list[SetResult] = []
-    answers: list[Answer] = []
-    for questions in sets:
-        began = time.monotonic()
-        given = ask(run, questions, batch_rows, max_new_tokens)
-        result = SetResult(
-            task=questions.task,
-            length=questions.length,
-            accuracy=float(np.mean([answer.correct for answer in given])),
-            accuracy_strict=float(np.mean([answer.correct_strict for answer in given])),
-            samples=len(given),
-            mean_tokens=float(np.mean([answer.prompt_tokens for answer in given])),
-            seconds=round(time.monotonic() - began, 3),
-        )
-        results.append(result)
-        answers.extend(given)
-        on_result(result)
-    document = {
-        "suite": "babilong",
-        "preset": run.config.name,
-        "step": int(run.step),
-        "segment_tokens": run.config.model.segment_tokens,
-        "max_new_tokens": max_new_tokens,
-        "data": data,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "results": [result._asdict() for result in results],
-    }
-    return Evaluation(document, results, answers)
-
-
-def ask(run: Any, questions: QuestionSet, batch_rows: int = 32, max_new_tokens: int = 20) -> list[Answer]:
-    """The run's answers to one set, in its order."""
-    if not questions.samples:
-        raise UserError(f"babilong: the set {questions.task} at {questions.length} holds no samples", status=1)
-    prompts = [prompt_tokens(run.tokenizer, sample) for sample in questions.samples]
-    outputs = greedy(run.model, run.params, run.tokenizer, prompts, max_new_tokens, batch_rows)
-    return [
-        Answer(
-            task=questions.task,
-            length=questions.length,
-            question=sample.question,
-            target=sample.target,
-            output=output,
-            correct=babilong.is_correct(sample.target, output, sample.question, questions.task),
-            correct_strict=babilong.is_correct(sample.target, output, sample.question, questions.task, strict=True),
-            prompt_tokens=len(prompt),
-        )
-        for sample, output, prompt in zip(questions.samples, outputs, prompts, strict=True)
-    ]
-
-
-def prompt_tokens(tokenizer: Tokenizer, sample: Sample) -> list[int]:
-    """The prompt of one sample: context, question, and the marker that stands before an answer in training.
-
-    Training text has one blank between words and a blank before each sentence, so line breaks become blanks here.
-    """
-    context = " ".join(sample.input.split())
-    return tokenizer.encode(f" {context}" if context else "") + Encoder(tokenizer).question(sample.question)
-
-
-def published_sets(
-    data_dir: epath.PathLike, tasks: tuple[str, ...] = (), lengths: tuple[str, ...] = (), samples: int = 100
-) -> Iterator[QuestionSet]:
-    """The first `samples` rows of each file in the published layout; names are checked before the first is read."""
-    files = babilong.select_files(data_dir, tasks, lengths)
-    return (QuestionSet(task, length, babilong.read_samples(path)[:samples]) for (task, length), path in files.items())
-
-
-def built_sets(
-    tokenizer: Tokenizer,
-    tasks: tuple[str, ...],
-    lengths: tuple[str, ...] = DEFAULT_LENGTHS,
-    samples: int = 100,
-    *,
-    babi_dir: str | None = None,
-    books_dir: str | None = None,
-    seed: int = 0,
-) -> Iterator[QuestionSet]:
-    """Sets made here, from text that training never reads; names are checked before the first is made.
-
-    Args:
-      tokenizer: counts the tokens of the contexts.
-      tasks: `qa1` to `qa20`; without `babi_dir` to `qa5`.
-      lengths: see `lm2_jax.babilong.length_tokens`.
-      samples: questions of each set; the same ones at every length.
-      babi_dir: bAbI's files, of which the test questions are asked; None: the simulator.
-      books_dir: books for the background; None: generated prose.
-      seed: another seed gives other sets.
-    """
-    for task in tasks:
-        babilong.labels(task)
-    wanted = [(task, length, babilong.length_tokens(length)) for length in lengths for task in tasks]
-    for name, folder in {"babi_dir": babi_dir, "books_dir": books_dir}.items():
-        if folder is not None and not epath.Path(folder).is_dir():
-            raise UserError(f"{name}={folder!r}: no such folder")
-
-    def build(task: str, tokens: int) -> list[Sample]:
-        rows = build_babilong_set(task, tokens, samples, tokenizer, babi_dir=babi_dir, books_dir=books_dir, seed=seed)
-        return [Sample(**row) for row in rows]
-
-    return (QuestionSet(task, length, build(task, tokens)) for task, length, tokens in wanted)
-
-
-def write_report(evaluation: Evaluation, out: epath.PathLike) -> list[epath.Path]:
-    """Writes babilong.json, babilong.md, babilong.png and answers.jsonl below `out`, all or none.
-
-    Returns:
-      Their paths.
-    """
-    official, strict = _cells(evaluation)
-    document = evaluation.document
-    who = f"{document['preset']}, step {document['step']}"
-    lengths = {result.length: result for result in evaluation.results}
-    tokens = ", ".join(f"{length} {result.mean_tokens:.0f}" for length, result in lengths.items())
-    counts = sorted({result.samples for result in evaluation.results})
-    asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    note = f"{asked} questions a cell; greedy; segments of {document['segment_tokens']} tokens"
-    text = (
-        f"# BABILong: {who}\n\nAccuracy in per cent, official verdict / strict verdict; {note}.\n"
-        f"Data: {document['data']}.\n\n"
-        f"{report.markdown_table(official, strict, 'task')}\nPrompt tokens by length (last task): {tokens}.\n"
-    )
-    picture = report.heat_map(official, strict, f"BABILong: {who}", f"accuracy in per cent; {note}", ("task", "length"))
-    return report.write_files(
-        prepare_folder(out),
-        {
-            "babilong.json": report.to_json(document),
-            "babilong.md": text.encode(),
-            "babilong.png": picture,
-            "answers.jsonl": report.to_jsonl(answer._asdict() for answer in evaluation.answers),
-        },
-    )
-
-
-def _cells(evaluation: Evaluation) -> tuple[report.Cells, report.Cells]:
-    """Per cent by (task, length), by the official and by the strict verdict."""
-    ordered = sorted(evaluation.results, key=lambda result: babilong.length_tokens(result.length))
-    ordered.sort(key=lambda result: babilong.TASKS.index(result.task))
-    official = {(result.task, result.length): 100 * result.accuracy for result in ordered}
-    return official, {(result.task, result.length): 100 * result.accuracy_strict for result in ordered}
-
-
-def print_tables(evaluation: Evaluation, console: rich.console.Console) -> None:
-    """The results by both verdicts."""
-    official, strict = _cells(evaluation)
-    who = f"{evaluation.document['preset']}, step {evaluation.document['step']}"
-    console.print(f"\nBABILong, official verdict ({who})")
-    console.print(report.console_table(official, "task"))
-    console.print("Strict verdict: labels as whole words")
-    console.print(report.console_table(strict, "task"))
+    mean_tokens: float  # of a prompt, in the run's tokenizer
+    mean_gpt2_tokens: float | None  # the same in GPT-2's, None where it was not available
 
 
 @dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are put to one model."""
+
+    answerer: Answerer
+    tokenizer: Tokenizer
+    """Makes the prompts."""
+    log: AnswerLog
+    """Where answers are kept."""
+    batch_rows: int = 32
+    max_new_tokens: int = 20
+    gpt2: Tokenizer | None = None
+    """Counts the prompts as the published lengths do."""
+
+    def ask(self, questions: QuestionSet) -> list[str]:
+        """Asks the questions of a set that are not answered yet, batch by batch; returns the ids of all answers.
+
+        The batches do not depend on what is answered already, so an interrupted evaluation gives the same answers.
+
+        Raises:
+          UserError: the set is empty.
+        """
+        samples = questions.samples()
+        if not samples:
+            raise UserError(f"babilong: the set {questions.task} at {questions.length} holds no samples", status=1)
+        ids = [
+            self.log.id(task=questions.task, length=questions.length, number=number, **sample._asdict())
+            for number, sample in enumerate(samples)
+        ]
+        batches = even_batches([len(sample.input) for sample in samples], self.batch_rows)
+        for batch in batches:
+            if all(ids[index] in self.log for index in batch):
+                continue
+            chosen = [samples[index] for index in batch]
+            prompts = [Prompt(self.tokenizer, sample.input, sample.question) for sample in chosen]
+            outputs = self.answerer.answer(prompts, self.max_new_tokens, rows=len(batches[0]))
+            rows = {
+                ids[index]: self._row(questions, sample, prompt, output)
+                for index, sample, prompt, output in zip(batch, chosen, prompts, outputs, strict=True)
+                if ids[index] not in self.log
+            }
+            self.log.append(rows)
+        return ids
+
+    def _row(self, questions: QuestionSet, sample: Sample, prompt: Prompt, output: str) -> dict[str, Any]:
+        """A line of the answer log."""
+        judge = functools.partial(babilong.is_correct, sample.target, output, sample.question, questions.task)
+        text = f"{sample.input} {sample.question}".strip()
+        return {
+            "task": questions.task,
+            "length": questions.length,
+            "question": sample.question,
+            "target": sample.target,
+            "output": output,
+            "correct": judge(),
+            "correct_strict": judge(strict=True),
+            "prompt_tokens": len(prompt.tokens),
+            "gpt2_tokens": None if self.gpt2 is None else len(token_array(self.gpt2, text)),
+        }
+
+
+def evaluate(
+    asking: Asking, sets: Iterable[QuestionSet], on_result: Callable[[SetResult, float], None]
+) -> tuple[list[SetResult], list[str]]:
+    """Asks all questions of all sets.
+
+    Args:
+      asking: the model and how it is asked.
+      sets: read one at a time.
+      on_result: called after each set, with its result and the seconds it took.
+    Returns:
+      The results by set, and the ids of all answers in the log.
+    """
+    results, all_ids = [], []
+    for questions in sets:
+        start = time.monotonic()
+        ids = asking.ask(questions)
+        answers = [asking.log[id] for id in ids]
+        counts = [answer["gpt2_tokens"] for answer in answers]
+        result = SetResult(
+            task=questions.task,
+            length=questions.length,
+            accuracy=float(np.mean([answer["correct"] for answer in answers])),
+            accuracy_strict=float(np.mean([answer["correct_strict"] for answer in answers])),
+            samples=len(answers),
+            mean_tokens=float(np.mean([answer["prompt_tokens"] for answer in answers])),
+            mean_gpt2_tokens=None if None in counts else float(np.mean(counts)),
+        )
+        results.append(result)
+        all_ids += ids
+        on_result(result, time.monotonic() - start)
+    return results, all_ids
+
+
+class ModelResults(NamedTuple):
+    """The results of one model."""
+
+    name: str
+    preset: str
+    step: int
+    segment_tokens: int
+    results: list[SetResult]
+
+    def cells(self) -> tuple[report.Cells, report.Cells]:
+        """Per cent by (task, length), by the official and by the strict verdict."""
+        ordered = sorted(self.results, key=lambda result: babilong.length_tokens(result.length))
+        ordered.sort(key=lambda result: babilong.TASKS.index(result.task))
+        official = {(result.task, result.length): 100 * result.accuracy for result in ordered}
+        return official, {(result.task, result.length): 100 * result.accuracy_strict for result in ordered}
+
+    def document(self) -> dict[str, Any]:
+        """The part of babilong.json about this model."""
+        return {
+            "preset": self.preset,
+            "model": self.name,
+            "step": self.step,
+            "segment_tokens": self.segment_tokens,
+            "results": [result._asdict() for result in self.results],
+        }
+
+
+def result_files(models: Sequence[ModelResults], data: str, max_new_tokens: int) -> dict[str, bytes]:
+    """babilong.json, babilong.md and babilong.png.
+
+    Args:
+      models: the evaluated model, and possibly a baseline.
+      data: where the sets come from.
+      max_new_tokens: maximum length of an answer.
+    """
+    first = models[0]
+    document = {"suite": "babilong", **first.document(), "max_new_tokens": max_new_tokens, "data": data}
+    if len(models) > 1:
+        document["baseline"] = models[1].document()
+    counts = sorted({result.samples for result in first.results})
+    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = f"{number} questions per cell, greedy decoding, segments of {first.segment_tokens} tokens"
+    parts = [f"# BABILong\n\nAccuracy in per cent, official verdict / strict verdict; {note}.\nData: {data}.\n"]
+    for model in models:
+        table = report.markdown_table(*model.cells(), "task")
+        parts.append(f"## {model.name} ({model.preset}, step {model.step})\n\n{table}")
+    parts.append(f"{_prompt_lengths(first)}\n")
+    panels = {f"{model.name}\n{model.preset}, step {model.step}": model.cells() for model in models}
+    picture = report.heat_map(panels, "BABILong, accuracy in per cent", f"{note}\nData: {data}", ("task", "length"))
+    return {
+        "babilong.json": report.to_json(document),
+        "babilong.md": "\n".join(parts).encode(),
+        "babilong.png": picture,
+    }
+
+
+def _prompt_lengths(model: ModelResults) -> str:
+    """The mean lengths of prompts, in GPT-2's tokens where they were counted and in the run's own."""
+    lines = ["| length | mean GPT-2 tokens | mean tokens of this model |", "|---|---|---|"]
+    for length in dict.fromkeys(result.length for result in model.results):
+        here = [result for result in model.results if result.length == length]
+        own = np.mean([result.mean_tokens for result in here])
+        published = [result.mean_gpt2_tokens for result in here]
+        shown = "not counted" if None in published else f"{np.mean([n for n in published if n is not None]):,.0f}"
+        lines.append(f"| {length} | {shown} | ({own:,.0f}) |")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Babilong(Suite):
-    """BABILong: questions about facts hidden in long text. Writes babilong.json, .md, .png and answers.jsonl."""
+    """BABILong: questions about facts hidden in long text. Writes babilong.json, .md, .png and answers.jsonl.
+
+    Every answer is in answers.jsonl as soon as it is given. The same command resumes an interrupted evaluation.
+    """
 
     kind: ClassVar[str] = "babilong"
 
     workdir: str
     """Workdir of the run, a folder or a bucket."""
+    baseline: str | None = None
+    """Workdir of a second run that is asked the same questions and shown next to the first."""
     tasks: tuple[str, ...] = ()
     """Tasks, qa1 to qa20; default: all in data-dir, or else those of the run's training (qa1 to qa5)."""
     lengths: tuple[str, ...] = ()
-    """Lengths such as 0k 4k 1M; default: all in data-dir, or else 0k 1k 2k 4k."""
+    """Lengths such as 0k 4k 1M 4096; default: all in data-dir, or else 0k 1k 2k 4k."""
     samples: int = 100
-    """Questions of each task and length; a published file with fewer rows gives all it has."""
+    """Questions of each task and length; a published set with fewer rows gives all it has."""
     data_dir: str | None = None
-    """Sets in the published layout, DATA_DIR/<length>/<task>.json (.jsonl, .parquet); default: sets are built."""
+    """Folder of published sets, in any layout of the hub, such as <length>/<task>.json or <task>/<length>.json (also
+    .jsonl and .parquet); default: sets are built."""
     babi_dir: str | None = None
-    """Folder of bAbI's files, whose test questions sets are built from; default: the simulator (qa1 to qa5)."""
+    """Folder of bAbI's files, whose test questions are used for sets that are built; default: the simulator (qa1 to
+    qa5)."""
     books_dir: str | None = None
     """Folder of books (.txt), the background of sets that are built; default: generated prose."""
-    out: str | None = None
-    """Where the report goes; default: WORKDIR/eval."""
-    batch_rows: int = 32
-    """Most prompts read side by side."""
+    count_in: Literal["gpt2", "own"] | None = None
+    """Tokenizer that measures the lengths of sets that are built: GPT-2's as in the published sets, or the run's own;
+    default: GPT-2's where it is found."""
+    gpt2_dir: str | None = None
+    """Folder of GPT-2's vocab.json and merges.txt; default: tokenizers/gpt2 in $LM2_JAX_DATA (../shared/data)."""
     max_new_tokens: int = 20
-    """Most tokens of an answer."""
+    """Maximum length of an answer, in tokens."""
     seed: int = 0
     """Chooses the questions and the background of sets that are built."""
+    resume: bool = True
+    """Whether answers that an earlier call left in answers.jsonl are used; --no-resume asks all questions again."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_rows", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.data_dir is not None and (self.babi_dir or self.books_dir):
-            raise ValueError("data_dir holds finished sets: babi_dir and books_dir are for sets that are built")
+        super().__post_init__()
+        self.check_positive("samples", "max_new_tokens")
+        if self.data_dir is not None and (self.babi_dir or self.books_dir or self.count_in):
+            raise ValueError(
+                "data_dir holds finished sets: babi_dir, books_dir and count_in are for sets that are built"
+            )
 
-    def sets(self, run: Any) -> Iterator[QuestionSet]:
-        """The sets to ask; names and folders are checked at once, files read and sets built one by one."""
+    def evaluated(self) -> tuple[str, ...]:
+        return (self.workdir,) if self.baseline is None else (self.workdir, self.baseline)
+
+    def plan(self, answerers: Sequence[RunAnswerer]) -> Evaluation:
+        gpt2 = find_gpt2(self.gpt2_dir)
+        if self.count_in == "gpt2" and gpt2 is None:
+            raise UserError("count_in='gpt2': GPT-2's tokenizer was not found; set gpt2_dir, or count_in to 'own'")
+        return functools.partial(self._evaluate, answerers, self.sets(answerers[0], gpt2), gpt2)
+
+    def sets(self, answerer: RunAnswerer, gpt2: Tokenizer | None) -> list[QuestionSet]:
+        """The sets to ask; all names, folders and files are checked."""
         if self.data_dir is not None:
             return published_sets(self.data_dir, self.tasks, self.lengths, self.samples)
+        run = answerer.run
         source = run.config.data.source
         trained = source.tasks if isinstance(source, BabilongSource) else DEFAULT_TASKS
         return built_sets(
-            run.tokenizer,
+            run.tokenizer if gpt2 is None or self.count_in == "own" else gpt2,
             self.tasks or trained,
             self.lengths or DEFAULT_LENGTHS,
             self.samples,
@@ -291,33 +273,43 @@ class Babilong(Suite):
             seed=self.seed,
         )
 
-    @property
-    def data(self) -> str:
+    def data(self, gpt2: Tokenizer | None) -> str:
         """Where the sets come from, in words."""
         if self.data_dir is not None:
             return f"files of {self.data_dir}"
-        facts = "simulator" if self.babi_dir is None else f"test questions of {self.babi_dir}"
+        facts = "simulated facts" if self.babi_dir is None else f"test questions of {self.babi_dir}"
         background = "generated prose" if self.books_dir is None else f"books of {self.books_dir}"
-        return f"built: {facts}, {background}, seed {self.seed}"
+        unit = "the model's own" if gpt2 is None or self.count_in == "own" else "GPT-2"
+        return f"{facts} in {background}, seed {self.seed}; lengths in {unit} tokens"
 
-    def main(self) -> None:
-        """Evaluates the run of the workdir and writes the report."""
-        import lm2_jax
+    def _evaluate(
+        self, answerers: Sequence[RunAnswerer], sets: Sequence[QuestionSet], gpt2: Tokenizer | None, output: Output
+    ) -> Mapping[str, bytes]:
+        """Asks each model all questions, one set after the other."""
+        names = distinct_names([answerer.run.config for answerer in answerers], self.evaluated())
+        models, files = [], {}
+        for answerer, name, file in zip(answerers, names, ("answers.jsonl", "answers_baseline.jsonl"), strict=False):
+            run = answerer.run
+            identity = identity_of(run, max_new_tokens=self.max_new_tokens)
+            log = AnswerLog(output.folder / file, identity, self.resume)
+            asking = Asking(answerer, run.tokenizer, log, self.batch_rows, self.max_new_tokens, gpt2)
+            output.show(f"\n{name} ({run.config.name}, step {run.step})")
+            results, ids = evaluate(asking, sets, functools.partial(_show, output))
+            model = ModelResults(name, run.config.name, int(run.step), run.config.model.segment_tokens, results)
+            models.append(model)
+            files[file] = log.final(ids)
+            for verdict, cells in zip(("official verdict", "strict verdict"), model.cells(), strict=True):
+                output.show(f"\nBABILong, {verdict} (accuracy in per cent)")
+                output.show(report.console_table(cells, "task"))
+        return {**result_files(models, self.data(gpt2), self.max_new_tokens), **files}
 
-        run = lm2_jax.load_run(self.workdir)
-        sets = self.sets(run)
-        # A mistyped workdir or set has failed by now, so no folder is made for it.
-        out = prepare_folder(epath.Path(self.workdir) / "eval" if self.out is None else self.out)
-        console = rich.console.Console(highlight=False)
 
-        def show(result: SetResult) -> None:
-            official, strict = 100 * result.accuracy, 100 * result.accuracy_strict
-            console.print(
-                f"{result.task} {result.length}: {official:.1f} (strict {strict:.1f}), "
-                f"{result.samples} questions of {result.mean_tokens:.0f} tokens, {result.seconds:.1f} s"
-            )
-
-        evaluation = evaluate(run, sets, self.batch_rows, self.max_new_tokens, self.data, show)
-        print_tables(evaluation, console)
-        for path in write_report(evaluation, out):
-            console.print(f"wrote {path}", soft_wrap=True)
+def _show(output: Output, result: SetResult, seconds: float) -> None:
+    """Prints the result of one set."""
+    tokens = f"{result.mean_tokens:.0f} tokens"
+    if result.mean_gpt2_tokens is not None:
+        tokens = f"{result.mean_gpt2_tokens:.0f} GPT-2 tokens ({result.mean_tokens:.0f} of this model)"
+    output.show(
+        f"{result.task} {result.length}: {100 * result.accuracy:.1f} (strict {100 * result.accuracy_strict:.1f}), "
+        f"{result.samples} questions of {tokens}, {seconds:.1f} s"
+    )

@@ -1,78 +1,121 @@
-"""The recall suite: answers by how many segments ago their fact was last told, on held-out text of a run's own kind."""
+"""The recall suite: accuracy by distance, the number of segments since the fact was last stated, on held-out text."""
 
 import dataclasses
+import functools
 import itertools
-import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
-import rich.console
-from etils import epath
 
+from lm2_jax.data.base import Source
 from lm2_jax.data.pipeline import batches
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
-from lm2_jax.evaluation.suite import Suite
-from lm2_jax.folders import prepare_folder
-from lm2_jax.loss import token_losses
+from lm2_jax.evaluation.answerer import RunAnswerer
+from lm2_jax.evaluation.names import distinct_names
+from lm2_jax.evaluation.suite import Evaluation, Output, Suite
 from lm2_jax.state import state_floats
 
 COLUMNS = ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (16, 16), (32, 32), (1, 4))  # first and last distance
+LEAST_ASKED = 20  # questions at a distance that the picture shows
 
 
 class Counts(NamedTuple):
     """Questions by distance in segments."""
 
     asked: np.ndarray
-    right: np.ndarray
+    correct: np.ndarray
+    most_frequent: float = 0.0  # share of the most frequent answer: the accuracy of always giving that one
 
     def accuracy(self, first: int = 0, last: int | None = None) -> float | None:
-        """Share of right answers among distances first..last, None where nothing was asked."""
+        """Share of correct answers at distances first..last; None if there were no questions."""
         end = None if last is None else last + 1
-        asked, right = self.asked[first:end].sum(), self.right[first:end].sum()
-        return float(right / asked) if asked else None
+        asked, correct = self.asked[first:end].sum(), self.correct[first:end].sum()
+        return float(correct / asked) if asked else None
 
 
-def count_answers(run: Any, segments: int, rows: int, batch_rows: int = 64) -> Counts:
-    """Asks a run the questions of `rows` held-out rows of `segments` segments.
+class Result(NamedTuple):
+    """One run at one row length."""
+
+    name: str  # what the model is
+    preset: str
+    workdir: str
+    step: int
+    params: int
+    state_floats: int  # carried from segment to segment, per row
+    trained_segments: int  # longest rows in training
+    segments: int
+    counts: Counts
+
+
+def open_source(answerer: RunAnswerer) -> Source:
+    """The source of the run's training data, whose held-out part is read.
+
+    Raises:
+      UserError: its files are missing.
+    """
+    config, tokenizer = answerer.run.config, answerer.run.tokenizer
+    return config.data.source.build(tokenizer, config.model.segment_tokens, config.data.seed)
+
+
+def count_answers(
+    answerer: RunAnswerer, segments: int, rows: int, batch_rows: int = 64, source: Source | None = None
+) -> Counts:
+    """Counts the correct answers in held-out rows.
 
     Args:
-      run: what `lm2_jax.load_run` gives; its source must say how far back answers lie.
-      segments: K of each row; may be more than in training.
-      rows: rounded up to whole batches.
-      batch_rows: rows read side by side.
+      answerer: the run; its source must give the distance of answers.
+      segments: segments of each row; may be more than in training.
+      rows: rounded up to full batches.
+      batch_rows: rows of a batch.
+      source: what `open_source` gives; None: it is opened here.
+    Raises:
+      UserError: the source has no questions with a known distance.
     """
-    config, model = run.config, run.model
+    config = answerer.run.config
     data = dataclasses.replace(
         config.data, rows=batch_rows, segments=(segments,), stage_steps=(), vary_segments=False, carry_state=False
     )
-    source = data.source.build(run.tokenizer, config.model.segment_tokens, data.seed)
-    held_out = batches(data, source, start_step=0, process_index=0, process_count=1, held_out=True)
-
-    @jax.jit
-    def predict(params: Any, batch: Any) -> jax.Array:
-        state = model.init_state(batch.tokens.shape[0])
-        out = model.apply({"params": params}, batch.tokens, state, batch.reset, batch.valid, method="forward")
-        return token_losses(model, params, out.hidden, batch.targets, config.loss.time_chunk)[1]
-
-    asked, right = np.zeros(segments, np.int64), np.zeros(segments, np.int64)
+    held_out = batches(data, open_source(answerer) if source is None else source, held_out=True)
+    asked, correct = np.zeros(segments, np.int64), np.zeros(segments, np.int64)
+    answers: list[np.ndarray] = []
     for batch in itertools.islice(held_out, -(-rows // batch_rows)):
-        correct_BS = np.asarray(predict(run.params, batch)) == batch.targets
+        is_correct_BS = answerer.predict(batch) == batch.targets
         known_BS = batch.distance >= 0
         asked += np.bincount(batch.distance[known_BS], minlength=segments)
-        right += np.bincount(batch.distance[known_BS & correct_BS], minlength=segments)
+        correct += np.bincount(batch.distance[known_BS & is_correct_BS], minlength=segments)
+        answers.append(batch.targets[known_BS])
     if not asked.any():
         raise UserError(
-            f"recall: the source {data.source.kind!r} of {config.name!r} asks no question whose distance is known; "
-            "train on data.source.layout 'interleaved'"
+            f"recall: the source {config.data.source.kind!r} of {config.name!r} has no questions with a known "
+            "distance; evaluate a run that was trained with data.source.layout 'interleaved'"
         )
-    return Counts(asked, right)
+    return Counts(asked, correct, float(np.bincount(np.concatenate(answers)).max() / asked.sum()))
 
 
-@dataclasses.dataclass(frozen=True)
+def measure(
+    answerer: RunAnswerer, segments: int, rows: int, name: str = "", batch_rows: int = 64, source: Source | None = None
+) -> Result:
+    """`count_answers` with all that a comparison has to state; arguments as there, `name` is for tables."""
+    run = answerer.run
+    return Result(
+        name=name or run.config.name,
+        preset=run.config.name,
+        workdir=answerer.workdir,
+        step=int(run.step),
+        params=sum(leaf.size for leaf in jax.tree.leaves(run.params)),
+        state_floats=state_floats(jax.eval_shape(lambda: run.model.init_state(1))),
+        trained_segments=max(run.config.data.segments),
+        segments=segments,
+        counts=count_answers(answerer, segments, rows, batch_rows, source),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Suite):
-    """Accuracy by the age of the fact in segments, for one run or several. Writes recall.json, .md and .png."""
+    """Accuracy by distance in segments, for one run or several. Writes recall.json, .md and .png."""
 
     kind: ClassVar[str] = "recall"
 
@@ -82,73 +125,51 @@ class Recall(Suite):
     """Lengths of the rows, in segments."""
     rows: int = 512
     """Rows of each length."""
-    out: str | None = None
-    """Where the report goes; default: WORKDIR/eval of the first run."""
+    batch_rows: int = 64
+    """Maximum number of rows that are read at the same time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.workdirs:
             raise ValueError("workdirs is empty")
         if self.rows < 1 or min(self.segments, default=0) < 1:
             raise ValueError(f"rows and segments must be at least 1, got {self.rows} and {self.segments}")
 
-    def main(self) -> None:
-        """Evaluates all runs and writes the report."""
-        import lm2_jax
+    def evaluated(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.workdirs))
 
-        runs = {workdir: lm2_jax.load_run(workdir) for workdir in self.workdirs}
-        out = prepare_folder(epath.Path(self.workdirs[0]) / "eval" if self.out is None else self.out)
-        results = [
-            measure(run, workdir, segments, self.rows) for segments in self.segments for workdir, run in runs.items()
-        ]
-        console = rich.console.Console(highlight=False)
-        for path in show(results, out, console):
-            console.print(f"wrote {path}", soft_wrap=True)
+    def plan(self, answerers: Sequence[RunAnswerer]) -> Evaluation:
+        return functools.partial(self._evaluate, answerers, [open_source(answerer) for answerer in answerers])
 
-
-class Result(NamedTuple):
-    """One run at one length."""
-
-    name: str  # of the preset
-    workdir: str
-    step: int
-    params: int
-    state_floats: int  # carried across a segment border, of one row
-    segments: int
-    counts: Counts
+    def _evaluate(
+        self, answerers: Sequence[RunAnswerer], sources: Sequence[Source], output: Output
+    ) -> Mapping[str, bytes]:
+        names = distinct_names([answerer.run.config for answerer in answerers], self.evaluated())
+        results = []
+        for segments in dict.fromkeys(self.segments):
+            here = [
+                measure(answerer, segments, self.rows, name, self.batch_rows, source)
+                for answerer, name, source in zip(answerers, names, sources, strict=True)
+            ]
+            output.show(f"\nAccuracy by distance in segments, rows of {segments} segments (per cent)")
+            cells = {(result.name, column): value for result in here for column, value in _columns(result)}
+            output.show(report.console_table(cells, "model", means=False))
+            results += here
+        return result_files(results)
 
 
-def measure(run: Any, workdir: epath.PathLike, segments: int, rows: int) -> Result:
-    """`count_answers` with what a comparison has to state; `workdir` is where the run was loaded from."""
-    params = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    floats = state_floats(jax.eval_shape(lambda: run.model.init_state(1)))
-    counts = count_answers(run, segments, rows)
-    return Result(run.config.name, os.fspath(workdir), int(run.step), params, floats, segments, counts)
-
-
-def show(results: list[Result], out: epath.Path, console: rich.console.Console) -> list[epath.Path]:
-    """Prints a table for each length and writes the files; returns their paths."""
+def result_files(results: Sequence[Result]) -> dict[str, bytes]:
+    """recall.json, recall.md and recall.png."""
     parts = []
     for segments in dict.fromkeys(result.segments for result in results):
-        chosen = [result for result in results if result.segments == segments]
-        cells = {
-            (label, name): value for label, result in _labelled(chosen).items() for name, value in _columns(result)
-        }
-        console.print(f"\nAnswers by the age of the fact, in segments; rows of {segments} segments (per cent)")
-        console.print(report.console_table(cells, "run", means=False))
-        parts.append(f"Rows of {segments} segments:\n\n{_markdown(chosen)}")
-    text = "# Recall: accuracy in per cent by the age of the fact in segments\n\n" + "\n".join(parts)
-    files = {
-        "recall.json": report.to_json(_document(results)),
-        "recall.md": text.encode(),
+        here = [result for result in results if result.segments == segments]
+        parts.append(f"Rows of {segments} segments:\n\n{_markdown(here)}")
+    text = "# Recall: accuracy in per cent by distance in segments\n\n" + "\n".join(parts)
+    return {
+        "recall.json": report.to_json({"suite": "recall", "results": [_plain(result) for result in results]}),
+        "recall.md": f"{text}\n{_explained(results)}\n".encode(),
         "recall.png": _picture(results),
     }
-    return report.write_files(out, files)
-
-
-def _labelled(results: list[Result]) -> dict[str, Result]:
-    """Results of one length by the names of their presets; where a preset occurs twice, by their workdirs."""
-    names = [result.name for result in results]
-    return {result.workdir if names.count(result.name) > 1 else result.name: result for result in results}
 
 
 def _columns(result: Result) -> list[tuple[str, float]]:
@@ -159,44 +180,70 @@ def _columns(result: Result) -> list[tuple[str, float]]:
     return [(name, 100 * value) for name, value in columns if value is not None]
 
 
-def _markdown(results: list[Result]) -> str:
+def _markdown(results: Sequence[Result]) -> str:
     names = [name for name, _ in _columns(results[0])]
-    lines = ["| run | parameters | floats of state | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
-    for label, result in _labelled(results).items():
+    lines = [
+        "| model | parameters | floats of state | questions | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for result in results:
         values = dict(_columns(result))
         shown = " | ".join(f"{values[name]:.1f}" if name in values else "-" for name in names)
-        lines.append(f"| {label} | {result.params:,} | {result.state_floats:,} | {shown} |")
+        counts = f"{result.params:,} | {result.state_floats:,} | {result.counts.asked.sum():,}"
+        lines.append(f"| {result.name} | {counts} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
-def _document(results: list[Result]) -> dict[str, Any]:
-    rows = [
-        {
-            "preset": result.name,
-            "workdir": result.workdir,
-            "step": result.step,
-            "parameters": result.params,
-            "state_floats": result.state_floats,
-            "segments": result.segments,
-            "accuracy": result.counts.accuracy(),
-            "asked": result.counts.asked.tolist(),
-            "right": result.counts.right.tolist(),
-        }
-        for result in results
-    ]
-    return {"suite": "recall", "results": rows}
+def _explained(results: Sequence[Result]) -> str:
+    """What the numbers mean, and what a model without any skill would reach."""
+    chance = max(result.counts.most_frequent for result in results)
+    runs = {result.workdir: f"{result.name}: {result.preset}, step {result.step}" for result in results}
+    return (
+        "Distance: segments between a question and the last statement of its fact; 0 is the same segment. "
+        f"The most frequent answer is correct for {100 * chance:.1f}% of the questions. {'; '.join(runs.values())}."
+    )
 
 
-def _picture(results: list[Result]) -> bytes:
-    """Curves of accuracy over distance, at the longest rows; where fewer than 20 questions were asked, none."""
+def _plain(result: Result) -> dict[str, Any]:
+    asked, correct = result.counts.asked.tolist(), result.counts.correct.tolist()
+    return {
+        "preset": result.preset,
+        "model": result.name,
+        "workdir": result.workdir,
+        "step": result.step,
+        "parameters": result.params,
+        "state_floats": result.state_floats,
+        "trained_segments": result.trained_segments,
+        "segments": result.segments,
+        "accuracy": result.counts.accuracy(),
+        "most_frequent_answer": result.counts.most_frequent,
+        "asked": asked,
+        "right": correct,
+        "interval": [list(report.interval(c, a)) if a else None for c, a in zip(correct, asked, strict=True)],
+    }
+
+
+def _picture(results: Sequence[Result]) -> bytes:
+    """Accuracy over distance in the longest rows; distances with fewer than 20 questions are left out."""
     longest = max(result.segments for result in results)
+    chosen = [result for result in results if result.segments == longest]
     curves = {}
-    for label, result in _labelled([result for result in results if result.segments == longest]).items():
-        ages = np.flatnonzero(result.counts.asked >= 20)
-        curves[label] = (ages, 100 * result.counts.right[ages] / result.counts.asked[ages])
-    return report.line_plot(
+    for result in chosen:
+        at = np.flatnonzero(result.counts.asked >= LEAST_ASKED)
+        curves[result.name] = report.Curve(at, result.counts.correct[at], result.counts.asked[at])
+    trained = max(result.trained_segments for result in chosen)
+    marks = report.Marks(
+        chance=100 * max(result.counts.most_frequent for result in chosen),
+        chance_name="most frequent answer",
+        trained=trained - 1 if trained < longest else None,
+    )
+    asked = sorted({int(result.counts.asked.sum()) for result in chosen})
+    number = " to ".join(f"{count:,}" for count in dict.fromkeys((asked[0], asked[-1])))
+    names = "; ".join(f"{result.name}: {result.preset}, step {result.step}" for result in chosen)
+    return report.accuracy_plot(
         curves,
-        f"What is remembered, rows of {longest} segments",
-        "segments since the fact was told",
-        "answers right, per cent",
+        marks,
+        f"Recall in rows of {longest} segments",
+        ("distance: segments since the fact was last stated", "accuracy in per cent"),
+        f"{number} answers per model on held-out rows; bands are 95% confidence intervals. {names}",
     )

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from lm2_jax.attention.softmax import ExtraKV
 from lm2_jax.memory.base import Metrics, record
-from lm2_jax.partition import Shards, logical_shard_map, parts
-from lm2_jax.precision import safe
+from lm2_jax.partition import Shards, logical_shard_map, num_shards
+from lm2_jax.precision import at_least_float32
 from lm2_jax.types import Array, Bool, Float
 
 KEY_AXES = ExtraKV(
@@ -35,7 +35,7 @@ def slot_weights(
     B, T, H, K = q_BTHK.shape
     N, G = k_BNGK.shape[1:3]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    wide = safe(q_BTHK.dtype)
+    wide = at_least_float32(q_BTHK.dtype)
     score_BTGRN = jnp.einsum("btgrk,bngk->btgrn", q_BTGRK, k_BNGK, preferred_element_type=wide) / math.sqrt(K)
     if top_k is not None:
         # The k best of all are among the k best of each shard.
@@ -61,7 +61,7 @@ def attend_slots(
     Where slots are split, so are the tokens of a segment: each shard gathers the queries, answers them from its own
     slots, and keeps the sum of all answers for its own tokens. No shard ever holds the bank.
     """
-    in_parts = q_BTHK.shape[1] % parts("time") == 0  # a piece of a stream may be too short; it stays whole
+    in_parts = q_BTHK.shape[1] % num_shards("time") == 0  # a piece of a stream may be too short; it stays whole
 
     def read(shards: Shards, q_BTHK: Array, keys: ExtraKV) -> tuple[Array, Array]:
         q_BTHK = shards.gather(q_BTHK, 1) if in_parts else q_BTHK

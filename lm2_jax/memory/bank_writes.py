@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.attention.softmax import ExtraKV, attend_from_end
-from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, gathered, named, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, fsdp_gather, named, rope_frequencies, rotate
 from lm2_jax.memory.bank_reads import tokens_to_slots
 from lm2_jax.memory.base import Metrics, record
 from lm2_jax.parameters import Role
-from lm2_jax.precision import Precision, safe
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.registry import Family
 from lm2_jax.types import Array, Bool, Float
 
@@ -128,7 +128,7 @@ def gated_update(
     Returns:
       [B N D] in float32 at least; |M'| <= |M| + 1.
     """
-    wide = safe(slots_BND.dtype)
+    wide = at_least_float32(slots_BND.dtype)
     g_in, g_forget = jax.nn.sigmoid(input_BND.astype(wide)), jax.nn.sigmoid(forget_BND.astype(wide))
     record(metrics, gate_input=g_in, gate_forget=g_forget)
     return g_in * jnp.tanh(candidate_BND.astype(wide)) + g_forget * slots_BND.astype(wide)
@@ -149,7 +149,7 @@ class Gate(nn.Module):
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """In float32 at least."""
         logit = self.w("bnd,de->bne", x)
-        logit = logit.astype(safe(logit.dtype))
+        logit = logit.astype(at_least_float32(logit.dtype))
         return logit + self.b()[None, None].astype(logit.dtype)
 
 
@@ -228,7 +228,7 @@ class SlotCode(nn.Module):
         axes = ("slots", "row_width")
         init = named(nn.initializers.normal(1.0), axes, Role.START)
         code_ND = self.param("code", init, (self.num_slots, self.width), jnp.dtype(self.precision.params))
-        return gathered(code_ND.astype(jnp.dtype(self.precision.compute)), axes, ("slots", None))[None]
+        return fsdp_gather(code_ND.astype(jnp.dtype(self.precision.compute)), axes, ("slots", None))[None]
 
 
 class BlockWriter(nn.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm2_jax.attention.softmax import ExtraKV
-from lm2_jax.layers import Einsum, RMSNorm, constrain, gathered, named
+from lm2_jax.layers import Einsum, RMSNorm, constrain, fsdp_gather, named
 from lm2_jax.memory.bank_reads import attend_slots
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
@@ -111,7 +111,7 @@ class GatedBank(Memory):
         """The identity, or the learned rows."""
         state = self.init_state(1)
         if self.config.start == "learned":
-            start_ND = gathered(self.start_ND.astype(state.slots.dtype), START_AXES, ("slots", None))
+            start_ND = fsdp_gather(self.start_ND.astype(state.slots.dtype), START_AXES, ("slots", None))
         else:
             start_ND = jnp.asarray(identity_rows(self.config.num_slots, self.width), state.slots.dtype)
         return state._replace(slots=start_ND[None])

@@ -25,8 +25,8 @@ from lm2_jax.layers import Einsum, RMSNorm, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
 from lm2_jax.memory.projections import ConvProjection, HeadGate
 from lm2_jax.parameters import Role
-from lm2_jax.partition import logical_shard_map, parts
-from lm2_jax.precision import Precision, safe
+from lm2_jax.partition import logical_shard_map, num_shards
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Bool, Float
 
 EXACT = jax.lax.Precision.HIGHEST  # errors of a product with S would add up over the text
@@ -186,11 +186,11 @@ class GatedDelta(Memory):
     @property
     def inner_dtype(self) -> jnp.dtype:
         """float32 at least."""
-        return jnp.promote_types(safe(self.precision.compute), safe(self.precision.state))
+        return jnp.promote_types(at_least_float32(self.precision.compute), at_least_float32(self.precision.state))
 
     def init_state(self, batch: int) -> GatedDeltaState:
         """Zeros."""
-        H, K, dtype = self.config.num_heads, self.head_width, safe(self.precision.state)
+        H, K, dtype = self.config.num_heads, self.head_width, at_least_float32(self.precision.state)
         tail = self._no_tail(batch)
         tails = None if tail is None else (tail, tail, tail)
         return GatedDeltaState(jnp.zeros((batch, H, K, K), dtype), tails, jnp.ones(batch, bool))
@@ -257,7 +257,7 @@ class GatedDelta(Memory):
             ("batch", "heads", None, None),
         )
         in_axes: Any = (Delta(of_heads, of_heads, of_heads, of_rates, of_rates, ("batch", None)), of_state)  # pyright: ignore
-        split = next((name for name in ("heads", "batch") if parts(name) > 1), "heads")
+        split = next((name for name in ("heads", "batch") if num_shards(name) > 1), "heads")
         return logical_shard_map(own, in_axes, (of_heads, of_state), reduce=split, check=False)(tokens, matrix)
 
     def _output(self, y_BTHK: Float[Array, "B T H K"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -282,7 +282,7 @@ class DecayGate(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
         """log a, in float32 at least; at most 0."""
         logit = self.w("btd,dh->bth", x_BTD)
-        wide = safe(logit.dtype)
+        wide = at_least_float32(logit.dtype)
         step = jax.nn.softplus(logit.astype(wide) + self.dt_bias[None, None].astype(wide))
         return -jnp.exp(self.A_log)[None, None].astype(wide) * step
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from lm2_jax.layers import Einsum, Vector, constrain, named
 from lm2_jax.ops.ttt_chunk.networks import NormWeights
 from lm2_jax.parameters import Role
-from lm2_jax.precision import Precision, safe
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Bool, Float, Int
 
 
@@ -53,7 +53,7 @@ def last_valid(valid_BT: Bool[Array, "B T"], count: int) -> Int[Array, "B W"]:
 
 def l2_normalize(x: Float[Array, "*lead K"]) -> Float[Array, "*lead K"]:
     """x / sqrt(|x|^2 + 1e-6), in float32 or wider."""
-    wide = x.astype(safe(x.dtype))
+    wide = x.astype(at_least_float32(x.dtype))
     return wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
 
 
@@ -138,7 +138,7 @@ class HeadGate(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
         """Logits in float32 or wider."""
         logit_BTH = self.w("btd,dh->bth", x_BTD)
-        logit_BTH = logit_BTH.astype(safe(logit_BTH.dtype))
+        logit_BTH = logit_BTH.astype(at_least_float32(logit_BTH.dtype))
         return logit_BTH + self.b()[None, None].astype(logit_BTH.dtype)
 
 

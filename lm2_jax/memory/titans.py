@@ -14,7 +14,7 @@ from lm2_jax.ops.ttt_chunk.networks import InnerLoss, InnerNetwork, MlpNetwork, 
 from lm2_jax.ops.ttt_chunk.sharded import read_frozen, segment_metrics, ttt_chunk
 from lm2_jax.ops.ttt_chunk.step import PartialChunk, empty_chunk, ttt_step
 from lm2_jax.parameters import Role
-from lm2_jax.precision import Precision, safe
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Bool, Float
 
 OUTPUT_GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
@@ -192,7 +192,7 @@ class Titans(Memory):
     @property
     def inner_dtype(self) -> jnp.dtype:
         """Type of all that happens inside the memory."""
-        return jnp.promote_types(safe(self.precision.compute), safe(self.precision.state))
+        return jnp.promote_types(at_least_float32(self.precision.compute), at_least_float32(self.precision.state))
 
     def _start(self, layer: int, shape: tuple[int, int]) -> Float[Array, "H _ _"]:
         """Learned start weights of one layer; biases start at 0."""
@@ -214,7 +214,7 @@ class Titans(Memory):
         """Fresh rows."""
         c, K = self.config, self.head_width
         dtype = jnp.dtype(self.precision.state)
-        dtype = dtype if c.narrow_state else safe(dtype)
+        dtype = dtype if c.narrow_state else at_least_float32(dtype)
         bias = int(c.network.has_bias)
         weights = tuple(jnp.zeros((batch, c.num_heads, i + bias, o), dtype) for i, o in c.network.shapes(K))
         momentum, tail = None if c.momentum.per == "off" else weights, self._no_tail(batch)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.layers import gathered, named
+from lm2_jax.layers import fsdp_gather, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
@@ -75,7 +75,7 @@ class Tokens(Memory):
     def start_state(self) -> TokensState:
         """The learned rows."""
         state = self.init_state(1)
-        start_ND = gathered(self.start_ND.astype(state.tokens.dtype), START_AXES, ("slots", None))
+        start_ND = fsdp_gather(self.start_ND.astype(state.tokens.dtype), START_AXES, ("slots", None))
         return state._replace(tokens=start_ND[None])
 
     def rows(self, state: TokensState) -> Float[Array, "B N D"]:

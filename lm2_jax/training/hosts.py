@@ -1,4 +1,4 @@
-"""Several processes as one job: how they find each other, and how they stay of one mind."""
+"""Several processes as one job: how they find each other, and how they agree on control flow."""
 
 import hashlib
 import os
@@ -13,18 +13,23 @@ from lm2_jax.errors import UserError
 
 T = TypeVar("T")
 
-# How long a process that leaves, be it with an error, waits for the others to leave too; behind that jax ends them.
+
+class FailedElsewhere(UserError):
+    """Something failed on other processes of the job, and so on this one."""
+
+
+# How long a process that ends, also with an error, waits for the others to end; after that jax kills them.
 LEAVE_SECONDS = 60
 
 
 def join_hosts() -> None:
-    """Joins the processes that run the same command on the other hosts; before any device is asked for.
+    """Joins the processes that run the same command on the other hosts; before any device is used.
 
     On TPU slices, GKE and under Slurm or MPI, jax finds them by itself. Elsewhere $JAX_COORDINATOR_ADDRESS (host:port
-    of the first process), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID say which there are.
+    of the first process), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID identify them.
 
     Raises:
-      UserError: nothing says where the others are, or they do not answer.
+      UserError: the others cannot be found, or do not answer.
     """
     number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
@@ -42,19 +47,19 @@ def join_hosts() -> None:
         ) from error
 
 
-def everyone(value: Any) -> np.ndarray:
-    """One small array of each process, those of the first process first; all processes call this and wait for it."""
+def all_gather_hosts(value: Any) -> np.ndarray:
+    """One small array from each process, in the order of processes; all processes must call this."""
     value = np.asarray(value)
     if jax.process_count() == 1:
         return value[None]
     return np.asarray(multihost_utils.process_allgather(value))
 
 
-def together(make: Callable[[], T]) -> T:
+def run_on_all_hosts(make: Callable[[], T]) -> T:
     """Calls `make` on every process; if it fails on one, it fails on all, so that none waits for one that has left.
 
     Args:
-      make: something that waits for no other process.
+      make: must not wait for another process.
     Raises:
       UserError: it failed on other processes only. Where it failed, what it raised.
     """
@@ -63,25 +68,27 @@ def together(make: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = make()
-    except Exception as error:  # whatever it is, the others must hear of it
+    except Exception as error:  # whatever it is, the others must fail too
         failure = error
-    failed = np.flatnonzero(everyone(np.int32(failure is not None)))
+    failed = np.flatnonzero(all_gather_hosts(np.int32(failure is not None)))
     if failure is not None:
         raise failure
     if failed.size:
-        raise UserError(f"this failed on process {_listed(failed)} of the job, whose output says why", status=1)
+        raise FailedElsewhere(f"this failed on process {_listed(failed)} of the job, whose output says why", status=1)
     return result  # pyright: ignore[reportReturnType]
 
 
 def check_same(**texts: str) -> None:
-    """Refuses processes that are not about to do the same.
+    """Refuses processes that were started differently.
 
     Args:
-      texts: by what they are called in the message.
+      **texts: what must be equal, by its name in the message.
     Raises:
       UserError: on all processes, if one has another text than the first.
     """
-    digests = everyone([list(hashlib.sha256(text.encode()).digest()) for text in texts.values()])  # [process, text, 32]
+    digests = all_gather_hosts(
+        [list(hashlib.sha256(text.encode()).digest()) for text in texts.values()]
+    )  # [process, text, 32]
     for index, name in enumerate(texts):
         others = np.flatnonzero((digests[:, index] != digests[0, index]).any(axis=1))
         if others.size:
@@ -89,6 +96,9 @@ def check_same(**texts: str) -> None:
                 f"--distributed: process {_listed(others)} of the job has another {name} than the first one. Run the "
                 "same version with the same options on all hosts."
             )
+
+
+everyone, together = all_gather_hosts, run_on_all_hosts  # the names of older versions
 
 
 def _listed(processes: np.ndarray) -> str:

@@ -1,6 +1,7 @@
-"""A trace of a few steps, for XProf or TensorBoard's profile plugin."""
+"""A profiler trace of a few steps, for XProf or TensorBoard's profile plugin."""
 
 import dataclasses
+import sys
 from types import TracebackType
 from typing import Self
 
@@ -11,7 +12,7 @@ from lm2_jax.folders import prepare_folder
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """What is traced; not part of a run's config, so that any call of a run can ask for it."""
+    """What is traced; not part of a run's config, so that any start of a run can ask for it."""
 
     profile: str | None = None
     """Folder or bucket for an XPlane trace of some steps; None: none is written."""
@@ -27,7 +28,7 @@ class ProfileConfig:
             )
 
     def prepare(self) -> None:
-        """Makes the folder: one that cannot be written to is a `UserError` before training, not in its midst."""
+        """Makes the folder: one that cannot be written to is a `UserError` before training begins."""
         if self.profile is not None:
             prepare_folder(self.profile, "--profile")
 
@@ -47,20 +48,23 @@ class Profiler:
         self._running = False
 
     def before(self, step: int) -> None:
-        """Called before `step`, counted from 0, is dispatched; the devices may still work on the one before."""
+        """Called before `step`, counted from 0, is dispatched; the devices may still be running the one before."""
         if self._folder is not None and step == self._first:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: object) -> None:
-        """Called when `step` is dispatched; behind the last one it waits for its result, and writes the trace."""
+        """Called when `step` is dispatched; after the last one it waits for its result, and writes the trace."""
         if self._running and step + 1 == self._last:
             jax.block_until_ready(result)
             self._stop()
 
     def _stop(self) -> None:
         self._running = False
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:  # whatever the profiler raises over a full disk: the run itself is fine
+            print(f"warning: --profile={self._folder!r}: the trace was not written: {error}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self

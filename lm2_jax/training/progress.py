@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live line on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Collection
@@ -10,25 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from lm2_jax.chips import peak_flops
 from lm2_jax.config import ModelConfig
 from lm2_jax.types import PyTree
-
-# Dense bfloat16 FLOP/s of one device, by what jax calls it; the first name that its kind contains.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p
-    ("TPU v4", 275e12),
-    ("H200", 989e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
 def flops_per_token(config: ModelConfig, params: PyTree) -> float:
@@ -45,7 +29,7 @@ def flops_per_token(config: ModelConfig, params: PyTree) -> float:
 
 
 class Throughput:
-    """Tokens per second since the last question, model FLOPs utilisation, and the time left.
+    """Tokens per second since the last call, model FLOPs utilisation (MFU), and the time left.
 
     Args:
       flops: of one token.
@@ -57,20 +41,20 @@ class Throughput:
         self._flops, self._steps = flops, steps
         self._last = time.monotonic()
         self._tokens = 0
-        self._base: tuple[float, int] | None = None  # where the pace is measured from: behind the compilation
+        self._base: tuple[float, int] | None = None  # where the pace is measured from: after the compilation
         peak = peak_flops(next(iter(devices)).device_kind)
         self._peak = None if peak is None else peak * len(devices)
 
     def count(self, tokens: int) -> None:
-        """Notes that a step has read so many."""
+        """Adds the tokens of a step."""
         self._tokens += tokens
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds that went into something else than training."""
+        """Excludes seconds that were not spent on training."""
         self._last += seconds
 
     def measure(self, step: int) -> dict[str, float]:
-        """Rates since the last call, and `seconds_left`; what the first call gives includes the compilation."""
+        """Rates since the last call, and `seconds_left`; the first result includes the compilation."""
         now = time.monotonic()
         rate = self._tokens / max(now - self._last, 1e-9)
         since, first = self._base or (self._last, step - 1)
@@ -84,7 +68,7 @@ class Throughput:
 
 
 def summary(values: dict[str, float]) -> str:
-    """The numbers that matter, in one line."""
+    """The main numbers of a step, in one line."""
     parts = [f"loss {values['loss']:.3f}"] if "loss" in values else []
     if "answer_accuracy" in values:
         parts.append(f"answers {100 * values['answer_accuracy']:.1f}%")
@@ -109,7 +93,7 @@ class ProgressLine:
 
     Args:
       steps: of the whole run.
-      console: where to; None: the standard output.
+      console: for output; None: the standard output.
     """
 
     def __init__(self, steps: int, console: Console | None = None):
@@ -133,7 +117,9 @@ class ProgressLine:
             self.say(f"step {step}/{self._steps} | {summary(values)}")
 
     def say(self, text: str) -> None:
-        """Prints a line that stays, above the live one."""
+        """Prints a permanent line, above the live one; letters that the terminal does not know are escaped."""
+        encoding = self._console.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         self._console.print(text, markup=False)
 
     def __enter__(self) -> Self:

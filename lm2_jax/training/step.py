@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lm2_jax.data.base import Example
-from lm2_jax.layout import Layout, whole
+from lm2_jax.layout import Layout, replicated
 from lm2_jax.state import map_axes
 from lm2_jax.training.objective import MetricSums, evaluate_batch, loss_weights, objective
 from lm2_jax.training.optim import learning_rate, merge, select, tree_at_least_float32
@@ -97,7 +97,7 @@ def jit_train_step(plan: Plan, layout: Layout) -> Any:
 
     The report is replicated on every device, so that each process can read it.
     """
-    out = (plan.shardings(layout), whole(layout))
+    out = (plan.shardings(layout), replicated(layout))
     return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
 
 

@@ -1,4 +1,4 @@
-"""The host's side of the loop: reads what steps report, writes it down, and stops a run that has gone wrong."""
+"""The host's side of the loop: logs what steps report, and stops a run that has gone wrong."""
 
 import math
 import time
@@ -18,15 +18,15 @@ from lm2_jax.training.step import Report
 
 
 class Watch:
-    """Adds up reports between two logged steps.
+    """Sums reports between two logged steps, logs them and checks them.
 
     Args:
       config: of the run.
       checkpoints: named in the message when the run has to stop.
       log: where the lines go.
       progress: what a person sees.
-      throughput: measures the pace.
-      first_loss: of the run, if it has been seen before a resume.
+      throughput: measures tokens per second.
+      first_loss: of the run, where it is known from before a resume.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Watch:
         self._sums: dict[str, np.ndarray] = {}
 
     def read(self, step: int, report: Report, more: dict[str, float] | None = None) -> None:
-        """Takes in the report of a step, waiting for the step if need be.
+        """Adds the report of a step; waits for the step where it is still running.
 
         Args:
           step: as counted from 1.
           report: still on the device.
           more: further values for this step's line, an evaluation; such a step is always logged.
         Raises:
-          UserError: loss, gradient or anything else to be logged is not finite, or the loss has left all bounds.
+          UserError: loss, gradient or anything else to be logged is not finite, or the loss diverges.
         """
         report = jax.device_get(report)
         self._check(step, report)
@@ -76,7 +76,7 @@ class Watch:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside does not count as time spent on training."""
+        """Time spent inside is not counted as training time."""
         start = time.monotonic()
         yield
         self._throughput.leave_out(time.monotonic() - start)

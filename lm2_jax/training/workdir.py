@@ -1,129 +1,168 @@
-"""A workdir before anything is trained in it: whose is it, and can it be written to?"""
+"""A workdir: which run it holds, whether it can be written to, and who claims it."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from lm2_jax.checkpoint import FOLDER
-from lm2_jax.config import RunConfig, from_dict, to_dict
-from lm2_jax.data.tokenizers import FileTokenizer, save_tokenizer
+from lm2_jax import atomic, formats
+from lm2_jax.checkpoint import FOLDER, Check, saved_steps
+from lm2_jax.config import RunConfig, changes, from_dict, to_dict
+from lm2_jax.data.tokenizers import FileTokenizer
 from lm2_jax.errors import UserError
-from lm2_jax.training.hosts import everyone
-from lm2_jax.training.metrics import is_remote
+from lm2_jax.folders import check_writable, open_path
+from lm2_jax.training import lock, metrics
+from lm2_jax.training.hosts import all_gather_hosts, run_on_all_hosts
+from lm2_jax.training.lock import WorkdirLock
 from lm2_jax.training.state import TrainState
 
 CONFIG = "config.json"
-# Fields that change nothing of what a run computes or reads back; a resumed run may have them otherwise.
-FREE_ON_RESUME = (
-    "name",
-    "data.prefetch",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.max_loss_ratio",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "checkpoint.memory_every",
-)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+OURS = {CONFIG, *TOKENIZERS, FOLDER, lock.FILE, metrics.FILE, metrics.DAMAGED, metrics.BOARD, "eval"}
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
-    """The config of the run that a workdir holds; `UserError` where there is none or it is damaged."""
-    return from_dict(RunConfig, _read_plain(workdir), f"{epath.Path(workdir) / CONFIG}: config")
+    """The config of the run that a workdir holds.
 
-
-def _read_plain(workdir: epath.PathLike) -> Any:
+    Raises:
+      UserError: there is none, it is damaged, or a newer version wrote it.
+    """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise UserError(f"{workdir}: no run there; expected a folder with {CONFIG}, as train.py writes it")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not a JSON file ({error})", status=1) from error
+        plain = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not a JSON file ({error or 'nested too deep'})", status=1) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}", status=1) from error
+    return config_of(plain, str(path))
+
+
+def config_of(plain: Any, what: str) -> RunConfig:
+    """The config in a table that this or an older version wrote; `what` names the file in messages."""
+    formats.check_format(plain, what)
+    if isinstance(plain, dict):
+        hidden = {"version"} if hasattr(RunConfig, "format") else {"format", "version"}
+        plain = {name: value for name, value in plain.items() if name not in hidden}
+    return from_dict(RunConfig, plain, f"{what}: config")
 
 
 def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
-    """Whether the workdir holds a run already, which must be one of this config.
+    """Whether the workdir holds a run with checkpoints, which must be one of this config.
+
+    A config without a checkpoint claims nothing: the run that wrote it was refused, killed or stopped before anything
+    was saved, and another may take its place.
 
     Raises:
       UserError: it is another config's, with the fields that differ.
     """
-    if not (workdir / CONFIG).exists():
-        if (workdir / FOLDER).exists():
-            raise UserError(
-                f"{workdir} has {FOLDER}/ but no {CONFIG} that says whose they are; choose another --workdir"
-            )
+    if not saved_steps(workdir):
+        _check_strange(workdir)
         return False
-    theirs, ours = _flat(_read_plain(workdir)), _flat(to_dict(config))
-    lines = [
-        f"  {name}: {theirs.get(name, '<absent>')!r} there, {ours.get(name, '<absent>')!r} now"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name, "<absent>") != ours.get(name, "<absent>") and name not in FREE_ON_RESUME
-    ]
-    if lines:
-        raise UserError(
-            f"{workdir} belongs to a run of another config. Fields that differ:\n" + "\n".join(lines) + "\n"
-            "Set them as they were to go on with that run, or choose another --workdir. Nothing was changed."
-        )
+    if not (workdir / CONFIG).exists():
+        raise UserError(f"{workdir} has {FOLDER}/ but no {CONFIG} that says whose they are; choose another --workdir")
+    _compare(read_config(workdir), config, f"{workdir} belongs to a run of another config.")
     return True
 
 
-def _flat(plain: Any, path: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
-    if not isinstance(plain, dict):
-        return {path: plain}
-    flat: dict[str, Any] = {}
-    for name, value in plain.items():
-        flat |= _flat(value, f"{path}.{name}" if path else name)
-    return flat
-
-
-def check_writable(workdir: epath.Path) -> None:
-    """Writes and removes a probe; a workdir that cannot be made or written to is a `UserError`."""
-    probe = workdir / f".probe-{jax.process_index()}-{os.getpid()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(1 << 16))
-        probe.unlink()
-    except OSError as error:
+def _check_strange(workdir: epath.Path) -> None:
+    """Refuses a folder that is full of something else, such as a home folder or a repository."""
+    if (workdir / CONFIG).exists() or not workdir.exists():
+        return
+    names = sorted(path.name for path in workdir.iterdir())
+    strange = [name for name in names if name not in OURS and not name.startswith(".") and not name.endswith(".log")]
+    if len(strange) > 3:
         raise UserError(
-            f"--workdir {workdir} cannot be written to ({error}); training has not begun. Choose another one, or "
-            "make it writable.",
+            f"--workdir {workdir} holds no run but other files ({', '.join(strange[:3])} ...); choose a new folder"
+        )
+
+
+def _compare(theirs: RunConfig, ours: RunConfig, what: str) -> None:
+    wrong = [change for change in changes(theirs, ours) if not change.allowed]
+    if wrong:
+        lines = [f"  {change.name}: {change.old!r} there, {change.new!r} now" for change in wrong]
+        lines += ["  (this one may only become larger)" for change in wrong if change.rule == "grows"]
+        raise UserError(
+            f"{what} Fields that differ:\n" + "\n".join(lines) + "\n"
+            "Set them as they were to resume that run, or choose another --workdir. Nothing was changed."
+        )
+
+
+def resume_check(config: RunConfig, tokenizer: FileTokenizer) -> Check:
+    """Refuses checkpoints that were trained with another config or tokenizer than a resumed run has."""
+
+    def check(checkpoint: str, saved: dict[str, Any], fingerprint: str | None) -> None:
+        theirs = config_of(saved, f"checkpoint {checkpoint}")
+        _compare(theirs, config, f"Checkpoint {checkpoint} is of another config than the workdir's {CONFIG}.")
+        _check_fingerprint(checkpoint, fingerprint, tokenizer)
+
+    return check
+
+
+def use_check(workdir: epath.PathLike, config: RunConfig, tokenizer: FileTokenizer | None) -> Check:
+    """Refuses checkpoints that do not belong to the model and the tokenizer in their workdir."""
+
+    def check(checkpoint: str, saved: dict[str, Any], fingerprint: str | None) -> None:
+        theirs = config_of(saved, f"checkpoint {checkpoint}")
+        differing = changes(theirs, config)
+        wrong = [
+            f"  {change.name}: {change.old!r} in the checkpoint, {change.new!r} in {CONFIG}"
+            for change in differing
+            if change.name.startswith(("model.", "data.tokenizer.")) and not change.allowed
+        ]
+        if wrong:
+            raise UserError(
+                f"{epath.Path(workdir) / CONFIG} is not the config that checkpoint {checkpoint} was trained with:\n"
+                + "\n".join(wrong) + "\nSet these fields as they are in the checkpoint.",
+                status=1,
+            )  # fmt: skip
+        _check_fingerprint(checkpoint, fingerprint, tokenizer)
+
+    return check
+
+
+def _check_fingerprint(checkpoint: str, fingerprint: str | None, tokenizer: FileTokenizer | None) -> None:
+    if fingerprint is not None and tokenizer is not None and tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained with another tokenizer than the workdir's {tokenizer.file_name}: its "
+            f"fingerprint is {fingerprint}, that of the file {tokenizer.fingerprint}. Put the run's own file back.",
             status=1,
-        ) from error
+        )
 
 
 def check_shared(workdir: epath.Path) -> None:
     """Refuses a workdir that is not the same place for all processes of the job."""
-    mark = workdir / f".mark-{everyone(np.int32(os.getpid()))[0]}"
+    mark = workdir / f".mark-{all_gather_hosts(np.int32(os.getpid()))[0]}"
     if jax.process_index() == 0:
         mark.write_bytes(b"")
-    everyone(np.int32(0))  # it is written
-    blind = np.flatnonzero(everyone(np.int32(not mark.exists())))
+    all_gather_hosts(np.int32(0))  # it is written
+    blind = np.flatnonzero(all_gather_hosts(np.int32(not mark.exists())))
     if jax.process_index() == 0:
         mark.unlink()
     if blind.size:
         raise UserError(
             f"--workdir {workdir}: what the first process writes there, process {', '.join(map(str, blind))} does not "
-            "see. Choose one on a disk that all hosts share, or in a bucket (gs://...)."
+            "see. Choose a folder on a disk that all hosts share, or in a bucket (gs://...)."
         )
 
 
 def check_space(workdir: epath.Path, config: RunConfig, shapes: TrainState) -> None:
     """Refuses a disk on which the run's checkpoints have no room; of a bucket nothing is known."""
-    if is_remote(workdir):
+    if atomic.is_remote(workdir):
         return
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    folder = workdir / FOLDER
-    there = sum(path.name.isdigit() for path in folder.iterdir()) if folder.exists() else 0
-    # One more than is kept, because an old checkpoint goes only when the new one is complete.
+    there = len(saved_steps(workdir))
+    # One more than is kept, because an old checkpoint is removed only when the new one is complete.
     missing = max(1, config.checkpoint.keep + 1 - there)
-    free = shutil.disk_usage(workdir).free
+    place = next(place for place in (workdir, *workdir.absolute().parents) if place.exists())
+    free = shutil.disk_usage(place).free
     if free < missing * one:
         raise UserError(
             f"--workdir {workdir} has {free / 2**20:,.1f} MiB free, but {missing} checkpoints of {one / 2**20:,.1f} "
@@ -133,11 +172,60 @@ def check_space(workdir: epath.Path, config: RunConfig, shapes: TrainState) -> N
         )
 
 
-def claim(workdir: epath.Path, config: RunConfig, tokenizer: FileTokenizer) -> None:
-    """Makes the workdir this run's: first the tokenizer, then the config, whose presence says that both are whole."""
+@contextlib.contextmanager
+def owned(workdir: epath.PathLike) -> Iterator[WorkdirLock | None]:
+    """Makes and locks a workdir; where the run is refused inside, folders that were made are removed again.
+
+    Gives the lock, or None on processes other than the first.
+
+    Raises:
+      UserError: it cannot be reached or written to, or another process owns it.
+    """
+    path = open_path(workdir, "--workdir")
+    missing = [] if atomic.is_remote(path) else [place for place in (path, *path.parents) if not place.exists()]
+    with contextlib.ExitStack() as undo:
+
+        def acquire() -> WorkdirLock | None:
+            check_writable(path, "--workdir")
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--workdir {path} cannot be made: {error}", status=1) from error
+            undo.callback(_remove_empty, missing)
+            return undo.enter_context(WorkdirLock(path)) if jax.process_index() == 0 else None
+
+        yield run_on_all_hosts(acquire)
+
+
+def _remove_empty(folders: list[epath.Path]) -> None:
+    with contextlib.suppress(OSError):  # the first that is not empty ends it
+        for folder in folders:
+            os.rmdir(folder)
+
+
+def claim(workdir: epath.Path, config: RunConfig, tokenizer: FileTokenizer, exists: bool) -> None:
+    """Makes the workdir this run's: first the tokenizer, then the config, each atomically; checkpoints come later.
+
+    Args:
+      workdir: locked by this process.
+      config: of the run.
+      tokenizer: of the run.
+      exists: whether the workdir holds checkpoints of this run; else metrics of an earlier start are removed.
+    Raises:
+      UserError: nothing can be written.
+    """
     if jax.process_index() != 0:
         return
-    save_tokenizer(tokenizer, workdir)
-    fresh = workdir / f"{CONFIG}.new"
-    fresh.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    fresh.replace(workdir / CONFIG)
+    try:
+        atomic.remove_temporaries(workdir)
+        if not exists:
+            metrics.remove(workdir)
+            for name in TOKENIZERS:
+                if name != tokenizer.file_name:
+                    (workdir / name).unlink(missing_ok=True)
+        if not exists or not (workdir / tokenizer.file_name).exists():
+            atomic.write_file(workdir / tokenizer.file_name, tokenizer.serialized())
+        plain = {**formats.stamp(), **to_dict(config)}
+        atomic.write_file(workdir / CONFIG, json.dumps(plain, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error}; training has not begun", status=1) from error

@@ -1,6 +1,6 @@
 """A tokenizer of words, and a reader that answers bAbI questions from plain sentences: both for tests only.
 
-The reader knows nothing of the project's grammar and replay: it looks at words, and searches the text anew for each
+The reader knows nothing of the project's grammar and tracker: it looks at words, and searches the text anew for each
 question.
 """
 

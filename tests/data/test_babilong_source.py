@@ -9,15 +9,16 @@ import pytest
 
 from lm2_jax.config import from_dict, to_dict
 from lm2_jax.data import babilong_source
-from lm2_jax.data.babi import WORLD_TASKS, Sample, answers_of
+from lm2_jax.data.babi import WORLD_TASKS, Sample, answers_of, read_samples
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.background import Prose
 from lm2_jax.data.base import SourceConfig
+from lm2_jax.data.event_stream import simulated
 from lm2_jax.data.interleaved import InterleavedRows, Recipe
 from lm2_jax.data.philox import Draws
-from lm2_jax.data.protocol import babilong_sample, build_babilong_set, facts_tokens
+from lm2_jax.data.protocol import babilong_sample, build_babilong_set, facts_tokens, limit_facts
 from lm2_jax.data.text_tokens import Encoder, noise
-from lm2_jax.data.wander import simulated
+from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
 from tests.data.reading import WordTokenizer, read_answer
 
@@ -425,3 +426,19 @@ def test_rows_can_be_written_without_a_source():
     rows = InterleavedRows(recipe, encode, simulated(("qa1",)), lambda draws, held_out: iter(()))
     e = rows.example(Draws(0), 4, T, False)
     assert (e.distance >= 0).sum() > 5
+
+
+@pytest.mark.parametrize(("task", "kept"), [("qa1", 800), ("qa2", 196), ("qa5", 189), ("qa8", 570)])
+def test_max_facts_keeps_what_the_published_filter_keeps(data_dir, task, kept):
+    """Counted with the published code, at 10 facts and with the test files."""
+    samples = read_samples(str(data_dir / "babi" / "en-10k"), task, "test")
+    assert len(limit_facts(samples, 10, task)) == kept
+
+
+def test_answers_that_small_files_lack_are_tokens(tmp_path):
+    story = "1 Mary moved to the kitchen.\n2 John went to the garden.\n3 Where is Mary? \tkitchen\t1\n"
+    for split in ("train", "test"):
+        (tmp_path / f"qa1_x_{split}.txt").write_text(story)
+    source = BabilongSource(babi_dir=str(tmp_path))
+    tokenizer = build_tokenizer(TokenizerConfig(), lambda: source.corpus(0), 512)
+    assert {len(tokenizer.encode(f" {answer}")) for answer in answers_of("qa1")} == {1}

@@ -191,7 +191,7 @@ def test_nothing_held_out_and_too_few_documents_are_messages():
         source([5], 4, held_out_fraction=0.02)
     with pytest.raises(UserError, match="0 documents with text"):
         source([0, 0], 4)
-    with pytest.raises(ValueError, match="held_out_fraction must lie in"):
+    with pytest.raises(ValueError, match="held_out_fraction must be at least 0 and below 1"):
         DocumentFields(held_out_fraction=1.0)
     with pytest.raises(ValueError, match="document_segments must be at least 1"):
         DocumentFields(document_segments=0)

@@ -1,7 +1,9 @@
 """Token shards: written, read back, and refused when they are not what they should be."""
 
+import io
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from lm2_jax import cli
 from lm2_jax.data import convert
 from lm2_jax.data.shards import ShardDocuments, TokenShards, decode_record, encode_record, write_shards
 from lm2_jax.data.text_source import TextFiles
-from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
+from lm2_jax.data.tokenizers import FileTokenizer, TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
 
 BYTES = build_tokenizer(TokenizerConfig(kind="bytes"), lambda: [], 259)
@@ -134,7 +136,7 @@ def test_flipped_bytes_inside_a_shard_are_found_when_read(tmp_path):
 
 def test_counts_that_disagree_are_a_message(shard_set):
     edit_metadata(shard_set, documents=31)
-    with pytest.raises(UserError, match=r"31 documents, index\.npz of 30, and the files hold 30"):
+    with pytest.raises(UserError, match=r"lengths is int64 \(30,\), expected .*dataset\.json says, 31 documents"):
         TokenShards(path=str(shard_set)).build(BYTES, 8, 0)
     edit_metadata(shard_set, documents=30, format=99)
     with pytest.raises(UserError, match="format 99, this version reads 1"):
@@ -202,3 +204,120 @@ def test_converter_wants_one_input_and_a_size_that_fits(tmp_path):
     )
     with pytest.raises(UserError, match="259 tokens but --vocab-size is 100"):
         convert.convert(small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": ["../set/tokens-00000.array_record"]}, r"got '\.\./set/tokens-00000\.array_record'; refused"),
+        ({"files": ["/etc/passwd"]}, "got '/etc/passwd'; refused"),
+        ({"files": ["tokens-00000.array_record/../../x"]}, "refused"),
+        ({"files": [["tokens-00000.array_record"]]}, "refused"),
+        ({"files": "tokens-00000.array_record"}, r"\['files'\] missing or of another type"),
+        ({"documents": -1}, "damaged: max_id"),
+        ({"documents": 10**12, "tokens": 10**13}, "bytes for 1000000000000 documents"),
+        ({"documents": True}, r"\['documents'\] missing or of another type"),
+        ({"max_id": -5}, "damaged: max_id -5"),
+        ({"max_id": 2**40}, "damaged: max_id"),
+        ({"max_id": 300}, r"tokens \(up to 300\)"),
+        ({"tokens": 10**9}, r"dataset\.json says 1000000000"),
+        ({"format": "1"}, r"\['format'\] missing or of another type"),
+    ],
+)
+def test_a_stranger_s_description_is_refused(shard_set, changes, message):
+    edit_metadata(shard_set, **changes)
+    with pytest.raises(UserError, match=message):
+        TokenShards(path=str(shard_set)).build(BYTES, 8, 0)
+
+
+def edit_index(folder, **changes):
+    with np.load(folder / "index.npz") as index:
+        arrays = dict(index)
+    np.savez(folder / "index.npz", **(arrays | changes))
+
+
+@pytest.mark.parametrize("length", [-1, 0, 2**50, np.iinfo(np.int64).min])
+def test_lengths_that_make_no_sense_are_refused(shard_set, length):
+    documents = ShardDocuments(shard_set, 0, 0)
+    edit_index(shard_set, lengths=np.array([length, *documents.lengths[1:]]))
+    with pytest.raises(UserError, match=r"index\.npz: damaged .*lengths from"):
+        ShardDocuments(shard_set, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["<f8", "<i4", "O"])
+def test_an_index_of_another_type_is_refused(shard_set, dtype):
+    lengths = np.array(ShardDocuments(shard_set, 0, 0).lengths.tolist(), dtype)
+    with np.load(shard_set / "index.npz") as index:
+        hashes = index["hashes"]
+    np.savez(shard_set / "index.npz", lengths=lengths, hashes=hashes)
+    with pytest.raises(UserError, match=r"index\.npz: damaged"):
+        ShardDocuments(shard_set, 0, 0)
+
+
+def test_a_header_of_a_huge_array_makes_no_array(shard_set):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"shape": (10**12,), "fortran_order": False, "descr": "<i8"})
+    with zipfile.ZipFile(shard_set / "index.npz", "w") as archive:
+        archive.writestr("lengths.npy", header.getvalue() + bytes(8 * 30))
+        archive.writestr("hashes.npy", header.getvalue() + bytes(8 * 30))
+    with pytest.raises(UserError, match=r"index\.npz: damaged .*1000000000000"):
+        ShardDocuments(shard_set, 0, 0)
+    with zipfile.ZipFile(shard_set / "index.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("lengths.npy", bytes(10_000_000))
+        archive.writestr("hashes.npy", bytes(10_000_000))
+    with pytest.raises(UserError, match=r"index\.npz: damaged"):
+        ShardDocuments(shard_set, 0, 0)
+
+
+def test_hashes_of_the_index_are_compared(shard_set):
+    hashes = ShardDocuments(shard_set, 0, 0).hashes.copy()
+    hashes[3] += 1
+    edit_index(shard_set, hashes=hashes)
+    documents = ShardDocuments(shard_set, 0, 0)
+    documents.tokens(2)
+    with pytest.raises(UserError, match=r"document 3: its tokens do not have the hash that index\.npz says"):
+        documents.tokens(3)
+
+
+def test_ids_above_the_description_s_are_refused(shard_set):
+    edit_metadata(shard_set, max_id=50)
+    with pytest.raises(UserError, match=r"document 0 has token ids from .* dataset\.json says 0 to 50"):
+        ShardDocuments(shard_set, 0, 0).tokens(0)
+
+
+def other_merges(folder) -> FileTokenizer:
+    """A tokenizer with the names of a shard set's and other merges."""
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    plain["model"]["merges"].reverse()
+    plain["model"]["merges"].sort()
+    (folder.parent / "other.json").write_text(json.dumps(plain))
+    return build_tokenizer(TokenizerConfig(kind="json", path=str(folder.parent / "other.json")), list, 512)
+
+
+@pytest.fixture
+def bpe_set(tmp_path):
+    tokenizer = build_tokenizer(TokenizerConfig(), lambda: TEXTS, 300)
+    write_shards(map(tokenizer.encode, TEXTS), tokenizer, tmp_path / "bpe", tokens_per_shard=200)
+    return tokenizer, tmp_path / "bpe"
+
+
+def test_shards_do_not_open_with_other_merges(bpe_set):
+    tokenizer, folder = bpe_set
+    TokenShards(path=str(folder)).build(tokenizer, 8, 0)
+    other = other_merges(folder)
+    assert other.vocabulary() == tokenizer.vocabulary()
+    with pytest.raises(UserError, match=rf"made with tokenizer {tokenizer.fingerprint}, but.*{other.fingerprint}"):
+        TokenShards(path=str(folder)).build(other, 8, 0)
+
+
+def test_shards_of_earlier_versions_are_followed_by_their_tokenizer_file(bpe_set):
+    tokenizer, folder = bpe_set
+    edit_metadata(folder, tokenizer=tokenizer.vocabulary_fingerprint)
+    TokenShards(path=str(folder)).build(tokenizer, 8, 0)
+    other = other_merges(folder)
+    with pytest.raises(UserError, match=rf"made with tokenizer {tokenizer.fingerprint}, but.*{other.fingerprint}"):
+        TokenShards(path=str(folder)).build(other, 8, 0)
+    (folder / "tokenizer.json").unlink()
+    old, new = tokenizer.vocabulary_fingerprint, tokenizer.fingerprint
+    with pytest.raises(UserError, match=rf"earlier version.*{old}.*{new}.*Convert the text again"):
+        TokenShards(path=str(folder)).build(tokenizer, 8, 0)

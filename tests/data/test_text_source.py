@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from lm2_jax.data import convert
 from lm2_jax.data.shards import ShardDocuments
-from lm2_jax.data.text_source import TextFiles, TfdsText, file_documents
+from lm2_jax.data.text_files import read_documents
+from lm2_jax.data.text_source import TextFiles, TfdsText
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
 
@@ -90,8 +91,10 @@ def test_files_come_in_order_to_any_depth(tmp_path):
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "c.txt").write_text("third é")
     (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": "second", "more": 1}\n')
-    (tmp_path / "ignored.md").write_text("no")
-    assert list(file_documents(tmp_path, "text")) == ["first", "second", "third é"]
+    (tmp_path / "b.md").write_text("note")
+    (tmp_path / "ignored.csv").write_text("no")
+    (tmp_path / "manifest.json").write_text('[{"title": "no text"}]')
+    assert [document.text for document in read_documents(tmp_path, "text")] == ["first", "second", "note", "third é"]
     source = TextFiles(path=str(tmp_path), held_out_fraction=0.0).build(BYTES, 8, 0)
     text = everything(source)
     assert all(document in text for document in ("first", "second", "third é"))
@@ -113,18 +116,18 @@ def test_bad_lines_are_named_with_their_number(tmp_path, line, message):
 
 
 def test_missing_empty_and_binary_folders(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         TextFiles(path=str(tmp_path / "nowhere")).build(BYTES, 8, 0)
-    with pytest.raises(UserError, match=r"neither \.txt nor \.jsonl"):
+    with pytest.raises(UserError, match="no texts in this folder"):
         TextFiles(path=str(tmp_path)).corpus(0)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt: not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.txt:1: not UTF-8"):
         TextFiles(path=str(tmp_path)).build(BYTES, 8, 0)
 
 
 def test_too_much_text_names_the_converter(tmp_path):
     (tmp_path / "big.txt").write_text("x" * 1_000_001)
-    with pytest.raises(UserError, match=r"limit_megabytes=1 .*lm2_jax\.data\.convert OUT --text"):
+    with pytest.raises(UserError, match=r"limit_megabytes=1 .*lm2_jax\.data\.convert --out OUT --text"):
         TextFiles(path=str(tmp_path), limit_megabytes=1).build(BYTES, 8, 0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lm2_jax.data.babi import WORLD_TASKS, parse_question, parse_statement, read_samples, samples_of
 from lm2_jax.data.philox import Draws
-from lm2_jax.data.replay import Replay
+from lm2_jax.data.story_tracker import StoryTracker
 from lm2_jax.data.worlds import simulate_sample, simulate_story
 from tests.data.reading import read_answer
 
@@ -87,13 +87,13 @@ def test_statements_are_worded_like_the_real_files(data_dir, task):
 @pytest.mark.parametrize("task", WORLD_TASKS)
 def test_answers_follow_from_the_statements(task):
     for index in range(25):
-        replay, told = Replay(), []
+        tracker, told = StoryTracker(), []
         for line in simulate_story(task, Draws(11, index)):
             if line.answer is None:
-                replay.tell(parse_statement(line.text), len(told))
+                tracker.add(parse_statement(line.text), len(told))
                 told.append((line.number, line.text))
                 continue
-            known = replay.ask(parse_question(line.text))
+            known = tracker.answer(parse_question(line.text))
             assert known is not None
             assert known.answer == line.answer
             if task != "qa3":  # its files count a later drop among the support, from which nothing can be read

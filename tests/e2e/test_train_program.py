@@ -82,7 +82,7 @@ def test_two_steps_and_then_two_more(tmp_path):
         path.write_bytes(b"")
     second = call(*arguments)
     assert second.returncode == 0, second.stderr
-    assert "going on behind step 2" in second.stdout
+    assert "resuming after step 2" in second.stdout
     assert str(tmp_path / "checkpoints" / "4") in second.stderr
     assert "Traceback" not in second.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

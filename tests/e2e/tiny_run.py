@@ -4,11 +4,14 @@ python tests/e2e/tiny_run.py WORKDIR DOCUMENTS [--model {lm2,titans}] [--die-at-
     [--zero-memory] [--out FILE]
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in train.py: until the work begins, Ctrl-C just ends the process
+
 import argparse
 import dataclasses
 import os
 import pathlib
-import signal
 import sys
 import threading
 import time
@@ -17,6 +20,7 @@ import jax
 import numpy as np
 
 import lm2_jax
+from lm2_jax import cli
 from lm2_jax.checkpoint import Checkpoints, Restored
 from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.data.text_source import TextFiles
@@ -113,6 +117,7 @@ def zero_memory() -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("documents", type=pathlib.Path)
@@ -131,7 +136,8 @@ def main() -> None:
     outcome = train(tiny_config(args.documents, args.model), args.workdir)
     if args.out:
         np.savez(args.out, **arrays(outcome))
+    sys.exit(outcome.status)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""Greedy answers, against a toy model whose every answer depends on every token it was fed."""
+"""Greedy answers, against a toy model whose every answer depends on every token it has read."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm2_jax.evaluation.generate import PIECE_SEGMENTS, greedy
+import lm2_jax
+from lm2_jax.evaluation.answerer import PIECE_SEGMENTS, Prompt, RunAnswerer, even_batches
+from lm2_jax.runs import Run
 
 VOCAB, PAD, EOS, SEGMENT = 13, 11, 12, 4
 PRIME = 10_007
@@ -46,7 +48,7 @@ def feed(tokens_BS, state, valid_BS):
         (tokens_BS.T, valid_BS.T),
     )
     logits_BV = jax.nn.one_hot(value_B % VOCAB, VOCAB)
-    # Rows that took nothing have no last token: nobody may read what stands there.
+    # Rows that read nothing have no last token: their logits must not be used.
     logits_BV = jnp.where(valid_BS.any(1)[:, None], logits_BV, jnp.nan)
     return logits_BV, Hash(value_B, state.count_B + valid_BS.sum(1, dtype=jnp.int32))
 
@@ -84,9 +86,18 @@ def answer(prompt, most):
     return Letters().decode(letters)
 
 
-def ask(prompts, **options):
+def ask(prompts, max_new_tokens, batch_rows=32):
     toy = Toy()
-    return greedy(toy, PARAMS, Letters(), prompts, absorb=toy.absorb, **options), toy
+    run = Run(lm2_jax.preset("lm2_tiny"), toy, PARAMS, Letters(), 0)
+    answerer = RunAnswerer(run, absorb=toy.absorb)
+    answers = [None] * len(prompts)
+    batches = even_batches([len(prompt) for prompt in prompts], batch_rows)
+    for batch in batches:
+        chosen = [Prompt(Letters(), Letters().decode(prompts[index])) for index in batch]
+        given = answerer.answer(chosen, max_new_tokens, rows=len(batches[0]))
+        for index, text in zip(batch, given, strict=True):
+            answers[index] = text
+    return answers, toy
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +143,13 @@ def test_ends_when_all_rows_have_ended():
 
 def test_bad_arguments():
     assert ask([], max_new_tokens=1)[0] == []
-    with pytest.raises(ValueError, match=r"prompts \[1\] are empty"):
+    with pytest.raises(ValueError, match=r"prompts \[0\] are empty"):
         ask([[1], []], max_new_tokens=1)
-    with pytest.raises(ValueError, match="batch_rows=0"):
-        ask([[1]], max_new_tokens=1, batch_rows=0)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        ask([[1]], max_new_tokens=0)
+
+
+def test_even_batches():
+    assert even_batches([5, 1, 4, 2, 3], 2) == [[1, 3], [4, 2], [0]]
+    assert [len(batch) for batch in even_batches(range(100), 32)] == [25] * 4
+    assert even_batches([], 3) == []

@@ -1,12 +1,12 @@
-"""Files, tables and the picture."""
+"""Tables, intervals and pictures."""
 
 import io
 import json
 
 import matplotlib.image
+import numpy as np
 import pytest
 import rich.console
-from etils import epath
 
 from lm2_jax.evaluation import report
 
@@ -39,8 +39,8 @@ def picture(content):
 
 
 def test_heat_map():
-    """Each cell stands in its place: green where good, red where poor, grey where nothing was measured."""
-    pixels = picture(report.heat_map(CELLS, CELLS, "a title", "a note", ("task", "length")))
+    """Each cell is in its place: green if good, red if poor, grey if it was not measured."""
+    pixels = picture(report.heat_map({"one": (CELLS, CELLS)}, "a title", "a note", ("task", "length")))
     height, width, _ = pixels.shape
     assert height > 300
     assert width > 500
@@ -59,28 +59,40 @@ def test_heat_map():
     assert abs(rows["poor"] - rows["grey"]) < 0.05 * height
     assert columns["poor"] < columns["grey"]
     assert abs(columns["good"] - columns["poor"]) < 0.05 * width
-    other = picture(report.heat_map(CELLS, SECOND, "a title", "a note", ("task", "length")))
+    other = picture(report.heat_map({"one": (CELLS, SECOND)}, "a title", "a note", ("task", "length")))
     assert (other != pixels).any(), "a strict verdict that differs is shown"
 
 
-def test_files_are_replaced_whole(tmp_path):
-    folder = epath.Path(tmp_path)
-    (tmp_path / "a.json").write_text("old")
-    paths = report.write_files(folder, {"a.json": b"new", "b.md": b"more"})
-    assert [path.name for path in paths] == ["a.json", "b.md"]
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "new", "b.md": "more"}
+def test_two_panels():
+    """A baseline is drawn next to the model."""
+    both = picture(
+        report.heat_map({"model": (CELLS, CELLS), "baseline": (CELLS, SECOND)}, "t", "n", ("task", "length"))
+    )
+    alone = picture(report.heat_map({"model": (CELLS, CELLS)}, "t", "n", ("task", "length")))
+    assert both.shape[1] > 1.5 * alone.shape[1]
 
 
-def test_a_failure_leaves_the_old_files(tmp_path):
-    """The second file cannot be written, so the first is not replaced and nothing half-written stays."""
-    (tmp_path / "a.json").write_text("old")
-    with pytest.raises(OSError, match="no-folder"):
-        report.write_files(epath.Path(tmp_path), {"a.json": b"new", "no-folder/b.md": b"more"})
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
+def test_interval():
+    """Wilson's interval, against values of R's prop.test(correct=FALSE)."""
+    assert report.interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert report.interval(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6)
+    assert report.interval(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
+    wide, narrow = report.interval(5, 10), report.interval(500, 1000)
+    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+
+
+def test_accuracy_plot():
+    """Chance level, training range and intervals each change the picture."""
+    curve = report.Curve(np.arange(4), np.array([20, 15, 10, 5]), np.array([20, 20, 20, 20]))
+    plain = picture(report.accuracy_plot({"a": curve}, report.Marks(), "title", ("x", "y")))
+    assert plain.shape[0] > 600
+    for marks in (report.Marks(chance=16.7), report.Marks(trained=2)):
+        assert (picture(report.accuracy_plot({"a": curve}, marks, "title", ("x", "y"))) != plain).any()
+    more = curve._replace(correct=curve.correct * 100, asked=curve.asked * 100)
+    assert (picture(report.accuracy_plot({"a": more}, report.Marks(), "title", ("x", "y"))) != plain).any()
 
 
 def test_json():
     assert json.loads(report.to_json({"a": [1.5, "é"]})) == {"a": [1.5, "é"]}
-    assert report.to_jsonl([{"a": "x\ny"}, {"a": 2}]).decode().splitlines() == ['{"a": "x\\ny"}', '{"a": 2}']
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.to_json({"a": float("nan")})

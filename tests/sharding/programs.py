@@ -15,20 +15,35 @@ import numpy as np
 
 import lm2_jax
 from lm2_jax import partition
+from lm2_jax.aot.hlo import Instruction, Program, parse
 from lm2_jax.config import ModelConfig
 from lm2_jax.layout import axes_of
 from lm2_jax.memory.titans import StepConfig
 from lm2_jax.precision import Precision
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
-from lm2_jax.sharding.hlo import Instruction, Program, parse
 from lm2_jax.sharding.mesh import AXES
+from lm2_jax.sharding.partition import MeshPartition
 from tests.contract.subjects import FLOAT64, UNOPTIMIZED, abstract_params, config_of, generic_params, precise
 
 ROWS, SEGMENTS, TOKENS, VOCABULARY = 8, 3, 16, 64
-SLOTS = 40  # a number that no other dimension has, whole or in parts
+SLOTS = 40  # a size that no other dimension has, split or not
 EXPANSION = 7  # of Titans' networks: the hidden width of 7 x 16 is such a number too
 # With large steps on random parameters an inner memory is chaotic: float32 runs part that differ in one rounding.
 CALM = StepConfig(maximum=0.01)
+
+
+class Automatic(MeshPartition):
+    """A mesh where `logical_shard_map` is left to XLA's partitioner: the reference of what it computes."""
+
+    def map_shards(self, *_: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def automatic(layout: Layout | None) -> Iterator[None]:
+    """Inside a layout's context, leaves all programs to XLA's partitioner."""
+    with partition.use(None if layout is None else Automatic(dict(layout.mesh.shape), layout.rules)):
+        yield
 
 
 class Outcome(NamedTuple):
@@ -58,7 +73,7 @@ def small(name: str, float64: bool) -> ModelConfig:
 
 
 def _replaced(config: Any, values: dict[str, Any]) -> Any:
-    """A config with all fields of these names changed, however deep they lie; None stays."""
+    """A config with all fields of these names changed, at any depth; None stays."""
     if isinstance(config, tuple):
         return tuple(_replaced(item, values) for item in config)
     if not dataclasses.is_dataclass(config):
@@ -104,7 +119,7 @@ class Case:
 
     @functools.cached_property
     def arguments(self) -> Arguments:
-        """Generic parameters, random tokens, a fresh state and weights of the loss, where they belong."""
+        """Generic parameters, random tokens, an initial state and weights of the loss, with their shardings."""
         with precise(self.config):
             params, state = generic_params(self.model), self.model.init_state(ROWS)
             rng = np.random.default_rng(0)
@@ -130,7 +145,7 @@ class Case:
         """The program before compilation."""
         arguments = self.arguments
         context = contextlib.nullcontext() if self.layout is None else self.layout.context()
-        manual = contextlib.nullcontext() if self.by_hand else partition.automatic()
+        manual = contextlib.nullcontext() if self.by_hand else automatic(self.layout)
         with precise(self.config), context, manual:
             return jax.jit(self._program, compiler_options=UNOPTIMIZED).lower(*arguments)
 
@@ -153,7 +168,7 @@ class Case:
 
     @functools.cached_property
     def loops(self) -> "Loops":
-        """Its collectives by the depth of the loop they stand in."""
+        """Its collectives by the depth of their loop."""
         return collectives_in(parse(self.compiled.as_text()))
 
     @functools.cached_property

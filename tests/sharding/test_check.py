@@ -1,4 +1,4 @@
-"""What a mesh leaves whole, and the plan of a run on devices that are not there."""
+"""Arrays that a mesh replicates, and the plan of a run without devices."""
 
 import dataclasses
 
@@ -8,10 +8,11 @@ import pytest
 
 import lm2_jax
 from lm2_jax.errors import UserError
-from lm2_jax.sharding import RULES, Layout, MeshConfig, assert_sharded, make_mesh
+from lm2_jax.sharding import RULES, Layout, MeshConfig, assert_sharded, make_mesh, plan
+from lm2_jax.sharding.check import Placement
 from lm2_jax.sharding.mesh import planned_mesh
 from lm2_jax.sharding.plan import describe_plan
-from lm2_jax.training.fit import check_trainable, fit, whole_arrays
+from lm2_jax.training.fit import check_trainable, fit, replicated_arrays
 from lm2_jax.training.state import make_plan
 
 
@@ -25,7 +26,9 @@ AXES = {"w": ("embed", "heads"), "lost": (None, "state_embed")}
 
 def test_replicated_arrays_are_listed_with_their_bytes():
     split = MeshConfig(fsdp=2, model=2)
-    with pytest.raises(UserError, match=r"1 arrays would lie whole.*\n  lost \(30, 10\): 600 bytes on each") as caught:
+    with pytest.raises(
+        UserError, match=r"1 arrays would be replicated.*\n  lost \(30, 10\): 600 bytes on each"
+    ) as caught:
         assert_sharded(SHAPES, shardings(split, AXES, SHAPES), least_bytes=500)
     assert " w " not in str(caught.value)
     assert_sharded(SHAPES, shardings(split, AXES, SHAPES), least_bytes=601)
@@ -62,14 +65,14 @@ def test_training_tells_what_lies_whole(tmp_path, capsys, mesh, warns):
     fit(run, tmp_path / "run", whole_vocabulary(mesh))
     said = capsys.readouterr().out
     assert said.count("params/embed/table (8192, 32): 1,048,576 bytes on each device") == warns
-    assert said.count("warning: 3 arrays lie whole on every device:") == warns  # with both moments
+    assert said.count("warning: 3 arrays are replicated on every device:") == warns  # with both moments
 
 
 def test_a_long_list_is_cut():
     state = {f"array_{i}": jax.device_put(jnp.zeros((i + 1, 2**18)), jax.devices()[0]) for i in range(7)}
     layout = whole_vocabulary(MeshConfig(fsdp=2, model=2))
     state = jax.device_put(state, layout.shardings({name: (None, None) for name in state}, state))
-    lines = whole_arrays(state, layout).strip().splitlines()
+    lines = replicated_arrays(state, layout).strip().splitlines()
     assert lines[1].strip() == "array_6 (7, 262144): 7,340,032 bytes on each device"
     assert (len(lines), lines[-1].strip()) == (7, "and 2 more; see --plan")
 
@@ -81,9 +84,24 @@ def test_the_plan_says_where_each_array_would_lie():
     assert "lm2_tiny on 16 devices: data 1 x fsdp 4 x model 2 x slots 2" in text
     # 2 layers, 32 x 64 numbers of 4 bytes: 8 pieces of the width, 2 of the hidden width.
     assert lines["blocks_0/mlp/up/w"].split()[1:] == "[2, 32, 64] float32 -, fsdp+slots, model 1,024".split()
-    assert lines["runs/0/memory/slots"].split()[-5:] == ["-,", "fsdp,", "slots,", "-", "1,536"]
+    assert lines["groups/0/memory/slots"].split()[-5:] == ["-,", "fsdp,", "slots,", "-", "1,536"]
     assert "1/mu/embed/table" in lines
-    assert "whole on every device: nothing" in text
+    assert text.endswith("\nreplicated on every device: nothing of 1 MiB or more")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (MeshConfig(), "replicated: nothing, as there is one device: it holds every array completely"),
+        (MeshConfig(data=4), "replicated on every device: all parameters and the optimizer, as mesh.data is the only"),
+        (MeshConfig(model=2), "replicated on every device: runs/0/big"),
+    ],
+)
+def test_the_plan_says_what_is_replicated(monkeypatch, mesh, words):
+    """On one device nothing is split, which must not read as if nothing were held completely."""
+    if mesh.model == 2:
+        monkeypatch.setattr(plan, "replicated_arrays", lambda *_: [Placement("runs/0/big", (1,), "f", "-", 4, 4)])
+    assert describe_plan(lm2_jax.preset("lm2_tiny"), mesh).splitlines()[-1].startswith(words)
 
 
 def test_a_decoder_without_a_state_has_a_plan_too():

@@ -88,7 +88,7 @@ def test_the_message_names_the_field_of_the_run(name, field):
 def test_a_mesh_axis_that_nothing_lies_on_is_refused():
     layout = layout_of(MeshConfig(slots=2))
     layout.check_used({"state": Bank(("batch", "slots", None), ("batch",))})
-    with pytest.raises(UserError, match=r"mesh.slots=2, but no array .*to 1.*\['data', 'fsdp', 'model'\]"):
+    with pytest.raises(UserError, match=r"mesh.slots=2, but that axis splits no .*to 1.*\['data', 'fsdp', 'model'\]"):
         layout.check_used({"state": Bank(("batch", "heads", None), ("batch",)), "step": ()})
 
 
@@ -132,7 +132,7 @@ def test_what_is_one_for_all_rows_is_not_cut_by_rows():
 
     @jax.jit
     def double(x):
-        with partition.whole("batch"):
+        with partition.replicated("batch"):
             return constrain(2 * x, ("batch", "slots", "heads"))
 
     x = jnp.ones((1, 16, 4))
@@ -140,11 +140,11 @@ def test_what_is_one_for_all_rows_is_not_cut_by_rows():
         with pytest.raises(ValueError, match=r"batch=1 is not divisible by mesh\.fsdp=2"):
             constrain(x, ("batch", "slots", "heads"))
         assert double(x).sharding.shard_shape(x.shape) == (1, 8, 2)
-        with pytest.raises(ValueError, match="unknown logical axis 'bach'"), partition.whole("bach"):
+        with pytest.raises(ValueError, match="unknown logical axis 'bach'"), partition.replicated("bach"):
             pass
         with pytest.raises(ValueError, match="not divisible"):
             constrain(x, ("batch", "slots", "heads"))
-    with partition.whole("batch"):
+    with partition.replicated("batch"):
         assert constrain(x, ("batch", "slots", "heads")) is x
 
 
@@ -231,7 +231,7 @@ def test_rows_of_one_process_of_two(config, rows):
     assert layout.rows_of_process(16) == rows
 
 
-def test_rows_in_two_pieces_are_refused():
+def test_rows_that_are_not_contiguous_are_refused():
     layout = layout_of(MeshConfig(data=8))
     devices = list(layout.mesh.devices.flat)
 
@@ -240,7 +240,7 @@ def test_rows_in_two_pieces_are_refused():
             return {d: i for d, i in self.sharding.devices_indices_map(shape).items() if d in devices[::2]}
 
     layout._rows = Scattered(layout._rows)  # type: ignore[assignment]
-    with pytest.raises(UserError, match="not in one piece"):
+    with pytest.raises(UserError, match="not contiguous"):
         layout.rows_of_process(16)
 
 

@@ -1,10 +1,11 @@
+import dataclasses
 import os
 
 import jax
 import pytest
 
 from lm2_jax.errors import UserError
-from lm2_jax.sharding import MeshConfig, make_mesh
+from lm2_jax.sharding import MeshConfig, make_mesh, mesh
 from lm2_jax.sharding.mesh import planned_mesh, spare_threads
 
 
@@ -18,11 +19,11 @@ from lm2_jax.sharding.mesh import planned_mesh, spare_threads
     ],
 )
 def test_sizes(config, sizes):
-    mesh = make_mesh(config)
-    assert mesh.axis_names == ("data", "fsdp", "model", "slots")
-    assert mesh.devices.shape == sizes
-    assert set(mesh.devices.flat) == set(jax.devices())
-    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    made = make_mesh(config)
+    assert made.axis_names == ("data", "fsdp", "model", "slots")
+    assert made.devices.shape == sizes
+    assert set(made.devices.flat) == set(jax.devices())
+    assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
 
 
 def test_uses_the_devices_it_is_given():
@@ -62,14 +63,14 @@ class Chip:
 def test_only_copies_of_the_model_lie_in_different_slices():
     chips = [Chip(index, 2) for index in (5, 0, 3, 6, 1, 4, 7, 2)]
     for slices in (None, 2):
-        mesh = make_mesh(MeshConfig(data=4, model=2, slices=slices), chips)  # pyright: ignore[reportArgumentType]
-        assert mesh.devices.shape == (4, 1, 2, 1)
-        assert [{chip.slice_index for chip in copy.flat} for copy in mesh.devices] == [{0}, {0}, {1}, {1}]
+        made = make_mesh(MeshConfig(data=4, model=2, slices=slices), chips)  # pyright: ignore[reportArgumentType]
+        assert made.devices.shape == (4, 1, 2, 1)
+        assert [{chip.slice_index for chip in copy.flat} for copy in made.devices] == [{0}, {0}, {1}, {1}]
 
 
 def test_devices_that_do_not_say_their_slice_are_cut_into_pieces():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4, slices=2))
-    assert [sorted(device.id for device in piece.flat) for piece in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    made = make_mesh(MeshConfig(data=2, fsdp=4, slices=2))
+    assert [sorted(device.id for device in piece.flat) for piece in made.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,19 @@ def test_impossible_slices_are_explained(config, slices, words):
     with pytest.raises(UserError) as caught:
         make_mesh(config, [Chip(index, slices) for index in range(8)])  # pyright: ignore[reportArgumentType]
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_further_axis_needs_a_field_and_a_name_only(monkeypatch):
+    """Such as `stage`, for a pipeline over layers."""
+
+    @dataclasses.dataclass(frozen=True)
+    class WithStages(MeshConfig):
+        stage: int = 1
+
+    monkeypatch.setattr(mesh, "AXES", (*mesh.AXES, "stage"))
+    made = make_mesh(WithStages(fsdp=2, stage=2))
+    assert made.shape == {"data": 2, "fsdp": 2, "model": 1, "slots": 1, "stage": 2}
+    assert planned_mesh(WithStages(stage=4)).shape["stage"] == 4
 
 
 def test_a_planned_mesh_needs_no_devices():

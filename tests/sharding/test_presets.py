@@ -1,4 +1,4 @@
-"""The tiny presets on a mesh: everything they keep has a place, and their answers do not depend on it."""
+"""The tiny presets on a mesh: every array is split, and results do not depend on the mesh."""
 
 import jax
 import numpy as np
@@ -24,14 +24,14 @@ def test_every_array_of_a_preset_has_its_place(name):
     boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, state)["params"]
     params = nn.unbox(boxed)
     placed = layout.shardings(axes_of(boxed), params)
-    whole = [
+    replicated = [
         jax.tree_util.keystr(path)
         for (path, leaf), where in zip(
             jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(placed), strict=True
         )
         if leaf.size >= config.decoder.width**2 and where.shard_shape(leaf.shape) == leaf.shape
     ]
-    assert not whole, f"matrices that each device would hold whole: {whole}"
+    assert not replicated, f"replicated matrices: {replicated}"
     for where, leaf in zip(
         jax.tree.leaves(layout.shardings(model.state_axes(), state)), jax.tree.leaves(state), strict=True
     ):

@@ -25,9 +25,9 @@ def test_tokens_are_split_where_slots_are_so_that_no_work_is_done_twice():
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ([("embed", "fsdp"), ("embed", None)], ["'embed'", "2 times"]),
+        ([("embed", "fsdp"), ("embed", None)], ["'embed'", "2 rows"]),
         ([("embed", "fdsp")], ["'embed'", "'fdsp'", "Did you mean 'fsdp'"]),
-        ([("batch", ("data", "data"))], ["'batch'", "twice"]),
+        ([("batch", ("data", "data"))], ["'batch'", "repeats"]),
         ([("time", None), ("slots", "slots")], ["'time'", "'slots'", "same mesh axes"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""What shards of a bank, and devices with a part of a Titans memory, make together is what one device makes."""
+"""Shards of a bank, and devices with a shard of a Titans memory, together compute what one device computes."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_a_split_bank_is_read_and_written_as_a_whole_one():
 
 
 def test_best_slots_come_from_all_shards():
-    # Slot n has the score n / 10: of the four best, three lie on the last of four shards.
+    # Slot n has the score n / 10: of the four best, three are on the last of four shards.
     k_BNGK = jnp.broadcast_to(jnp.arange(N, dtype=jnp.float64)[None, :, None, None], (B, N, 1, 1))
     with Layout(make_mesh(MeshConfig(data=2, slots=4))).context():
         found_BTHK = attend_slots(jnp.full((B, T, 2, 1), 0.1), ExtraKV(k_BNGK, k_BNGK), top_k=4)
@@ -90,7 +90,7 @@ def test_best_slots_come_from_all_shards():
         (MlpNetwork(), SPLIT),
         (MlpNetwork(), MeshConfig(data=2, model=4)),
         (MlpNetwork(), MeshConfig(data=2, fsdp=4)),
-        (MlpNetwork(depth=3), SPLIT),  # the third layer is whole on every device
+        (MlpNetwork(depth=3), SPLIT),  # the third layer is replicated
         (SwigluNetwork(), SPLIT),
         (LinearNetwork(), SPLIT),
     ],
@@ -105,8 +105,8 @@ def test_titans_heads_rows_and_hidden_width_stay_on_their_devices(network, mesh)
 
     def fn(fast, q, k, v, rates, norm):
         tokens = ChunkInputs(q, k, v, rates, jnp.arange(T)[None] < jnp.arange(rows)[:, None] + 1)
-        after, y, measured = ttt_chunk(config.rules, norm, None, fast, tokens, config.remat)
-        return after, y, measured, read_frozen(config.rules.network, norm, after.weights, q)
+        after, y, measured = ttt_chunk(config.spec, norm, None, fast, tokens, config.remat)
+        return after, y, measured, read_frozen(config.spec.network, norm, after.weights, q)
 
     text = split_and_whole(fn, (fast, q, k, v, rates, norm if network.has_norm else None), mesh)
     assert "shard_map" in text
@@ -116,15 +116,13 @@ def test_without_devices_to_share_there_is_one_shard():
     def size(shards, x):
         return x + shards.size
 
-    def asked(mesh):
+    def shards_seen(mesh):
         with Layout(make_mesh(mesh)).context():
             mapped = partition.logical_shard_map(size, (("slots",),), ("slots",))
             return float(jax.jit(lambda x: mapped(x))(jnp.zeros(8))[0])
 
-    assert asked(MeshConfig(data=2, slots=4)) == 4
-    assert asked(MeshConfig()) == 1
-    with partition.automatic():
-        assert asked(MeshConfig(data=2, slots=4)) == 1
+    assert shards_seen(MeshConfig(data=2, slots=4)) == 4
+    assert shards_seen(MeshConfig()) == 1
 
 
 def test_what_does_not_divide_is_refused():

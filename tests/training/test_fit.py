@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm2_jax import load_run
-from lm2_jax.checkpoint import Checkpoints
-from lm2_jax.config import OptimConfig, to_dict
+from lm2_jax import formats, load_run, preset
+from lm2_jax.checkpoint import Checkpoints, saved_steps
+from lm2_jax.config import OptimConfig, TrainConfig, to_dict
 from lm2_jax.errors import UserError
+from lm2_jax.params import to_canonical
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training import workdir as workdirs
+from lm2_jax.training.fit import fit
+from lm2_jax.training.metrics import MetricsLog
 from lm2_jax.training.watch import Watch
+from lm2_jax.training.workdir import read_config
 from tests.e2e.tiny_run import arrays, tiny_config, train, write_documents
 
 STEPS = 6
@@ -212,6 +218,7 @@ def test_the_type_of_a_saved_memory_may_not_change(documents, tmp_path):
     """It is read back as it was written, and nothing else could."""
     config = short(documents)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     other = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, memory_dtype="bfloat16"))
     with pytest.raises(UserError, match=r"checkpoint\.memory_dtype: None there, 'bfloat16' now"):
         workdirs.check_owner(epath.Path(tmp_path), other)
@@ -228,7 +235,7 @@ def test_a_damaged_config_is_one_message(tmp_path, content):
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_training(documents, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match=r"cannot be written to .* training has not begun") as caught:
+    with pytest.raises(UserError, match=r"--workdir=.*cannot write there") as caught:
         train(short(documents), tmp_path / "file" / "workdir")
     assert caught.value.status == 1
 
@@ -239,7 +246,7 @@ def test_a_full_disk_is_refused_before_training(documents, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"0\.0 MiB free, but 3 checkpoints of .* training has not begun") as caught:
         train(short(documents), tmp_path / "workdir")
     assert caught.value.status == 1
-    assert os.listdir(tmp_path / "workdir") == [], "nothing was left behind"
+    assert os.listdir(tmp_path) == [], "a refused run leaves no folder"
 
 
 def test_a_source_without_held_out_documents_is_found_out_before_training(documents, tmp_path):
@@ -248,4 +255,159 @@ def test_a_source_without_held_out_documents_is_found_out_before_training(docume
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
     with pytest.raises(UserError, match="held_out"):
         train(config, tmp_path / "workdir")
-    assert not (tmp_path / "workdir" / "config.json").exists()
+    assert os.listdir(tmp_path) == []
+
+
+def with_optim(config, **fields):
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **fields))
+
+
+def test_a_config_without_a_checkpoint_locks_nothing(documents, tmp_path):
+    """A start that was killed, refused or diverged before its first save: another config takes its place."""
+    with pytest.raises(UserError, match="diverged"):
+        train(dataclasses.replace(short(documents), train=TrainConfig(max_loss_ratio=0.5, log_every=1)), tmp_path)
+    assert (tmp_path / "config.json").exists()
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "tokenizer.model").write_bytes(b"of another config")
+    (tmp_path / ".lm2-tmp-0123").write_bytes(b"half")
+    config = short(documents, steps=2, learning_rate=1e-3)
+    assert train(config, tmp_path).step == 2
+    assert steps_of(tmp_path) == [1, 2]
+    assert read_config(tmp_path) == config
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json", "metrics.jsonl", "tensorboard",
+                                            "tokenizer.json"]  # fmt: skip
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]
+
+
+def test_a_workdir_full_of_other_files_is_refused(documents, tmp_path):
+    for name in ("a.py", "b.txt", "c.bin", "d"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match="holds no run but other files"):
+        train(short(documents), tmp_path)
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_the_number_of_steps_may_grow_and_not_shrink(undisturbed, documents, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
+    before = (workdir / "tokenizer.json").stat()
+    assert train(short(documents, steps=STEPS + 1), workdir).step == STEPS + 1
+    assert steps_of(workdir) == list(range(1, STEPS + 2))
+    after = (workdir / "tokenizer.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns), "a resume rewrote the tokenizer"
+    with pytest.raises(UserError, match=r"optim\.steps: 7 there, 6 now\n.*only become larger"):
+        train(short(documents), workdir)
+
+
+def edit(workdir, **fields):
+    plain = json.loads((workdir / "config.json").read_text())
+    plain["model"]["decoder"] |= fields
+    (workdir / "config.json").write_text(json.dumps(plain))
+
+
+def test_a_config_that_the_checkpoint_was_not_trained_with_is_refused(undisturbed, documents, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
+    edit(workdir, rope_theta=10.0)
+    with pytest.raises(UserError, match=r"rope_theta: 10000\.0 in the checkpoint, 10\.0 in config\.json") as caught:
+        load_run(workdir)
+    assert caught.value.status == 1
+    config = short(documents)
+    decoder = dataclasses.replace(config.model.decoder, rope_theta=10.0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+    with pytest.raises(UserError, match=r"Checkpoint .*6 is of another config .*\n.*rope_theta: 10000\.0 there"):
+        train(config, workdir)
+    edit(workdir, rope_theta=10_000.0)
+    assert load_run(workdir).step == STEPS
+
+
+def test_another_tokenizer_is_refused(undisturbed, documents, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
+    text = (workdir / "tokenizer.json").read_text()
+    (workdir / "tokenizer.json").write_text(text.replace('"a"', '"\u0416"'))
+    for use in (lambda: load_run(workdir), lambda: train(short(documents), workdir)):
+        with pytest.raises(UserError, match=r"another tokenizer than the workdir's tokenizer\.json") as caught:
+            use()
+        assert caught.value.status == 1
+
+
+def test_a_newer_format_is_refused_with_both_versions(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
+    plain = json.loads((workdir / "config.json").read_text())
+    assert plain["format"] == formats.FORMAT
+    (workdir / "config.json").write_text(json.dumps(plain | {"format": 99, "version": "7.5"}))
+    with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*1 to 2\."):
+        load_run(workdir)
+
+
+def test_weights_of_another_run_start_a_new_one(undisturbed, documents, tmp_path, capsys):
+    source, _ = undisturbed
+    plain = preset("none_tiny").model
+    config = dataclasses.replace(
+        with_optim(short(documents), steps=2, learning_rate=1e-30, weight_decay=0.0),
+        model=dataclasses.replace(plain, vocab_size=512),
+        data=dataclasses.replace(short(documents).data, carry_state=False),
+    )
+    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    outcome = fit(config, tmp_path / "new", layout, init_from=source)
+    assert "arrays taken from step 6 of" in (out := capsys.readouterr().out)
+    assert "are not used" in out, "the memory's"
+    there, here = to_canonical(load_run(source).params), to_canonical(outcome.state.params)
+    assert set(here) < set(there)
+    for name, array in here.items():
+        np.testing.assert_allclose(array, there[name], atol=1e-12, err_msg=name)
+
+
+def test_a_disk_that_fills_up_is_one_message(documents, tmp_path, monkeypatch, capfd):
+    def full(self, step, values):
+        if step == 5:
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    with pytest.raises(UserError, match=r"writing failed: .*No space left.*metrics\.jsonl") as caught:
+        train(short(documents), tmp_path)
+    assert caught.value.status == 1
+    assert f"Last good checkpoint: {tmp_path / 'checkpoints' / '4'}." in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_workdir_that_is_removed_is_one_message(documents, tmp_path, monkeypatch):
+    read = Watch.read
+
+    def remove(self, at, *rest):
+        read(self, at, *rest)
+        if at == 3:
+            shutil.rmtree(tmp_path / "workdir")
+
+    monkeypatch.setattr(Watch, "read", remove)
+    with pytest.raises(UserError, match=r"workdir.*There is no good checkpoint") as caught:
+        train(short(documents), tmp_path / "workdir")
+    assert caught.value.status == 1
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM),
+                                     (signal.SIGINT, signal.SIGINT)])  # fmt: skip
+def test_a_second_signal_while_the_last_checkpoint_is_saved_changes_nothing(documents, tmp_path, monkeypatch, numbers):
+    signal_behind(monkeypatch, numbers[0], 2)
+    finish = Checkpoints.finish
+
+    def interrupted(self):
+        os.kill(os.getpid(), numbers[1])
+        return finish(self)
+
+    monkeypatch.setattr(Checkpoints, "finish", interrupted)
+    stopped = train(short(documents), tmp_path)
+    assert (stopped.step, stopped.status) == (3, 130 if numbers[0] == signal.SIGINT else 0)
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+def test_a_signal_before_the_first_step_saves_nothing_and_is_no_error(documents, tmp_path, monkeypatch, capsys):
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return claim(*args)
+
+    claim = workdirs.claim
+    monkeypatch.setattr(workdirs, "claim", signalled)
+    stopped = train(short(documents), tmp_path)
+    assert (stopped.step, stopped.status, stopped.stopped_by) == (0, 0, signal.SIGTERM)
+    assert "There is no good checkpoint" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train(short(documents, steps=2), tmp_path).step == 2

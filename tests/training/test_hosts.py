@@ -12,7 +12,7 @@ import pytest
 
 from lm2_jax.errors import UserError
 from lm2_jax.training import hosts
-from lm2_jax.training.hosts import check_same, everyone, join_hosts, together
+from lm2_jax.training.hosts import all_gather_hosts, check_same, join_hosts, run_on_all_hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
@@ -40,19 +40,21 @@ def test_nobody_says_where_the_others_are(monkeypatch):
 def others_say(monkeypatch, *values):
     """As if there were more processes, which all say something: each a function of what this one says."""
     monkeypatch.setattr(jax, "process_count", lambda: 1 + len(values))
-    monkeypatch.setattr(hosts, "everyone", lambda own: np.stack([np.asarray(own), *(value(own) for value in values)]))
+    monkeypatch.setattr(
+        hosts, "all_gather_hosts", lambda own: np.stack([np.asarray(own), *(value(own) for value in values)])
+    )
 
 
 def test_one_process_asks_nobody():
-    assert everyone(7).tolist() == [7]
-    assert together(lambda: "done") == "done"
+    assert all_gather_hosts(7).tolist() == [7]
+    assert run_on_all_hosts(lambda: "done") == "done"
     check_same(config="a", mesh="b")
 
 
 def test_what_fails_on_another_process_fails_here_too(monkeypatch):
     others_say(monkeypatch, lambda own: 0, lambda own: 1)
     with pytest.raises(UserError, match="failed on process 2 of the job, whose output says why") as caught:
-        together(lambda: "done")
+        run_on_all_hosts(lambda: "done")
     assert caught.value.status == 1
 
 
@@ -60,13 +62,13 @@ def test_what_fails_here_is_told_to_the_others_first(monkeypatch):
     told = []
     others_say(monkeypatch, lambda own: told.append(int(own)) or 0)
     with pytest.raises(ZeroDivisionError):
-        together(lambda: 1 // 0)
+        run_on_all_hosts(lambda: 1 // 0)
     assert told == [1]
 
 
 def test_what_fails_nowhere_is_returned(monkeypatch):
     others_say(monkeypatch, lambda own: 0)
-    assert together(lambda: "done") == "done"
+    assert run_on_all_hosts(lambda: "done") == "done"
 
 
 def test_processes_that_were_started_otherwise_are_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 
 import jax
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 import lm2_jax
 from lm2_jax.model import LanguageModel
 from lm2_jax.training import metrics, progress
 from lm2_jax.training.metrics import MetricsLog, diagnostics, read_lines
-from lm2_jax.training.progress import ProgressLine, Throughput, clock, flops_per_token, peak_flops
+from lm2_jax.training.progress import ProgressLine, Throughput, clock, flops_per_token
 from lm2_jax.training.state import make_plan
 
 
@@ -45,13 +47,72 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 def scalars(file):
     """Step, name and value of all in a TensorBoard file: a length, its checksum, an event, its checksum, and so on."""
+    return [(event.step, value.tag, value.simple_value) for event in events(file) for value in event.summary.value]
+
+
+def events(file):
     data, found = file.read_bytes(), []
     while data:
         (size,) = struct.unpack("<Q", data[:8])
-        event = Event.FromString(data[12 : 12 + size])
-        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        (length_crc,), (crc,) = struct.unpack("<I", data[8:12]), struct.unpack("<I", data[12 + size : 16 + size])
+        assert (length_crc, crc) == (masked_crc32c(data[:8]), masked_crc32c(data[12 : 12 + size]))
+        found.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
     return found
+
+
+GOOD = b'{"step": 1, "loss": 1.0}'
+DAMAGE = [b"{", b"null", b"[1]", b'{"loss": 2}', b'{"step": "2"}', b'{"step": 2.5}', b'{"step": true}', b"\xff\xfe\0",
+          b"[" * 100_000, b'{"step": 2, "loss": ' + b"9" * 5000 + b"}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGE)
+def test_a_damaged_line_stops_no_resume_and_is_kept_aside(tmp_path, capsys, line):
+    (tmp_path / metrics.FILE).write_bytes(GOOD + b"\n" + line + b"\n" + GOOD.replace(b"1", b"3", 1) + b"\n")
+    with MetricsLog(tmp_path, 3) as log:
+        log.write(4, {"loss": 0.5})
+    assert steps(tmp_path) == [1, 3, 4]
+    assert (tmp_path / metrics.DAMAGED).read_bytes() == line + b"\n"
+    assert f"1 damaged lines were moved to {tmp_path / metrics.DAMAGED}" in capsys.readouterr().err
+
+
+def test_no_step_is_there_twice(tmp_path):
+    """As after two processes of an older version that wrote to one workdir."""
+    (tmp_path / metrics.FILE).write_bytes(GOOD + b"\n" + GOOD + b"\n")
+    with MetricsLog(tmp_path, 1):
+        assert steps(tmp_path) == [1]
+
+
+def test_a_log_that_needs_no_change_is_not_rewritten(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, {"loss": 1.0})
+    before = (tmp_path / metrics.FILE).stat()
+    with MetricsLog(tmp_path, 1):
+        after = (tmp_path / metrics.FILE).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_tensorboard_has_every_point_as_soon_as_it_is_written(tmp_path):
+    """So a kill loses none, and a resume only takes back what comes after the checkpoint."""
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert [step for step, _, _ in scalars(file)] == [1, 2, 3]
+    MetricsLog(tmp_path, 2)
+    (second,) = set((tmp_path / "tensorboard").iterdir()) - {file}
+    assert second.name > file.name, "TensorBoard reads files in the order of their names"
+    assert [event.step for event in events(second) if event.session_log.status] == [3]
+
+
+def test_a_removed_workdir_is_an_error_and_not_made_anew(tmp_path):
+    workdir = tmp_path / "workdir"
+    workdir.mkdir()
+    log = MetricsLog(workdir, 0)
+    shutil.rmtree(workdir)
+    with pytest.raises(OSError, match="No such file"):
+        log.write(1, {"loss": 1.0})
+    assert not workdir.exists()
 
 
 def test_a_bucket_gets_whole_files_now_and_then(tmp_path, monkeypatch):
@@ -85,24 +146,6 @@ def test_flops_by_hand():
     shapes = make_plan(config, LanguageModel(config.model)).shapes.params
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert flops_per_token(config.model, shapes) == 6 * count + 6 * 2 * 4 * 8 * 32
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, peak):
-    assert peak_flops(kind) == peak
 
 
 class Device:

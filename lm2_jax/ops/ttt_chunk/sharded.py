@@ -26,7 +26,7 @@ from lm2_jax.ops.ttt_chunk.chunk import (
 )
 from lm2_jax.ops.ttt_chunk.networks import FROM_HIDDEN, REPLICATED, TO_HIDDEN, InnerNetwork, Weights
 from lm2_jax.ops.ttt_chunk.remat import SCANS, group_size
-from lm2_jax.partition import Shards, logical_shard_map, parts
+from lm2_jax.partition import Shards, logical_shard_map, num_shards
 from lm2_jax.types import Array, Float
 
 Remat = Literal["none", "chunks", "groups"]
@@ -39,24 +39,24 @@ class ShardedNetwork(Network):
     shards: Shards
 
     def layer_input(self, i: int, z: Float[Array, "R I"]) -> Float[Array, "R _"]:
-        return super().layer_input(i, self.shards.enter(z) if self._is(TO_HIDDEN, i) else z)
+        return super().layer_input(i, self.shards.copy_to(z) if self._is(TO_HIDDEN, i) else z)
 
     def layer_output(self, i: int, y: Float[Array, "R O"]) -> Float[Array, "R O"]:
         """The output of layer i; partial outputs are summed over devices."""
-        return self.shards.leave(y) if self._is(FROM_HIDDEN, i) else y
+        return self.shards.reduce_from(y) if self._is(FROM_HIDDEN, i) else y
 
     def output_gradient(self, i: int, g: Float[Array, "R O"]) -> Float[Array, "R O"]:
-        return self.shards.enter(g) if self._is(FROM_HIDDEN, i) else g
+        return self.shards.copy_to(g) if self._is(FROM_HIDDEN, i) else g
 
     def per_layer(self, coefficients: Any) -> list[Any]:
-        entered = self.shards.enter(coefficients)
+        entered = self.shards.copy_to(coefficients)
         return [coefficients if axes == REPLICATED else entered for axes in self.inner.axes()]
 
     def sum_layers(self, by_layer: list[Array]) -> Array:
         """The sum over layers and devices."""
         replicated = [a for i, a in enumerate(by_layer) if self._is(REPLICATED, i)]
         split = [a for i, a in enumerate(by_layer) if not self._is(REPLICATED, i)]
-        return super().sum_layers(([self.shards.leave(super().sum_layers(split))] if split else []) + replicated)
+        return super().sum_layers(([self.shards.reduce_from(super().sum_layers(split))] if split else []) + replicated)
 
     def at_replicated(self, fn: Callable[[Array], Array], fast: FastWeights) -> FastWeights:
         """`fn` of weights and momentum of replicated layers; the other layers unchanged."""
@@ -85,15 +85,15 @@ def ttt_chunk(
     Returns:
       Weights and momentum after the tokens, y if there are queries, and metrics [J B H C].
     """
-    split = next((name for name in ("hidden", "heads", "batch", "time") if parts(name) > 1), "hidden")
+    split = next((name for name in ("hidden", "heads", "batch", "time") if num_shards(name) > 1), "hidden")
 
     def local(shards: Shards, norm: Any, scale_C: Any, fast: FastWeights, inputs: ChunkInputs) -> Any:
         shards = shards if split == "hidden" else Shards()  # rows and heads are independent
         network = ShardedNetwork(spec.network.inner, shards)
-        norm, scale_C, floats = shards.receive((norm, scale_C, inputs._replace(valid=None)))
-        fast, inputs = network.at_replicated(shards.receive, fast), floats._replace(valid=inputs.valid)
+        norm, scale_C, floats = shards.scale_replicated_grad((norm, scale_C, inputs._replace(valid=None)))
+        fast, inputs = network.at_replicated(shards.scale_replicated_grad, fast), floats._replace(valid=inputs.valid)
         after, *results = _scan(spec._replace(network=network), norm, scale_C, fast, inputs, remat)
-        return network.at_replicated(shards.enter, after), *shards.enter(results)
+        return network.at_replicated(shards.copy_to, after), *shards.copy_to(results)
 
     def axes(*first: str | None) -> Any:
         return lambda a: (*first, *[None] * (a.ndim - len(first)))
@@ -123,10 +123,10 @@ def read_frozen(network: Network, norm: Any, weights: Weights, q_BTHK: Float[Arr
 
     def local(shards: Shards, norm: Any, weights: Weights, q_BTHK: Array) -> Array:
         here = ShardedNetwork(network.inner, shards)
-        norm, q_BTHK = shards.receive((norm, q_BTHK))
-        weights = here.at_replicated(shards.receive, FastWeights(weights, None)).weights
+        norm, q_BTHK = shards.scale_replicated_grad((norm, q_BTHK))
+        weights = here.at_replicated(shards.scale_replicated_grad, FastWeights(weights, None)).weights
         read = over_rows_and_heads(lambda norm, weights, q_TK: apply_network(here, weights, q_TK, norm))
-        return shards.enter(jnp.moveaxis(read(norm, weights, jnp.moveaxis(q_BTHK, 1, 2)), 1, 2))
+        return shards.copy_to(jnp.moveaxis(read(norm, weights, jnp.moveaxis(q_BTHK, 1, 2)), 1, 2))
 
     norm_axes = jax.tree.map(lambda a: ("heads", *[None] * (a.ndim - 1)), norm)
     q_axes = ("batch", None, "heads", None)

@@ -1,0 +1,41 @@
+"""Names of models in tables and pictures: what a model is, not what its preset is called."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm2_jax.config import ModelConfig, RunConfig
+
+_NAMES: dict[str, Callable[[Any, str], str]] = {
+    "none": lambda memory, join: "baseline (no memory)",
+    "tokens": lambda memory, join: "RMT",
+    "titans": lambda memory, join: f"Titans, {_VARIANTS.get(join, f'{join} join')}",
+    "gated_bank": lambda memory, join: _bank_name(memory.write.kind, join),
+}
+"""By kind of memory: its config and the kind of its join -> the name."""
+_VARIANTS = {"context": "MAC", "gate": "MAG", "layer": "MAL", "mixer": "LMM"}  # the paper's names of our joins
+
+
+def model_name(model: ModelConfig) -> str:
+    """The name of a model by its memory, such as "LM2, block write (ours)"; for an unnamed memory its kind and join."""
+    parts = getattr(model.join, "parts", ())  # a join of several memories
+    return "hybrid of " + " and ".join(map(_name, parts)) if parts else _name(model)
+
+
+def distinct_names(configs: Sequence[RunConfig], workdirs: Sequence[str]) -> list[str]:
+    """A different name for each run: by its memory, else with its preset, else with its workdir."""
+    names = [model_name(config.model) for config in configs]
+    for extra in ([config.name for config in configs], workdirs):
+        doubled = {name for name in names if names.count(name) > 1}
+        names = [f"{name}, {more}" if name in doubled else name for name, more in zip(names, extra, strict=True)]
+    return names
+
+
+def _name(owner: Any) -> str:
+    """The name of whatever has a memory and a join."""
+    name = _NAMES.get(owner.memory.kind)
+    return f"{owner.memory.kind}, {owner.join.kind} join" if name is None else name(owner.memory, owner.join.kind)
+
+
+def _bank_name(write: str, join: str) -> str:
+    words = f"LM2, {write} write" if join == "residual" else f"LM2, {write} write, {join} join"
+    return words if (write, join) == ("paper", "residual") else f"{words} (ours)"

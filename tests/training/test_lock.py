@@ -1,0 +1,127 @@
+"""One run at a time writes to a workdir."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from etils import epath
+
+from lm2_jax.errors import UserError
+from lm2_jax.training import lock
+from lm2_jax.training.lock import WorkdirLock
+
+HOLD = """
+import sys, time
+from etils import epath
+from lm2_jax.training.lock import WorkdirLock
+with WorkdirLock(epath.Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that owns the workdir."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def owner_of(workdir):
+    return json.loads((workdir / lock.FILE).read_text())
+
+
+def test_a_second_process_is_refused_and_a_killed_owner_is_followed(tmp_path, other):
+    before = (tmp_path / lock.FILE).read_bytes()
+    with pytest.raises(
+        UserError, match=rf"in use by process {other.pid} of .* on host .*Nothing was changed"
+    ) as caught:
+        WorkdirLock(epath.Path(tmp_path))
+    assert caught.value.status == 1
+    assert (tmp_path / lock.FILE).read_bytes() == before
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("age", [0, 1000])
+def test_an_owner_on_another_host_is_judged_by_its_last_sign_of_life(tmp_path, age):
+    owner = {"user": "u", "host": "elsewhere", "boot": "another", "pid": 1, "token": "t", "time": time.time() - age}
+    (tmp_path / lock.FILE).write_text(json.dumps(owner))
+    if age == 0:
+        with pytest.raises(UserError, match="on host elsewhere"):
+            WorkdirLock(epath.Path(tmp_path))
+        assert owner_of(tmp_path) == owner
+    else:
+        with WorkdirLock(epath.Path(tmp_path)):
+            assert owner_of(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"time": "x"}'])
+def test_a_damaged_lock_file_of_nobody_is_replaced(tmp_path, content):
+    (tmp_path / lock.FILE).write_text(content)
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_it_gives_signs_of_life_and_notices_that_it_was_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    with WorkdirLock(epath.Path(tmp_path)) as mine:
+        first = owner_of(tmp_path)["time"]
+        deadline = time.monotonic() + 10
+        while owner_of(tmp_path)["time"] == first:
+            assert time.monotonic() < deadline
+        mine.check()
+        (tmp_path / lock.FILE).write_text(json.dumps({"token": "theirs", "time": time.time()}))
+        while not mine.lost and time.monotonic() < deadline:
+            (tmp_path / lock.FILE).write_text(json.dumps({"token": "theirs", "time": time.time()}))
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another process has taken this run over"):
+            mine.check()
+    assert owner_of(tmp_path)["token"] == "theirs", "a lock that was lost is not removed"
+
+
+def test_a_lock_file_never_follows_a_link(tmp_path):
+    (tmp_path / "stranger").write_text("precious")
+    (tmp_path / "workdir").mkdir()
+    (tmp_path / "workdir" / lock.FILE).symlink_to(tmp_path / "stranger")
+    with pytest.raises(UserError, match="cannot be written"):
+        WorkdirLock(epath.Path(tmp_path / "workdir"))
+    assert (tmp_path / "stranger").read_text() == "precious"
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket in memory: the file system of gs:// without a cloud."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: MemoryFileSystem())
+    MemoryFileSystem.store.clear()
+    return epath.Path("gs://bucket/run")
+
+
+def test_a_bucket_is_locked_by_a_file(bucket, monkeypatch):
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    with WorkdirLock(bucket):
+        owner = json.loads((bucket / lock.FILE).read_text())
+        assert owner["pid"] == os.getpid()
+        alive = owner | {"boot": "another", "token": "theirs"}
+    assert not (bucket / lock.FILE).exists()
+    (bucket / lock.FILE).write_text(json.dumps(alive))
+    with pytest.raises(UserError, match="in use by process"):
+        WorkdirLock(bucket)
+    (bucket / lock.FILE).write_text(json.dumps(alive | {"time": time.time() - 1000}))
+    with WorkdirLock(bucket):
+        assert json.loads((bucket / lock.FILE).read_text())["token"] != "theirs"

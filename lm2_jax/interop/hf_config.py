@@ -101,8 +101,7 @@ def _rope(plain: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | No
     kind = table.get("rope_type", table.get("type", "default"))
     if kind not in _ROPE_TYPES:
         raise UserError(
-            f"{where}: RoPE type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}. Within the context "
-            "length that the model was first trained for, types 'linear' and 'dynamic' are not the same either",
+            f"{where}: RoPE type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}",
             status=1,
         )
     if table.get("partial_rotary_factor", 1) not in (1, 1.0):

@@ -44,7 +44,7 @@ CONFIGS = {
         "rope_parameters": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 16},
     },
     "odd_vocabulary": {"vocab_size": 97, "intermediate_size": 37},
-    "head_width": {"head_dim": 8, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 20},
+    "head_width": {"head_dim": 8, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 21},
     "smollm2": {
         "hidden_size": 18,
         "num_attention_heads": 9,

@@ -1,0 +1,90 @@
+"""Logits equal those of `transformers`, and what is exported is what was imported."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from lm2_jax.interop.export import _write_shards
+from lm2_jax.interop.load import array_reader
+from lm2_jax.interop.names import hf_name, hf_shapes, to_hf
+from lm2_jax.interop.pretrained import from_pretrained
+from lm2_jax.interop.safetensors_file import SafetensorsFile
+from lm2_jax.params import to_canonical
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
+from tests.interop.folders import GOLDEN, TINY, hf_folder, random_weights
+
+
+def golden_folder(path: Path, folder: Path, shards: int = 1) -> tuple[Path, np.ndarray, np.ndarray]:
+    with np.load(path) as arrays:
+        weights = {name.removeprefix("w:"): arrays[name] for name in arrays.files if name.startswith("w:")}
+        config = json.loads(str(arrays["config"]))
+        return hf_folder(folder, config, weights, shards, tokenizer=False), arrays["tokens"], arrays["logits"]
+
+
+def logits_of(pretrained, tokens: np.ndarray) -> np.ndarray:
+    state = pretrained.model.init_state(len(tokens))
+    return np.asarray(jax.jit(pretrained.model.apply)({"params": pretrained.params}, tokens, state)[0])
+
+
+def test_there_are_enough_goldens():
+    assert len(GOLDEN) >= 8
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_logits_equal_those_of_transformers(path, tmp_path):
+    folder, tokens, logits = golden_folder(path, tmp_path / "hf", shards=3)
+    pretrained = from_pretrained(folder, segment_tokens=tokens.shape[1])
+    np.testing.assert_allclose(logits_of(pretrained, tokens), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_every_weight_comes_back_bit_for_bit(path, tmp_path):
+    folder, _, _ = golden_folder(path, tmp_path / "hf")
+    pretrained = from_pretrained(folder)
+    model, read = pretrained.config.model, array_reader(pretrained.params)
+    shapes = hf_shapes(model.decoder, model.vocab_size)
+    ours = {hf_name(name): name for name in to_canonical(pretrained.params)}
+    assert ours.keys() == shapes.keys()
+    file = SafetensorsFile(folder / "model.safetensors")
+    for name, shape in shapes.items():
+        np.testing.assert_array_equal(to_hf(ours[name], read(ours[name]), shape), file.read(name))
+
+
+def test_bfloat16_files_and_models(tmp_path):
+    weights = {name: array.astype("bfloat16") for name, array in random_weights(TINY).items()}
+    folder = hf_folder(tmp_path, weights=weights)
+    narrow, wide = from_pretrained(folder, dtype="bfloat16"), from_pretrained(folder)
+    for a, b in zip(jax.tree.leaves(narrow.params), jax.tree.leaves(wide.params), strict=True):
+        assert (a.dtype, b.dtype) == ("bfloat16", "float32")
+        np.testing.assert_array_equal(np.asarray(a, np.float32), b)
+
+
+def test_files_are_those_of_the_safetensors_package(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    weights = random_weights(TINY)
+    shapes = {name: array.shape for name, array in weights.items()}
+    _write_shards(tmp_path, shapes, np.dtype(np.float32), weights.__getitem__, 10_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    for name, file in index["weight_map"].items():
+        np.testing.assert_array_equal(safetensors.load_file(tmp_path / file)[name], weights[name])
+    safetensors.save_file(weights, tmp_path / "theirs.safetensors")
+    theirs = SafetensorsFile(tmp_path / "theirs.safetensors")
+    for name, array in weights.items():
+        np.testing.assert_array_equal(theirs.read(name), array)
+
+
+def test_no_device_holds_more_than_its_shard(tmp_path):
+    folder = hf_folder(tmp_path)
+    layout = Layout(make_mesh(MeshConfig(data=1, fsdp=4, model=2)))
+    split, single = from_pretrained(folder, layout=layout), from_pretrained(folder)
+    for a, b in zip(jax.tree.leaves(split.params), jax.tree.leaves(single.params), strict=True):
+        assert isinstance(a.sharding, NamedSharding)
+        assert len(a.sharding.device_set) == 8
+        np.testing.assert_array_equal(a, b)
+    table = split.params["embed"]["table"]
+    assert max(shard.data.size for shard in table.addressable_shards) < table.size

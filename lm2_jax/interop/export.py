@@ -32,9 +32,7 @@ SHARD_BYTES = 5_000_000_000
 
 def is_plain(model: ModelConfig) -> bool:
     """Whether a model is a Llama: no memory, no persistent tokens, no attention window."""
-    return (
-        not model.has_memory and model.join.persistent_tokens() == 0 and model.decoder.window_tokens in (None, 0)
-    )
+    return not model.has_memory and model.join.persistent_tokens() == 0 and model.decoder.window_tokens in (None, 0)
 
 
 def export_workdir(workdir: str | os.PathLike[str], out: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> str:

@@ -44,7 +44,9 @@ class Graft(NamedTuple):
 _OUTPUTS = ("memory/o/w", "memory/v/w")
 
 
-def graft(model: ModelConfig, memory: MemoryConfig, join: JoinConfig, layers: tuple[int, ...] | None = None) -> "Grafted":
+def graft(
+    model: ModelConfig, memory: MemoryConfig, join: JoinConfig, layers: tuple[int, ...] | None = None
+) -> "Grafted":
     """A decoder's model with a memory.
 
     Args:
@@ -112,9 +114,7 @@ def _(join: ContextJoin) -> Graft:
 @silent.register
 def _(join: MixedJoin) -> Graft:
     starts = [silent(_without_persistent(part.join)) for part in join.parts]
-    parts = tuple(
-        dataclasses.replace(part, join=start.join) for part, start in zip(join.parts, starts, strict=True)
-    )
+    parts = tuple(dataclasses.replace(part, join=start.join) for part, start in zip(join.parts, starts, strict=True))
     zeros = tuple(
         f"layers/{layer}/{zero}"
         for start, part in zip(starts, join.parts, strict=True)

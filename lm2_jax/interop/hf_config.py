@@ -49,7 +49,8 @@ def read_hf_config(plain: Any, where: str) -> LlamaSpec:
     for name, allowed in _FIXED.items():
         if name in plain and plain[name] not in allowed:
             raise UserError(
-                f"{where}: {name}={plain[name]!r} is not supported; the decoder computes {name}={allowed[0]!r}", status=1
+                f"{where}: {name}={plain[name]!r} is not supported; the decoder computes {name}={allowed[0]!r}",
+                status=1,
             )
     heads = _integer(plain, "num_attention_heads", where)
     theta, scaling = _rope(plain, where)

@@ -64,7 +64,8 @@ class HfFolder(Source):
         absent = [name for name, shard in places.items() if name not in opened[shard].tensors]
         if absent:
             raise UserError(
-                f"{self.folder / INDEX}: {absent[0]!r} should be in {places[absent[0]]}, which does not hold it", status=1
+                f"{self.folder / INDEX}: {absent[0]!r} should be in {places[absent[0]]}, which does not hold it",
+                status=1,
             )
         return {name: opened[shard] for name, shard in places.items() if not name.endswith(_BUFFERS)}
 

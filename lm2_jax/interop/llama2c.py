@@ -48,7 +48,8 @@ class Llama2cFile(Source):
         self.spec = LlamaSpec(decoder, abs(vocabulary), longest, _EOS)
         self._places = self._layout(longest * (D // H))
         self._tokenizer = tokenizer or next(
-            (path.parent / n for n in ("tokenizer.bin", f"tok{abs(vocabulary)}.bin") if (path.parent / n).exists()), None
+            (path.parent / n for n in ("tokenizer.bin", f"tok{abs(vocabulary)}.bin") if (path.parent / n).exists()),
+            None,
         )
         self._read = pair_reader(self._read_raw, decoder)
 
@@ -60,7 +61,12 @@ class Llama2cFile(Source):
         def of_layers(kinds: tuple[str, ...]) -> list[str]:
             return [f"model.layers.{layer}.{kind}.weight" for kind in kinds for layer in layers]
 
-        order = ["model.embed_tokens.weight", *of_layers(_LAYERS_FIRST), *of_layers(_LAYERS_SECOND), "model.norm.weight"]
+        order = [
+            "model.embed_tokens.weight",
+            *of_layers(_LAYERS_FIRST),
+            *of_layers(_LAYERS_SECOND),
+            "model.norm.weight",
+        ]
         at, places = _HEADER.size, {}
         for name in order:
             places[name] = (at, shapes[name])

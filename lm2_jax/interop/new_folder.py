@@ -24,7 +24,9 @@ def new_folder(path: str | os.PathLike[str], option: str) -> Iterator[pathlib.Pa
       UserError: there is something at `path`, or the folder cannot be made.
     """
     if is_remote(path):
-        raise UserError(f"{option} {os.fspath(path)}: expected a folder of this machine; copy it to a bucket afterwards")
+        raise UserError(
+            f"{option} {os.fspath(path)}: expected a folder of this machine; copy it to a bucket afterwards"
+        )
     target = pathlib.Path(os.path.abspath(path))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{option} {path}: there is something already; choose a new folder")

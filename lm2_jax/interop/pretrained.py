@@ -72,7 +72,11 @@ def from_pretrained(
 
 
 def _read_own(
-    folder: pathlib.Path, plain: dict[str, Any], segment_tokens: int | None, dtype: FloatName | None, layout: Layout | None
+    folder: pathlib.Path,
+    plain: dict[str, Any],
+    segment_tokens: int | None,
+    dtype: FloatName | None,
+    layout: Layout | None,
 ) -> Pretrained:
     config = config_of(plain[KEY], str(folder / CONFIG))
     if segment_tokens not in (None, config.model.segment_tokens):

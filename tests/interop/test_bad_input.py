@@ -101,7 +101,11 @@ def test_pickles_are_refused(name, tmp_path):
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
-    for name, content in {"a.bin": struct.pack("<7i", 1, 2, 3, -4, 5, 6, 7), "b.bin": b"1234", "c.txt": b"text"}.items():
+    for name, content in {
+        "a.bin": struct.pack("<7i", 1, 2, 3, -4, 5, 6, 7),
+        "b.bin": b"1234",
+        "c.txt": b"text",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=r"llama2\.c|not a checkpoint"):
             open_source(tmp_path / name)

@@ -150,7 +150,14 @@ def test_an_import_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_killed_import_is_never_taken_for_complete(seconds, tmp_path):
     """Killed so long after its temporary folder appeared: there is no workdir, or one that can be used."""
     hf_folder(tmp_path / "hf")
-    command = [sys.executable, "-m", "lm2_jax.interop.import_hf", str(tmp_path / "hf"), "--workdir", str(tmp_path / "w")]
+    command = [
+        sys.executable,
+        "-m",
+        "lm2_jax.interop.import_hf",
+        str(tmp_path / "hf"),
+        "--workdir",
+        str(tmp_path / "w"),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) == 1 and process.poll() is None and time.monotonic() < until:

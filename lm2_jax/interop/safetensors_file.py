@@ -1,7 +1,7 @@
 """The safetensors format, tensor by tensor: an 8-byte length, a JSON header, then the bytes of all tensors.
 
-The format is that of https://github.com/huggingface/safetensors. The reader and the writer hold one tensor at a time, so
-that a model never needs twice its size of host memory.
+The format is that of https://github.com/huggingface/safetensors. The reader and the writer hold one tensor at a time,
+so that a model never needs twice its size of host memory.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Writes tests/interop/golden/*.npz: tiny random models of `transformers`, their logits, and their config.json.
 
-Needs torch and transformers, which no test needs: python tests/interop/make_golden.py. Arrays were made with transformers
-5.24.0 and torch 2.13.0.
+Needs torch and transformers, which no test needs: python tests/interop/make_golden.py. Arrays were made with
+transformers 5.24.0 and torch 2.13.0.
 """
 
 import json

@@ -86,7 +86,7 @@ def test_random_damage_of_a_header_is_one_message(tmp_path):
         try:
             open_source(tmp_path)
         except UserError as error:
-            assert str(tmp_path) in str(error)
+            assert str(tmp_path) in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])

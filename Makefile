@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check
 PRODUCT := lm2_jax sharding configs $(wildcard *.py)
 
-# Tests of one file stay together, because they share compiled programs; a worker may take 4 GB.
+# Tests of one file run on one worker, because they share compiled programs; a worker may take 4 GB.
 WORKERS ?= auto
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations=10
 
@@ -18,26 +18,26 @@ SLOW := slow and not long and not tpu_backend and not gpu
 TPU := tpu_backend and not long
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-long test-tpu test-lowest campaign lint format clean
+.PHONY: help quickstart test test-all test-long test-tpu test-lowest test-latest campaign lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-quickstart: $(VENV)/.requirements ## train a small LM2 and its twin without memory on the CPU, and show what it remembers
+quickstart: $(VENV)/.requirements ## train a small LM2 and a baseline without memory on the CPU, and show what each remembers
 	$(RUN) -m lm2_jax.quickstart
 
-# Tests and lint both run, whatever the other says, so that one call shows all there is to mend.
+# Tests and lint both run even if one fails, so that one call reports everything.
 test: $(VENV)/.requirements-dev ## fast tests, ruff and pyright
 	@status=0; \
 	$(PYTEST) -m "$(FAST)" || status=1; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	exit $$status
 
-# pytest leaves with 5 when there is nothing to run.
+# pytest exits with 5 if no test is selected.
 test-all: test ## the same, then the slow tests
 	@$(PYTEST) -m "$(SLOW)" || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
-test-long: $(VENV)/.requirements-dev ## every join in every contract test, every preset on every mesh: for hours
+test-long: $(VENV)/.requirements-dev ## every join in every contract test, every preset on every mesh: takes hours
 	$(PYTEST) -m "long"
 
 test-tpu: $(VENV)/.requirements-dev ## compiles for TPU slices, without TPUs; installs libtpu
@@ -57,12 +57,22 @@ lint: $(VENV)/.requirements-dev ## ruff and pyright
 format: $(VENV)/.requirements-dev ## put files into ruff's format
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
+.PHONY: docs
+docs: $(VENV)/bin/python ## build the documentation as a site in build/site
+	@$(PIP) -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir build/site
+
+# A full run of the fast tests on another interpreter: make test-latest PYTHON=/path/to/python3.13
+test-latest: ## fast tests on the newest Python found, with the newest packages
+	@$(MAKE) --no-print-directory VENV=.venv-latest .venv-latest/.requirements-dev
+	.venv-latest/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile -m "$(FAST)"
+
 test-lowest: ## fast tests with the lowest versions that requirements.txt allows
 	@$(MAKE) --no-print-directory VENV=.venv-lowest .venv-lowest/.lowest
 	.venv-lowest/bin/python -m pytest -m "$(FAST)"
 
 clean: ## remove environments and caches, not runs/
-	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-lowest .venv-latest .pytest_cache .ruff_cache build *.egg-info
 	find $(PRODUCT) tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -4,11 +4,12 @@
         --data.source.babi-dir BABI/en-10k --data.source.books-dir BOOKS
     python eval.py babilong --workdir runs/babilong_small --babi-dir BABI/en-10k --books-dir BOOKS
 
-BABI is the bAbI v1.2 distribution, BOOKS any folder of .txt books; without them the same run reads simulated worlds in
-generated prose. Questions stand all along the text, first about one person and in the end about four (docs/design.md).
-The language model learns from all of it, with a hundredth of an answer's weight (a tenth drowns the answers), and rows
-grow from four segments of 128 tokens to eight. `babilong_small_mac`, `babilong_small_rmt` and `babilong_small_none` are
-the same run with Titans as context, with memory tokens of RMT and without memory; parameters are equal within 3%.
+BABI is the bAbI v1.2 distribution, BOOKS any folder of .txt books. Without them the run reads simulated stories in
+generated prose. Questions are spread over the text, first about one person and in the last stage about four
+(docs/design.md). Text tokens have a hundredth of the weight of answer tokens; with a tenth, the model learns the
+answers poorly. Rows grow from four segments of 128 tokens to eight. `babilong_small_mac`, `babilong_small_rmt` and
+`babilong_small_none` are the same run with Titans as context, with RMT's memory tokens and without memory; parameters
+are equal within 3%.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.presets.tiny import replace_model
 
 DECODER = DecoderConfig(width=64, num_layers=2, num_heads=4, num_kv_heads=4, mlp_width=200)
-WIDER = dataclasses.replace(DECODER, mlp_width=264)  # what LM2's gates cost, given to the other two
+WIDER = dataclasses.replace(DECODER, mlp_width=264)  # the parameters of LM2's gates, given to the other two
 LM2 = RunConfig(
     name="babilong_small",
     model=ModelConfig(
@@ -61,8 +62,8 @@ LM2 = RunConfig(
     train=TrainConfig(eval_every=200, eval_batches=4),
     checkpoint=CheckpointConfig(every_steps=200, keep=1),
 )
-# A step of MAC takes more than twice as long, so there are fewer; and its memory is slower to be found, so the first
-# stage is longer.
+# A step of MAC takes more than twice as long, so there are fewer; it starts to use its memory later, so the first stage
+# is longer.
 MAC = dataclasses.replace(
     replace_model(
         LM2,
@@ -82,3 +83,10 @@ NONE = dataclasses.replace(
 )
 
 PRESETS = {run.name: run for run in (LM2, MAC, RMT, NONE)}
+HARDWARE = "CPU, hours"
+PURPOSES = {
+    "babilong_small": "LM2 on BABILong, with real bAbI and books if given",
+    "babilong_small_mac": "the same with Titans as context",
+    "babilong_small_rmt": "the same with RMT",
+    "babilong_small_none": "the baseline without memory",
+}

@@ -1,13 +1,13 @@
-"""The probe that LM2's default form is chosen by: dense questions about who is where, four segments of 32 tokens.
+"""The probe that decided LM2's default form: many questions about who is where, four segments of 32 tokens.
 
     python -m benchmarks.memory_forms                 # all arms with one seed
     python train.py probe_rmt --workdir runs/probe/rmt_0
 
-Two blocks of width 64, 8 slots or memory tokens; the SwiGLU's width makes parameters equal within 3% (tested). The
-yardstick is RMT; the twin without memory shows what a segment alone gives away.
+Two blocks of width 64, and 8 slots or memory tokens. The width of the SwiGLU makes parameters equal within 3%
+(tested). RMT is the reference; the baseline without memory shows what the current segment alone answers.
 
-Questions are first about one person, then about two, three and four. Asked about all four from the start, every form
-stops at 0.70: places are remembered, but not whose (docs/design.md).
+Questions are first about one person, then about two, three and four. With all four from the start, every form stops at
+an accuracy of 0.70: it remembers places, but not which person is where (docs/design.md).
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def bank(write: WriteConfig, **changes: object) -> GatedBankConfig:
 
 
 RMT = arm("rmt", 264, TokensConfig(num_tokens=SLOTS), TokensJoin())
-LONGER = dataclasses.replace(RMT.optim, steps=4000)  # RMT learns the same later
+LONGER = dataclasses.replace(RMT.optim, steps=4000)  # RMT reaches the same accuracy later
 THREADED = ResidualJoin(topology="threaded")
 SLOTS_WRITE = SlotsWrite(candidate="linear")
 
@@ -85,3 +85,16 @@ ARMS = (
     ),
 )
 PRESETS = {run.name: run for run in ARMS}
+HARDWARE = "CPU, minutes"
+PURPOSES = {
+    "probe_none": "baseline: no memory",
+    "probe_rmt": "RMT, the reference",
+    "probe_rmt_long": "RMT with twice the steps",
+    "probe_block": "LM2, block write, a bank in each block (the default)",
+    "probe_block_threaded": "LM2, block write, one bank for all blocks",
+    "probe_block_threaded_ungated": "the same without input and forget gates",
+    "probe_slots_threaded": "LM2, slot write, one bank for all blocks",
+    "probe_slots_threaded_no_positions": "the same without positions of tokens",
+    "probe_slots_threaded_own_read": "the same with read projections of its own",
+    "probe_paper": "LM2 with the paper's read and write",
+}

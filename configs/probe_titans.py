@@ -1,10 +1,10 @@
-"""The probe of configs/probe.py with Titans' memories and with both memories in one decoder.
+"""The probe of configs/probe.py with Titans' memory, and with both memories in one decoder.
 
     python -m benchmarks.memory_forms --arms probe_block probe_rmt probe_none probe_mac --seeds 0 1 2
     python -m benchmarks.memory_forms --arms probe_mag probe_mal probe_lmm probe_hybrid probe_none_window
 
-Parameters equal those of the other arms within 3%; the state, a network per head and layer, is far larger than LM2's
-eight slots (the table prints both). Gate and layer have the window they are published with, here half a segment.
+Parameters equal those of the other arms within 3%. The state, a network per head and layer, is far larger than LM2's
+eight slots (the table prints both). MAG and MAL use sliding-window attention as published, here of half a segment.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ PERSISTENT = 4
 
 
 def windowed(run: RunConfig) -> RunConfig:
-    """With attention over the last 16 tokens, across borders of segments."""
+    """With attention over the last 16 tokens, across segment borders."""
     return replace_model(run, decoder=dataclasses.replace(run.model.decoder, window_tokens=16))
 
 
@@ -50,3 +50,14 @@ ARMS = (
     windowed(arm("none_window", 264, NoMemory(), PlainJoin(num_persistent=PERSISTENT))),
 )
 PRESETS = {run.name: run for run in ARMS}
+HARDWARE = "CPU, tens of minutes"
+PURPOSES = {
+    "probe_mac": "Titans, memory as context (MAC)",
+    "probe_mac_mix": "MAC with a learned mix of memory and attention",
+    "probe_mag": "Titans, memory as gate (MAG)",
+    "probe_mal": "Titans, memory as layer (MAL)",
+    "probe_lmm": "Titans' memory alone, without attention (LMM)",
+    "probe_titans_residual": "Titans' memory added to the residual stream",
+    "probe_hybrid": "LM2 in the first block, Titans in the second",
+    "probe_none_window": "baseline of MAG and MAL: sliding-window attention",
+}

@@ -94,6 +94,13 @@ TITANS_MAC_1P3B = dataclasses.replace(
 )
 
 PRESETS = {run.name: run for run in (LM2_1P7B, LLAMA_1P7B, LM2_8B, TITANS_MAC_1P3B)}
+HARDWARE = "TPU slice"
+PURPOSES = {
+    "lm2_1p7b": "LM2 at the paper's size, 2,048 slots in each block",
+    "llama_1p7b": "its baseline without memory, equal parameters",
+    "lm2_8b": "LM2 at the width of Llama-3-8B",
+    "titans_mac_1p3b": "Titans MAC at 1.3 billion parameters, on rows as long as LM2's",
+}
 
 # Rows are split over data and fsdp. With more chips than rows, slots and tokens are split over `slots` (the queries of
 # a device attend to all keys, which are few); in Titans, whose memory processes its tokens one after the other, heads

@@ -34,3 +34,5 @@ TINY = RunConfig(
 )
 
 PRESETS = {TINY.name: TINY}
+HARDWARE = "CPU, minutes"
+PURPOSES = {"text_tiny": "LM2 on your own text: train.py text_tiny --text PATH"}

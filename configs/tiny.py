@@ -1,4 +1,4 @@
-"""One tiny preset per memory and join: they initialise, train and stream on a CPU in seconds.
+"""One tiny preset per memory and join: each initialises, trains and streams on a CPU in seconds.
 
 python train.py lm2_tiny --workdir runs/lm2_tiny
 """
@@ -77,6 +77,22 @@ def tiny(name: str, memory: MemoryConfig, join: JoinConfig, window_tokens: int |
 
 
 PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts, WINDOWS.get(name)) for name, parts in MEMORIES.items()}
+HARDWARE = "CPU, seconds"
+PURPOSES = {
+    "lm2_tiny": "LM2: a bank of slots in each block",
+    "lm2_threaded_tiny": "LM2 with one bank that all blocks share",
+    "lm2_paper_tiny": "LM2 with the paper's read and write",
+    "lm2_context_tiny": "LM2's slots as extra keys and values of attention",
+    "none_tiny": "baseline: attention within a segment, no memory",
+    "none_window_tiny": "baseline: sliding-window attention, no memory",
+    "rmt_tiny": "RMT: memory tokens that pass through the decoder",
+    "titans_mac_tiny": "Titans, memory as context (MAC)",
+    "titans_mag_tiny": "Titans, memory as gate (MAG)",
+    "titans_mal_tiny": "Titans, memory as layer (MAL)",
+    "titans_lmm_tiny": "Titans' memory alone, without attention (LMM)",
+    "titans_residual_tiny": "Titans' memory added to the residual stream",
+    "hybrid_tiny": "LM2 and Titans in different blocks of one decoder",
+}
 
 
 def replace_model(run: RunConfig, **changes: object) -> RunConfig:

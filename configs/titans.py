@@ -1,12 +1,12 @@
-"""Titans at the published sizes, and their twins without memory (arXiv:2501.00663, NeurIPS version, table 5).
+"""Titans at the published sizes, and baselines without memory (arXiv:2501.00663, NeurIPS version, table 5).
 
     python train.py titans_340m_mac --compile-only --topology v5e:8x8
 
-The table gives blocks, width, heads, peak learning rate and tokens; appendix E persistent tokens (128), chunk (16),
-window (2,048) and MAC's segment (512). How parameters are shared out is not published, and with one feed-forward width
-for all designs their sizes would differ by more than a third. So the SwiGLU is as wide as the named size leaves room
-for: all presets of a size, the twins included, have equal parameters within 1%. MAC retrieves a row for each token, as
-equations 21 and 22 say; the 256 memory tokens of appendix E have no equation.
+The table gives blocks, width, heads, peak learning rate and tokens. Appendix E gives persistent tokens (128), chunk
+(16), window (2,048) and MAC's segment (512). The feed-forward width is not published; one width for all designs would
+make their sizes differ by more than a third. The width of the SwiGLU is therefore chosen so that all presets of a size,
+baselines included, have equal parameters within 1%. MAC retrieves one row for each token, as in equations 21 and 22;
+the 256 memory tokens of appendix E have no equation.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """How memory and attention meet in all blocks."""
+    """How memory and attention are combined in all blocks."""
 
     join: JoinConfig
     remembers: bool = True
@@ -69,9 +69,9 @@ DESIGNS = {
 
 
 def mlp_width(size: Size, design: Design, memory: TitansConfig) -> int:
-    """Hidden width of the SwiGLU, a multiple of 32, that brings a model to its named size.
+    """Hidden width of the SwiGLU, a multiple of 32, that gives a model its named size.
 
-    Of a block are counted: four matrices of attention; the memory's q, k, v, o and output gate, and its learned start.
+    Counted in each block: the four attention matrices; the memory's q, k, v, o, output gate and learned start.
     """
     D = size.width
     start = memory.num_heads * sum(i * o for i, o in memory.network.shapes(D // memory.num_heads))
@@ -81,7 +81,7 @@ def mlp_width(size: Size, design: Design, memory: TitansConfig) -> int:
 
 
 def titans(name: str, size: Size, design: Design) -> RunConfig:
-    """The run of one size and design, trained as appendix E says on 4,096 tokens a row and half a million a step."""
+    """The run of one size and design, trained as in appendix E: 4,096 tokens per row and half a million per step."""
     memory = TitansConfig(num_heads=size.heads, chunk_tokens=16)
     decoder = DecoderConfig(
         width=size.width,
@@ -123,3 +123,13 @@ PRESETS = {
     for design_name, design in DESIGNS.items()
     for name in [f"titans_{size_name}_{design_name}"]
 }
+HARDWARE = "TPU slice"
+_PURPOSES = {
+    "mac": "memory as context (MAC)",
+    "mag": "memory as gate (MAG)",
+    "mal": "memory as layer (MAL)",
+    "lmm": "memory without attention (LMM)",
+    "segment": "baseline of MAC: attention within a segment",
+    "window": "baseline of MAG and MAL: sliding-window attention",
+}
+PURPOSES = {f"titans_{size}_{design}": purpose for size in SIZES for design, purpose in _PURPOSES.items()}

@@ -92,7 +92,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             where = self.folder / str(step)
-            if targets.memory is not None and not (self._path / str(step) / "memory").exists():
+            if jax.tree.leaves(targets.memory) and not (self._path / str(step) / "memory").exists():
                 _warn(
                     f"checkpoint {where} holds no memory (checkpoint.memory_every="
                     f"{self._config.checkpoint.memory_every}); the run resumes from the newest one that does"
@@ -182,7 +182,10 @@ class Checkpoints:
         """Whether the run could resume exactly from this checkpoint, as far as its folder shows."""
         if step in self._damaged:
             return False
-        return not self._config.data.carry_state or (self._path / str(step) / "memory").exists()
+        model = self._config.model
+        has_state = model.has_memory or (model.decoder.window_tokens or 1) > 1
+        carries = self._config.data.carry_state and has_state
+        return not carries or (self._path / str(step) / "memory").exists()
 
     def damaged(self, step: int) -> bool:
         """Whether this checkpoint was found damaged."""
@@ -267,12 +270,6 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept or owner.damaged(step) for step in steps]
 
 
-def read_params(workdir: epath.PathLike, shapes: PyTree, check: Check | None = None) -> tuple[PyTree, int]:
-    """Parameters of the newest checkpoint that is intact, and its step; see `read_newest`."""
-    items, step = read_newest(workdir, {"params": shapes}, check)
-    return items["params"], step
-
-
 def read_newest(
     workdir: epath.PathLike, wanted: dict[str, PyTree], check: Check | None = None
 ) -> tuple[dict[str, Any], int]:
@@ -345,7 +342,7 @@ def brief(error: BaseException) -> str:
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     """The trees of a train state that a checkpoint holds as items of their own."""
-    return {name: tree for name, tree in state._asdict().items() if name != "step" and tree is not None}
+    return {name: tree for name, tree in state._asdict().items() if name != "step" and jax.tree.leaves(tree)}
 
 
 def _cast(memory: PyTree, dtype: str | None) -> PyTree:

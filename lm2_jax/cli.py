@@ -1,6 +1,7 @@
-"""What every command does around its work: one message instead of a traceback, an exit status, programs it calls."""
+"""What all programs share: errors as one message with an exit status, and calls of other programs."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,18 +9,18 @@ from typing import NoReturn
 
 from lm2_jax.errors import UserError
 
-# What the machine refuses and no line of code can put right; any other OSError is a bug and keeps its traceback.
+# Errors of the machine that only a user can correct; any other OSError is a bug and keeps its traceback.
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Calls `main` and leaves the process: 0 for success, 2 for wrong usage, 1 for a failure, 130 after Ctrl-C.
+    """Calls `main` and exits the process: 0 for success, 2 for wrong usage, 1 for a failure, 130 after Ctrl-C.
 
-    A `UserError`, and a full or read-only disk, is printed as one message on stderr. Whatever else is raised is a
-    bug and keeps its traceback.
+    A `UserError`, and a full or read-only disk, is printed as one message on stderr. Any other exception is a bug and
+    keeps its traceback.
 
     Args:
-      main: the whole command, parsing of arguments included (tyro itself leaves with 2 when they are wrong).
+      main: the program, including the parsing of its arguments.
     """
     try:
         main()
@@ -27,6 +28,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave(str(error), error.status)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        sys.exit(1)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
@@ -35,15 +39,15 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def run_program(*words: str) -> int:
-    """Runs a Python program to its end.
+    """Runs a Python program and waits for its end.
 
-    Ctrl-C reaches the program too, which may have something to save: it is waited for, while `subprocess.run` would
-    kill it after a quarter of a second. A second Ctrl-C kills it.
+    Ctrl-C also reaches that program, which may have something to save. It gets the time to do so, where
+    `subprocess.run` would kill it after a quarter of a second. A second Ctrl-C kills it.
 
     Args:
-      words: what a person would type behind `python`.
+      words: the arguments of `python`.
     Returns:
-      Its exit status.
+      The program's exit status.
     Raises:
       KeyboardInterrupt: after Ctrl-C, when the program has ended.
     """
@@ -61,6 +65,6 @@ def run_program(*words: str) -> int:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    sys.stdout.flush()  # so that the message comes after what was printed before
+    sys.stdout.flush()  # so that the message follows earlier output
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)

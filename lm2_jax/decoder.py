@@ -1,49 +1,61 @@
-"""Sizes of the decoder that a memory joins."""
+"""Sizes of the decoder that a memory is joined to."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from lm2_jax.fields import Checked, Range
+
+Width = Annotated[int, Range(1, 2**20)]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3's stretching of the low RoPE frequencies."""
+class RopeScaling(Checked):
+    """Llama 3's scaling of the low RoPE frequencies."""
 
-    factor: float = 8.0
-    """By how much the longest wavelengths grow."""
-    low_frequency_factor: float = 1.0
-    """Wavelengths above original_tokens / this are stretched fully."""
-    high_frequency_factor: float = 4.0
-    """Wavelengths below original_tokens / this are left alone."""
-    original_tokens: int = 8192
-    """Context length the unscaled frequencies were made for."""
+    factor: Annotated[float, Range(1, 1e4)] = 8.0
+    """Factor by which the longest wavelengths grow."""
+    low_frequency_factor: Annotated[float, Range(0, 1e4, above=True)] = 1.0
+    """Wavelengths above original_tokens / this are scaled by the full factor."""
+    high_frequency_factor: Annotated[float, Range(0, 1e4, above=True)] = 4.0
+    """Wavelengths below original_tokens / this are not scaled."""
+    original_tokens: Annotated[int, Range(1, 10**9)] = 8192
+    """Context length that the unscaled frequencies were made for."""
+
+    def __post_init__(self) -> None:
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"model.decoder.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be below "
+                f"high_frequency_factor={self.high_frequency_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The Llama-3 style decoder that a memory joins."""
+class DecoderConfig(Checked):
+    """A decoder in the style of Llama 3."""
 
-    width: int = 64
+    width: Width = 64
     """Model width D."""
-    num_layers: int = 2
+    num_layers: Annotated[int, Range(1, 10_000)] = 2
     """Decoder blocks L."""
-    num_heads: int = 4
+    num_heads: Annotated[int, Range(1, 2**16)] = 4
     """Query heads H."""
-    num_kv_heads: int = 4
-    """Key/value groups G; divides num_heads."""
-    head_width: int | None = None
+    num_kv_heads: Annotated[int, Range(1, 2**16)] = 4
+    """Key/value heads G; divides num_heads."""
+    head_width: Annotated[int | None, Range(0, 2**16)] = None
     """Width K of one head; None: width / num_heads."""
-    mlp_width: int = 192
+    mlp_width: Width = 192
     """Hidden width F of the SwiGLU."""
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 10_000.0
     """Base of the rotary frequencies (Llama 3: 500,000)."""
     rope_scaling: RopeScaling | None = None
-    """Llama-3 frequency scaling, or none."""
+    """Llama 3's frequency scaling, or none."""
     tie_head: bool = True
-    """Whether the head is the embedding's transpose."""
-    window_tokens: int | None = None
-    """Sliding attention window in tokens, this one included, reaching into the segment before; None: the segment."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; those inside a
+    """Whether the output head is the transposed embedding."""
+    window_tokens: Annotated[int | None, Range(0, 2**24)] = None
+    """Sliding attention window in tokens, including the current one; it reaches into the previous segment. None: the
+    segment."""
+    norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5
+    """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; norms inside a
     memory and in join.combine always add 1e-5."""
     attention_kernel: Literal["auto", "plain", "splash", "cudnn"] = "auto"
     """Implementation of attention within a segment: plain operations, the TPU kernel (splash attention), cuDNN's fused
@@ -51,9 +63,6 @@ class DecoderConfig:
     chosen by name and does not support the model is an error (docs/tpu.md); off TPUs splash is emulated, slowly."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"decoder.{name} must be at least 1, got {getattr(self, name)}")
         if self.head_width is None and self.width % self.num_heads:
             raise ValueError(
                 f"decoder.width={self.width} is not a multiple of decoder.num_heads={self.num_heads}; "
@@ -65,8 +74,6 @@ class DecoderConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
-        if self.rope_theta <= 0:
-            raise ValueError(f"decoder.rope_theta must be positive, got {self.rope_theta}")
 
     @property
     def head_dim(self) -> int:

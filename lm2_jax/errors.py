@@ -1,4 +1,4 @@
-"""The one exception for everything a user can put right."""
+"""The exception for every problem that a user can correct."""
 
 
 class UserError(Exception):
@@ -7,9 +7,9 @@ class UserError(Exception):
     The message says what was expected, what came and which field to change.
 
     Args:
-      message: the whole text that the user sees.
-      status: exit status of the command, 2 for wrong usage (a name, a field, a path that was typed), 1 for
-        what only shows at run time (a damaged file, a full disk, a diverged run).
+      message: the full text that the user sees.
+      status: exit status of the command, 2 for wrong usage (a name, a field, a path that was typed), 1 for what only
+        shows at run time (a damaged file, a full disk, a diverged run).
     """
 
     def __init__(self, message: str, status: int = 2):

@@ -285,7 +285,8 @@ class LanguageModel(nn.Module):
             return y_BJTD[:, 0], state, aux
         valid_BT, axes = segments.valid[:, 0], stack.state_axes()
         before = stop_where(segments.cut[0], reset_rows(state.stack, segments.reset[:, 0], axes))
-        begun = begin_rows(before, stack.start_state(), axes)
+        has_tokens_B = valid_BT.any(axis=1)
+        begun = begin_rows(reset_rows(before, ~has_tokens_B, axes), stack.start_state(), axes)  # see `SegmentsPort`
         rows = [stack.prefix(begun), x_BTD, stack.suffix(begun)]
         if stack.prefix_tokens + stack.suffix_tokens:
             if num_shards("time") > 1:  # uneven shards, on which XLA's partitioner aborts
@@ -301,7 +302,7 @@ class LanguageModel(nn.Module):
         y_BTD = self.final_norm(carry.x[:, 0])
         end = stack.prefix_tokens + T
         after = clear_start(stack.update(begun, carry.shared, y_BTD[:, end:], aux), axes)
-        after = select_rows(valid_BT.any(axis=1), after, before, axes)
+        after = select_rows(has_tokens_B, after, before, axes)
         return y_BTD[:, stack.prefix_tokens : end], ModelState(groups, after), aux
 
     def open(self, state: ModelState, batch: int) -> StreamState:

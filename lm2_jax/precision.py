@@ -1,10 +1,12 @@
 """Number types of a model."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+
+from lm2_jax.fields import Since
 
 FloatName = Literal["float32", "bfloat16", "float64"]
 
@@ -23,7 +25,7 @@ class Precision:
     """First moment of the optimizer (the second is always float32 or wider)."""
     logits: FloatName = "float32"
     """Logits and the loss."""
-    master_copy: bool = True
+    master_copy: Annotated[bool, Since(2, old=lambda table: table["params"] != "bfloat16")] = True
     """Whether the optimizer keeps a float32 copy of bfloat16 parameters. Without it, updates smaller than 1/256 of a
     parameter are lost. With AdamW, a bfloat16 parameter then takes 14 bytes (2, and 4 for the copy, 8 for the moments),
     a float32 parameter 12. No effect on parameters of type float32 or float64."""

@@ -2,7 +2,10 @@
 
 import errno
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +94,14 @@ def test_ctrl_c_twice_kills_it(child, tmp_path):
 
 def test_the_status_of_a_program():
     assert cli.run_program("-c", "raise SystemExit(3)") == 3
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """As in `train.py --list | head -1`."""
+    program = "from lm2_jax import cli; cli.run(lambda: [print('x' * 1000) for _ in range(1000)])"
+    command = f'"{sys.executable}" -c "{program}" | head -1'
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout == "x" * 1000 + "\n"
+    assert done.stderr == ""

@@ -1,27 +1,46 @@
-"""Presets that are compared have equal parameters."""
+"""Presets that are compared have equal parameters, and the list of presets says what is so."""
 
-import jax
-import jax.numpy as jnp
+import json
+
 import pytest
-from flax import linen as nn
 
 import lm2_jax
 from configs import babilong_small, probe, probe_titans
+from lm2_jax.commands import overview
+from lm2_jax.presets import FAMILIES
+
+SIZES = json.loads(overview.SIZES.read_text())
 
 
 def parameters(name: str) -> int:
-    """How many a preset has, without making them."""
-    config = lm2_jax.preset(name).model
-    model = lm2_jax.build_model(config)
-    tokens = jnp.zeros((1, config.segment_tokens), jnp.int32)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens, model.init_state(1)))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    """How many parameters a preset has, without making them."""
+    return overview.count_parameters(lm2_jax.preset(name).model)
+
+
+def test_every_preset_has_a_purpose_and_every_family_its_hardware():
+    assert {name for family in FAMILIES for name in family.presets} == set(lm2_jax.PRESETS)
+    purposes = [family.purpose(name) for family in FAMILIES for name in family.presets]
+    assert all(10 < len(purpose) <= 72 for purpose in purposes), [p for p in purposes if not 10 < len(p) <= 72]
+    assert all(family.hardware != "any" for family in FAMILIES), "name it in the file: HARDWARE"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name.startswith(("lm2", "rmt")) else pytest.mark.slow) for name in sorted(SIZES)],
+)
+def test_parameters_in_the_list_are_right(name):
+    """After a change of the model: `python -m lm2_jax.commands.overview`."""
+    assert parameters(name) == SIZES[name]
+
+
+def test_the_list_knows_no_preset_that_is_gone():
+    assert SIZES.keys() <= lm2_jax.PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", sorted({*probe.PRESETS, *probe_titans.PRESETS, *babilong_small.PRESETS}))
 def test_compared_presets_have_equal_parameters(name):
-    twin = "babilong_small_none" if name in babilong_small.PRESETS else "probe_none"
-    assert abs(parameters(name) / parameters(twin) - 1) < 0.03
+    baseline = "babilong_small_none" if name in babilong_small.PRESETS else "probe_none"
+    assert abs(parameters(name) / parameters(baseline) - 1) < 0.03
 
 
 def test_small_means_at_most_three_million_parameters():

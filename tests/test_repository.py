@@ -63,7 +63,7 @@ def test_the_library_names_no_mesh_axis():
     forbidden = {"PartitionSpec", "NamedSharding", "Mesh", "make_mesh", "set_mesh", "shard_map"}
     offenders = []
     for name, tree in trees(sorted((ROOT / "lm2_jax").rglob("*.py"))):
-        if name.startswith("lm2_jax/aot/"):  # compiles for meshes
+        if name.startswith(("lm2_jax/aot/", "lm2_jax/commands/")):  # compiles for meshes; programs
             continue
         if name != "lm2_jax/layout.py":  # gives the others the class `Layout`
             offenders += [f"{name}: imports {m}" for m in imported_modules(tree) if m.startswith("lm2_jax.sharding")]
@@ -73,6 +73,16 @@ def test_the_library_names_no_mesh_axis():
                 offenders.append(f"{name}:{getattr(node, 'lineno', '?')}: {getattr(node, word)}")
             elif isinstance(node, ast.Constant) and node.value == "fsdp":
                 offenders.append(f"{name}:{node.lineno}: mesh axis 'fsdp'")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_only_programs_import_commands():
+    offenders = [
+        f"{name}: imports {module}"
+        for name, tree in trees(sorted((ROOT / "lm2_jax").rglob("*.py")))
+        for module in imported_modules(tree)
+        if module.startswith("lm2_jax.commands") and not name.startswith(("lm2_jax/commands/", "lm2_jax/__main__.py"))
+    ]
     assert not offenders, "\n".join(offenders)
 
 

@@ -28,7 +28,7 @@ def types(params):
 @pytest.mark.usefixtures("wide_numbers")
 def test_a_run_is_read_in_its_types(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(WIDE)))
-    monkeypatch.setattr(runs, "read_params", lambda workdir, shapes, check: (shapes, 1))
+    monkeypatch.setattr(runs, "read_newest", lambda workdir, wanted, check: (wanted, 1))
     monkeypatch.setattr(runs, "load_tokenizer", lambda *_: None)
     run = lm2_jax.load_run(tmp_path)
     assert types(run.params) == {np.dtype("float64")}

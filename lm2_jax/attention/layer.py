@@ -188,8 +188,9 @@ class Attention(nn.Module):
         def step(window: Window, inputs: tuple[Array, ...]) -> tuple[Window, Window]:
             k, v, valid, any_valid, reset, cut = inputs
             window = stop_where(cut, reset_rows(window, reset, WINDOW_AXES))
-            last = Window(k, v, valid, jnp.zeros_like(reset))
-            return select_rows(any_valid, last, window, WINDOW_AXES), window
+            last, none = Window(k, v, valid, jnp.zeros_like(reset)), jax.tree.map(jnp.zeros_like, window)
+            after = select_rows(any_valid, last, window, WINDOW_AXES)
+            return after, select_rows(any_valid, window, none, WINDOW_AXES)  # rows of padding see no window
 
         per_segment = (k_BJWGK, v_BJWGK, valid_BJW, segments.valid.any(axis=2), segments.reset)
         inputs = (*(jnp.moveaxis(a, 1, 0) for a in per_segment), segments.cut)

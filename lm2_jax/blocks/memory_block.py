@@ -139,8 +139,8 @@ class MemoryBlock(Block):
 
     @property
     def has_reader(self) -> bool:
-        """Whether the memory is read as of the segment's start; a store that runs along with the tokens is, too."""
-        return self.reads or not (self.is_running or self.is_written_through_block)
+        """Whether the memory is read as of the segment's start; a store under `port.remember` is, too."""
+        return self.reads or (isinstance(self.spec.join, RunningJoin) and not self.is_running)
 
     def prepare(self, memory: State) -> Any:
         """What the flow needs of a memory, once per segment; `port.prepared`."""

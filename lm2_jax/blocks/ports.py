@@ -167,12 +167,14 @@ class SegmentsPort:
             args, segment = inputs
             if not is_shared:  # the stack does this for a memory that all layers share
                 memory = stop_where(segment.cut, reset_rows(memory, segment.reset, axes))
-            begun = memory if is_shared else begin_memory(memory, start, axes)
+            has_tokens_B = segment.valid.any(axis=1)
+            # Rows of padding compute with the start, so that nothing of their state enters a gradient, not even NaN.
+            begun = memory if is_shared else begin_memory(reset_rows(memory, ~has_tokens_B, axes), start, axes)
             reads = shared_start if is_shared else begun
             port = SegmentPort(block, reads, begun, start, prefix, segment)
             out = fn(block, port, *args)
             after = clear_start(port.after, axes)
-            return select_rows(segment.valid.any(axis=1), after, memory, axes), (out, port.metrics)
+            return select_rows(has_tokens_B, after, memory, axes), (out, port.metrics)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         inputs = (

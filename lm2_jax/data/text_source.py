@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from lm2_jax.data.files import clean_text, decode
 from lm2_jax.data.text_files import Document, cut_document, read_documents
 from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
+from lm2_jax.fields import Since
 
 _CORPUS_CHARACTERS = 4_000_000
 
@@ -133,7 +134,7 @@ class TextFiles(_TokenisedText):
     """A file, a folder (searched to any depth), or a glob pattern; .txt, .md, .jsonl, .json and .parquet files."""
     field: str = "text"
     """Name under which a row of a .jsonl, .json or .parquet file has its text."""
-    document_characters: int | None = None
+    document_characters: Annotated[int | None, Since(2)] = None
     """Longer documents are cut into documents of at most this many characters, at the end of a paragraph where one
     ends; None: never. A text of few documents needs it, since held-out text consists of complete documents."""
 

@@ -23,6 +23,7 @@ class GatedBankConfig(MemoryConfig):
     """LM2's gated bank of slots, as wide as the decoder."""
 
     kind: ClassVar[str] = "gated_bank"
+    also_called: ClassVar[tuple[str, ...]] = ("lm2",)
     optional_capabilities: ClassVar[Capability] = Capability.WRITE
     num_slots: int = 16
     """Slots N; independent of segment length and width."""

@@ -20,6 +20,7 @@ class TokensConfig(MemoryConfig):
     """RMT's memory tokens; joined by `tokens`."""
 
     kind: ClassVar[str] = "tokens"
+    also_called: ClassVar[tuple[str, ...]] = ("rmt",)
     num_tokens: int = 16
     """Memory tokens m; they are before the segment to be read and after it to be written."""
 

@@ -118,8 +118,8 @@ class WorkdirLock:
                     self.lost = True
                     return
                 self._write()
-            except Exception:
-                pass
+            except Exception:  # of a bucket without network, say: the next beat tries again
+                continue
 
     def _content(self) -> bytes:
         owner = {

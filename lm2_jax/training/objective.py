@@ -33,6 +33,12 @@ def loss_weights(batch: Example, config: RunConfig) -> Float[Array, "B S"]:
     return jnp.where(valid_BS, jnp.where(answer_BS, config.loss.answer_weight, text_weight_BS), 0.0)
 
 
+def weighted(value_BS: Float[Array, "B S"], weight_BS: Float[Array, "B S"]) -> Float[Array, "2"]:
+    """The weighted sum and the sum of the weights; a position without weight may hold NaN."""
+    total = jnp.sum(jnp.where(weight_BS > 0, weight_BS * value_BS, 0.0))
+    return jnp.stack([total, jnp.sum(weight_BS)]).astype(jnp.float32)
+
+
 def metric_sums(
     batch: Example,
     weight_BS: Float[Array, "B S"],
@@ -57,7 +63,7 @@ def metric_sums(
         return jnp.stack([jnp.sum(value_BS), jnp.sum(mask_BS, dtype=jnp.float32)])
 
     sums = {
-        "loss": jnp.stack([jnp.sum(weight_BS * loss_BS), jnp.sum(weight_BS)]).astype(jnp.float32),
+        "loss": weighted(loss_BS, weight_BS),
         "answer_loss": mean_over(answer_BS, loss_BS),
         "text_loss": mean_over(text_BS, loss_BS),
         "answer_accuracy": mean_over(answer_BS & (distance_BS >= 0), correct_BS),  # end tokens have no distance
@@ -103,7 +109,7 @@ def evaluate_batch(
     sums = metric_sums(batch, weight_BS, terms.loss_BS, terms.predicted_BS)
     if config.loss.z_loss:
         z_BS = jnp.square(terms.log_normalizer_BS)
-        sums["z_loss"] = jnp.stack([jnp.sum(weight_BS * z_BS), jnp.sum(weight_BS)]).astype(jnp.float32)
+        sums["z_loss"] = weighted(z_BS, weight_BS)
     return sums, out.state, jax.lax.stop_gradient(out.aux)
 
 

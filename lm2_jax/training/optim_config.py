@@ -7,13 +7,14 @@ equal form are stacked into one array, so a path chooses all of them together.
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from lm2_jax.fields import GROWS, Checked, Range, Since
 from lm2_jax.parameters import Parameter, Role
 from lm2_jax.registry import Family
 from lm2_jax.types import PyTree
@@ -25,14 +26,14 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
     """The objective: cross-entropy of answers and text, each with a weight."""
 
     answer_weight: float = 1.0
     """Weight of an answer token."""
     text_weight: float = 0.0
     """Weight of every other token."""
-    z_loss: float = 0.0
+    z_loss: Annotated[float, Since(2)] = 0.0
     """Weight of the squared log-normaliser of the softmax, which keeps logits from drifting; 0: off, usual: 1e-4."""
     time_chunk: int = 2048
     """Positions whose logits are in memory at once: the loss is computed in chunks of at most this many positions, with
@@ -211,13 +212,13 @@ def _is_matrix(leaf: object) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """The optimizer, its learning rates, and which parameters it trains.
 
     What is common to all optimizers is here, Adam's constants included: every optimizer uses Adam for some parameters.
     """
 
-    steps: int = 1000
+    steps: Annotated[int, Range(1, 10**9), GROWS] = 1000
     """Optimizer steps of the run."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
@@ -235,24 +236,24 @@ class OptimConfig:
     """Weight decay of the parameters that `decay_on` selects."""
     clip_norm: float = 1.0
     """Largest global gradient norm; inf: no clipping."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1, 2**24)] = 1
     """Micro-batches per step; divides data.rows."""
     gate_multiplier: float = 1.0
     """Learning rate of gates, relative to the others."""
     memory_multiplier: float = 1.0
     """Learning rate of the memory's other parameters, relative to the others."""
-    algorithm: AlgorithmConfig = AdamW()
+    algorithm: Annotated[AlgorithmConfig, Since(2)] = AdamW()
     """The optimizer."""
-    schedule: ScheduleConfig = Cosine()
+    schedule: Annotated[ScheduleConfig, Since(2)] = Cosine()
     """The learning rate after the warm-up."""
-    decay_on: tuple[str, ...] = ("weight", "embedding", "head")
+    decay_on: Annotated[tuple[str, ...], Since(2)] = ("weight", "embedding", "head")
     """Selectors of the parameters that decay: roles, groups or path patterns."""
-    rates: tuple[str, ...] = ()
+    rates: Annotated[tuple[str, ...], Since(2)] = ()
     """Relative learning rates as SELECTOR=FACTOR, such as `memory=3` or `blocks_0/mlp=0.1`. The last one that selects a
     parameter counts, in place of `gate_multiplier` and `memory_multiplier`."""
-    freeze: tuple[str, ...] = ()
+    freeze: Annotated[tuple[str, ...], Since(2)] = ()
     """Selectors of parameters that are not trained and have no optimizer state."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Since(2)] = 0.0
     """Decay of an exponential moving average of the parameters; 0: none is kept. Where it is kept, evaluation and
     `load_run` use it in place of the parameters."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from etils import epath
 
 from lm2_jax import checkpoint_files, load_run
 from lm2_jax.checkpoint import Checkpoints, saved_steps
@@ -93,7 +94,7 @@ class Bench:
         require(process.returncode == 0, f"a run to the end leaves with {process.returncode}", log)
 
     def sums(self, workdir: pathlib.Path) -> dict:
-        record, _ = checkpoint_files.read_record(workdir / "checkpoints", STEPS)  # pyright: ignore
+        record, _ = checkpoint_files.read_record(epath.Path(workdir / "checkpoints"), STEPS)
         return record["checksums"]
 
     def check_finished(self, workdir: pathlib.Path, model: str) -> None:
@@ -203,8 +204,7 @@ def damage(bench: Bench, draw: np.random.Generator, workdir: pathlib.Path) -> No
                 raise Broken(f"{what}: {type(error).__name__}: {error}") from error
             sums = checkpoint_files.checksums(state)[0]
             expected = [
-                checkpoint_files.read_record(whole / "checkpoints", step)[0]["checksums"]  # pyright: ignore
-                for step in (2, 4)
+                checkpoint_files.read_record(epath.Path(whole / "checkpoints"), step)[0]["checksums"] for step in (2, 4)
             ]
             same = any(all(sums[item] == saved[item] for item in sums) for saved in expected)
             require(same, f"{what}: other numbers were read")

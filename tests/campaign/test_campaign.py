@@ -12,6 +12,9 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("campaign"))
 
 
+# A file-size limit is set between fork and exec, of which jax warns; the child calls exec at once.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <function _at_fork:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.campaign
 @pytest.mark.parametrize("kind", KINDS)

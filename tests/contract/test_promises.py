@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm2_jax.sharding import RULES
-from tests.contract.subjects import NAMES, ROWS, SEGMENTS, TINY, Subject, assert_close, assert_equal, subject
+from tests.contract.subjects import NAMES, ROWS, SEGMENTS, TINY, Subject, assert_close, assert_equal, precise, subject
 
 
 @pytest.fixture(params=NAMES, scope="module")
@@ -162,6 +162,30 @@ def used_rows_alike(case: Subject, state):
         for names, leaf in zip(axes, jax.tree.leaves(state), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def test_a_row_of_padding_may_hold_nan(case):
+    """Its state stays as it is; nothing of it is in other rows or in a gradient."""
+    valid = np.ones((ROWS, case.S), bool)
+    valid[1] = False
+    state = case.start()
+    axes = jax.tree.structure(state).flatten_up_to(case.axes)
+
+    def spoiled(leaf, names):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros_like(leaf)  # no row begins a document
+        rows = (slice(None),) * names.index("batch")
+        return leaf.at[(*rows, 1)].set(jnp.nan)
+
+    with precise(case.config):
+        leaves = [spoiled(leaf, names) for leaf, names in zip(jax.tree.leaves(state), axes, strict=True)]
+        bad = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        good = jax.tree.map(lambda leaf: jnp.nan_to_num(leaf), bad)
+    weight = np.where(valid[:, :, None], 1.0, 0.0)
+    got, expected = (case.run(state=one, valid=valid, hidden_weight=weight) for one in (bad, good))
+    np.testing.assert_array_equal(np.asarray(got.logits)[[0, 2]], np.asarray(expected.logits)[[0, 2]])
+    assert_equal(case.row(got.state, 1), case.row(bad, 1))
+    jax.tree.map(np.testing.assert_array_equal, got.grads, expected.grads)
 
 
 def test_a_reset_segment_of_padding_is_a_fresh_start(case):

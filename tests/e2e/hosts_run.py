@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-import train
 from lm2_jax import cli
+from lm2_jax.commands import train
 from lm2_jax.config import OptimConfig, RunConfig
 from lm2_jax.presets import PRESETS
 from lm2_jax.training import fit

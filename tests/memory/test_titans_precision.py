@@ -178,7 +178,7 @@ def test_64k_tokens_stay_bounded_even_with_rounded_operands(name, set_passes):
 
 
 def table() -> None:
-    """Prints the table of docs/design.md: python -m tests.memory.test_titans_precision 1024 65536."""
+    """Prints the table of docs/experiments.md: python -m tests.memory.test_titans_precision 1024 65536."""
     for T in map(int, sys.argv[1:]):
         for name in TEXTS:
             x = text(name, T)

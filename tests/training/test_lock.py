@@ -109,7 +109,10 @@ def bucket(monkeypatch):
 
     monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: MemoryFileSystem())
     MemoryFileSystem.store.clear()
-    return epath.Path("gs://bucket/run")
+    cached = epath.backend._FileSystemSpecBackend._get_filesystem  # etils keeps a file system per scheme
+    cached.cache_clear()
+    yield epath.Path("gs://bucket/run")
+    cached.cache_clear()
 
 
 def test_a_bucket_is_locked_by_a_file(bucket, monkeypatch):

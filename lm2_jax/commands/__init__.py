@@ -1,0 +1,40 @@
+"""The programs: `lm2 train`, `lm2 eval` and others; train.py and eval.py call the same functions.
+
+Only this package of lm2_jax may import `lm2_jax.sharding`: it is where models and device meshes meet.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lm2_jax.errors import UserError
+from lm2_jax.registry import near_misses
+
+# Imported when they are called: each loads only what it needs.
+PROGRAMS = {
+    "train": ("lm2_jax.commands.train", "trains a preset, or resumes a run"),
+    "eval": ("lm2_jax.commands.eval", "evaluates a trained run"),
+    "convert": ("lm2_jax.data.convert", "turns text into token shards"),
+    "list": ("lm2_jax.commands.overview", "lists the presets by family"),
+    "quickstart": ("lm2_jax.quickstart", "trains and compares a small LM2 and its baseline on a CPU"),
+}
+
+
+def call(arguments: Sequence[str]) -> None:
+    """Calls the program that the first argument names with the others."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: lm2 PROGRAM [OPTIONS]; lm2 PROGRAM --help shows the options\n")
+        print("\n".join(f"  {name:<11} {does}" for name, (_, does) in PROGRAMS.items()))
+        return
+    name, *rest = arguments
+    if name not in PROGRAMS:
+        raise UserError(f"lm2: no program {name!r}; there are {', '.join(PROGRAMS)}.{near_misses(name, PROGRAMS)}")
+    sys.argv = [f"lm2 {name}", *rest]
+    importlib.import_module(PROGRAMS[name][0]).main()
+
+
+def main() -> None:
+    """The console command `lm2`."""
+    from lm2_jax import cli
+
+    cli.run(lambda: call(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`from_pretrained`: a model from a folder that `export_hf` wrote, from a Hugging Face model, or from another checkpoint."""
+"""`from_pretrained`: a run from a folder that `export_hf` wrote, a Hugging Face model, another checkpoint, or a workdir."""
 
 import dataclasses
 import os
@@ -8,32 +8,33 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm2_jax.config import RunConfig
-from lm2_jax.data.tokenizers import FileTokenizer, load_tokenizer
+from lm2_jax.config import ModelConfig, RunConfig
+from lm2_jax.data.tokenizers import load_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.interop import hub
 from lm2_jax.interop.export import KEY
-from lm2_jax.interop.hf_folder import CONFIG, TOKENIZERS, WEIGHTS, read_json
+from lm2_jax.interop.hf_folder import CONFIG, WEIGHTS, read_json
 from lm2_jax.interop.load import Reader, load_params, source_reader
 from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.safetensors_file import SafetensorsFile
-from lm2_jax.interop.workdir import decoder_model, parse_tokenizer
+from lm2_jax.interop.source import Source
+from lm2_jax.interop.workdir import decoder_model, parse_tokenizer, tokenizer_files
 from lm2_jax.layout import Layout
 from lm2_jax.model import LanguageModel
 from lm2_jax.params import to_canonical
 from lm2_jax.precision import FloatName, prepare_numbers
-from lm2_jax.training.state import Plan, make_plan
+from lm2_jax.runs import Run, load_run
+from lm2_jax.training.state import make_plan
 from lm2_jax.training.workdir import config_of
 from lm2_jax.types import PyTree
 
 
-class Pretrained(NamedTuple):
-    """Everything needed to use a model."""
+class Decoder(NamedTuple):
+    """A decoder without its tokenizer."""
 
-    config: RunConfig
+    config: ModelConfig
     model: LanguageModel
-    params: Any
-    tokenizer: FileTokenizer | None  # None: the checkpoint has none
+    params: PyTree
 
 
 def from_pretrained(
@@ -41,34 +42,48 @@ def from_pretrained(
     segment_tokens: int | None = None,
     dtype: FloatName | None = None,
     layout: Layout | None = None,
-) -> Pretrained:
-    """Reads a model.
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Run:
+    """Reads a model; the result is that of `load_run`.
 
     Args:
-      path: folder or file of a checkpoint, or a name `owner/model` on the Hugging Face hub.
+      path: folder or file of a checkpoint, a name `owner/model` on the Hugging Face hub, or the workdir of a run.
       segment_tokens: of a decoder without memory, the tokens within which it attends; None: 512, or fewer if the model
-        was trained for fewer. A model with memory keeps its own.
-      dtype: of parameters and computation; None: float32, or that of the run for a model with memory.
+        was trained for fewer. Other models keep their own.
+      dtype: of parameters and computation of a checkpoint; None: float32, or that of the run for a model of ours.
       layout: where the parameters are placed; None: on the first device.
+      tokenizer: tokenizer.json or tokenizer.model in place of the checkpoint's own.
     Raises:
-      UserError: nothing there, a model that is not supported, or a damaged file.
+      UserError: nothing there, a model that is not supported, a damaged file, or no tokenizer.
     """
     name = os.fspath(path)
     folder = hub.fetch(name) if hub.is_hub_name(name) else pathlib.Path(name)
     if (folder / "checkpoints").exists():
-        raise UserError(f"{name}: the workdir of a run; read it with lm2_jax.load_run({name!r})")
+        if (segment_tokens, dtype, tokenizer) != (None, None, None):
+            raise UserError(
+                f"{name}: the workdir of a run, which has its own segments, number types and tokenizer; leave "
+                "segment_tokens, dtype and tokenizer out"
+            )
+        return load_run(name, layout)
     own = read_json(folder / CONFIG) if folder.is_dir() and (folder / CONFIG).exists() else None
     if isinstance(own, dict) and KEY in own:
         return _read_own(folder, own, segment_tokens, dtype, layout)
     source = open_source(folder)
-    model = decoder_model(source, segment_tokens, dtype or "float32")
-    config = dataclasses.replace(RunConfig(), name="pretrained", model=model)
-    files = source.tokenizer()
-    tokenizer = None
-    if files is not None:
-        tokenizer = parse_tokenizer(files, source.spec.vocab_size, folder, source.where)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer.config))
-    return _loaded(config, source_reader(source), tokenizer, layout)
+    files = tokenizer_files(source, None if tokenizer is None else pathlib.Path(tokenizer), "tokenizer=")
+    encoder = parse_tokenizer(files, source.spec.vocab_size, folder, name)
+    decoder = read_decoder(source, segment_tokens, dtype or "float32", layout)
+    config = dataclasses.replace(RunConfig(), name="pretrained", model=decoder.config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=encoder.config))
+    return Run(config, decoder.model, decoder.params, encoder, 0)
+
+
+def read_decoder(
+    source: Source, segment_tokens: int | None = None, dtype: FloatName = "float32", layout: Layout | None = None
+) -> Decoder:
+    """Reads the decoder of a checkpoint, which needs no tokenizer; arguments as of `from_pretrained`."""
+    config = dataclasses.replace(RunConfig(), model=decoder_model(source, segment_tokens, dtype))
+    model, params = _loaded(config, source_reader(source), layout)
+    return Decoder(config.model, model, params)
 
 
 def _read_own(
@@ -77,7 +92,7 @@ def _read_own(
     segment_tokens: int | None,
     dtype: FloatName | None,
     layout: Layout | None,
-) -> Pretrained:
+) -> Run:
     config = config_of(plain[KEY], str(folder / CONFIG))
     if segment_tokens not in (None, config.model.segment_tokens):
         raise UserError(
@@ -102,22 +117,17 @@ def _read_own(
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return file.read(name).reshape(shape)
 
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    tokenizer = load_tokenizer(folder, config.data.tokenizer) if has_tokenizer else None
-    return _loaded(config, Reader(file.tensors.__contains__, read), tokenizer, layout)
+    model, params = _loaded(config, Reader(file.tensors.__contains__, read), layout)
+    step = plain.get("step")
+    tokenizer = load_tokenizer(folder, config.data.tokenizer)
+    return Run(config, model, params, tokenizer, step if isinstance(step, int) else 0)
 
 
-def _loaded(config: RunConfig, reader: Reader, tokenizer: FileTokenizer | None, layout: Layout | None) -> Pretrained:
+def _loaded(config: RunConfig, reader: Reader, layout: Layout | None) -> tuple[LanguageModel, PyTree]:
     prepare_numbers(config.model.precision)
     plan = make_plan(config, LanguageModel(config.model))
     if layout is None:
-        params = load_params(plan, _on_first_device(plan), reader)
-    else:
-        with layout.context():
-            params = load_params(plan, layout.shardings(plan.axes.params, plan.shapes.params), reader)
-    return Pretrained(config, plan.model, params, tokenizer)
-
-
-def _on_first_device(plan: Plan) -> PyTree:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda _: place, plan.shapes.params)
+        place: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return plan.model, load_params(plan, jax.tree.map(lambda _: place, plan.shapes.params), reader)
+    with layout.context():
+        return plan.model, load_params(plan, layout.shardings(plan.axes.params, plan.shapes.params), reader)

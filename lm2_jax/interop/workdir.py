@@ -101,7 +101,7 @@ def import_source(
     grafted = Grafted(decoder, Graft(PlainJoin(), is_silent=True))
     if memory is not None:
         grafted = graft(decoder, memory.model.memory, memory.model.join, layers)
-    files = _tokenizer_files(source, tokenizer)
+    files = tokenizer_files(source, tokenizer)
     final = pathlib.Path(os.path.abspath(workdir)) / _FILES[files.kind]
     encoder = parse_tokenizer(files, source.spec.vocab_size, final, source.where)
     try:
@@ -141,16 +141,25 @@ def _write_checkpoint(
         checkpoints.finish()
 
 
-def _tokenizer_files(source: Source, path: pathlib.Path | None) -> TokenizerFiles:
+def tokenizer_files(source: Source, path: pathlib.Path | None, option: str = "--tokenizer ") -> TokenizerFiles:
+    """The tokenizer of a checkpoint.
+
+    Args:
+      source: the checkpoint.
+      path: file that replaces its own tokenizer.
+      option: what the user calls `path`, for messages.
+    Raises:
+      UserError: there is none.
+    """
     if path is not None:
         if not path.is_file():
-            raise UserError(f"--tokenizer {path}: no such file; expected a tokenizer.json or a tokenizer.model")
+            raise UserError(f"{option}{path}: no such file; expected a tokenizer.json or a tokenizer.model")
         return TokenizerFiles("json" if path.suffix == ".json" else "sentencepiece", path.read_bytes(), None, {})
     files = source.tokenizer()
     if files is None:
         raise UserError(
-            f"{source.where}: it has no tokenizer, which a run needs; give one with --tokenizer tokenizer.json (or "
-            "tokenizer.model)"
+            f"{source.where}: it has no tokenizer, which a run needs; give one with {option}PATH, a tokenizer.json or "
+            "a tokenizer.model"
         )
     return files
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lm2_jax.config import RunConfig as RunConfig
     from lm2_jax.errors import UserError as UserError
     from lm2_jax.interop.pretrained import from_pretrained as from_pretrained
+    from lm2_jax.memory_file import load_memory as load_memory
     from lm2_jax.model import LanguageModel as LanguageModel
     from lm2_jax.presets import PRESETS as PRESETS
     from lm2_jax.presets import preset as preset
@@ -41,6 +42,7 @@ _NAMES = {
     "UserError": "lm2_jax.errors",
     "absorb": "lm2_jax.streaming",
     "from_pretrained": "lm2_jax.interop.pretrained",
+    "load_memory": "lm2_jax.memory_file",
     "load_run": "lm2_jax.runs",
     "preset": "lm2_jax.presets",
     "stream": "lm2_jax.streaming",

@@ -1,6 +1,7 @@
 """A trained run, read back from its workdir."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from etils import epath
@@ -15,6 +16,9 @@ from lm2_jax.precision import prepare_numbers
 from lm2_jax.training.state import make_plan, with_average
 from lm2_jax.training.workdir import read_config, use_check
 
+if TYPE_CHECKING:
+    from lm2_jax.inference.snapshot import MemorySnapshot
+
 
 class Run(NamedTuple):
     """Everything needed to use a trained model."""
@@ -24,6 +28,26 @@ class Run(NamedTuple):
     params: Any
     tokenizer: FileTokenizer
     step: int
+
+    def read(self, text: str | Iterable[str], memory: "MemorySnapshot | None" = None) -> "MemorySnapshot":
+        """Reads any amount of text into a memory; see `lm2_jax.inference.read`."""
+        from lm2_jax.inference import read
+
+        return read(self, text, memory)
+
+    def generate(
+        self, prompts: str | Sequence[str], memory: "MemorySnapshot | None" = None, **options: Any
+    ) -> list[str]:
+        """The text after each prompt; see `lm2_jax.inference.generate` for the options."""
+        from lm2_jax.inference import generate
+
+        return generate(self, prompts, memory, **options)
+
+    def score(self, texts: str | Sequence[str], memory: "MemorySnapshot | None" = None) -> list[float]:
+        """log p(text | memory) of each text; see `lm2_jax.inference.score`."""
+        from lm2_jax.inference import score
+
+        return score(self, texts, memory)
 
 
 def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:

@@ -37,7 +37,7 @@ def stream(
     pieces = _pieces(model, tokens_BS, valid_BS)
     logits, carry = [], _opened(model, params, state, np.shape(tokens_BS)[0])
     for piece in pieces:
-        piece_logits, carry = _advance(model, params, carry, *piece.arrays, all_logits=True)
+        piece_logits, carry = advance(model, params, carry, *piece.arrays, all_logits=True)
         logits.append(piece_logits[:, : piece.used])
     return jnp.concatenate(logits, axis=1), carry
 
@@ -56,11 +56,43 @@ def absorb(
     pieces = _pieces(model, tokens_BS, valid_BS)
     carry, logits = _opened(model, params, state, np.shape(tokens_BS)[0]), None
     for piece in pieces:
-        piece_logits, carry = _advance(model, params, carry, *piece.arrays, all_logits=False)
+        piece_logits, carry = advance(model, params, carry, *piece.arrays, all_logits=False)
         fed_B1 = jnp.asarray(piece.arrays[1] > 0)[:, None]
         logits = piece_logits if logits is None else jnp.where(fed_B1, piece_logits, logits)
     assert logits is not None
     return logits, carry
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_segment(
+    model: LanguageModel, params: Params, state: ModelState, tokens_BT: Int[Array, "B T"], is_fed_B: Bool[Array, " B"]
+) -> tuple[Float[Array, "B V"], ModelState]:
+    """Feeds one full segment to some rows, from border to border.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      state: at a border.
+      tokens_BT: the segment of each row.
+      is_fed_B: the rows that take theirs; the state of the others stays bit-equal.
+    Returns:
+      Logits after the last token of the rows that were fed, and the state.
+    """
+    valid_BT = jnp.broadcast_to(is_fed_B[:, None], tokens_BT.shape)
+    out = _apply(model, {"params": params}, tokens_BT, state, None, valid_BT, method="forward")
+    logits_B1V = _apply(model, {"params": params}, out.hidden[:, -1:], method="logits")
+    return logits_B1V[:, 0], out.state
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def open_rows(model: LanguageModel, params: Params, carry: StreamState, rows_B: Bool[Array, " B"]) -> StreamState:
+    """Begins a segment that arrives in pieces in some rows, whose `carry.state` is at a border."""
+    opened = _apply(model, {"params": params}, carry.state, rows_B.shape[0], method="open")
+    # Every array of an open layer has the layers axis first and the batch next.
+    groups = jax.tree.map(
+        lambda new, old: jnp.where(rows_B.reshape(1, -1, *[1] * (old.ndim - 2)), new, old), opened.groups, carry.groups
+    )
+    return carry._replace(position=jnp.where(rows_B, 0, carry.position), groups=groups)
 
 
 class _Piece:
@@ -97,7 +129,7 @@ def _pieces(model: LanguageModel, tokens_BS: Any, valid_BS: Any) -> list[_Piece]
 def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, batch: int) -> StreamState:
     """The open segment to go on from; a copy, because each step takes over the arrays of the one before."""
     if not isinstance(state, StreamState):
-        return _open(model, params, state, batch)
+        return open_segment(model, params, state, batch)
     check_rows(state.position.shape[0], batch)
     return _copied(state)
 
@@ -108,12 +140,13 @@ def _copied(carry: StreamState) -> StreamState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _open(model: LanguageModel, params: Params, state: ModelState, batch: int) -> StreamState:
+def open_segment(model: LanguageModel, params: Params, state: ModelState, batch: int) -> StreamState:
+    """Begins a segment that arrives in pieces in all rows."""
     return _apply(model, {"params": params}, state, batch, method="open")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="all_logits", donate_argnums=2)
-def _advance(
+def advance(
     model: LanguageModel,
     params: Params,
     carry: StreamState,
@@ -122,9 +155,9 @@ def _advance(
     *,
     all_logits: bool,
 ) -> tuple[Array, StreamState]:
-    """Feeds up to S <= T tokens per row, over at most one segment border, and returns logits.
+    """Feeds up to S <= T tokens per row, over at most one segment border, and returns logits; `carry` is given up.
 
-    Rows that all stand at a border and bring a whole segment (or nothing) take the same path as training.
+    Rows that are all at a border and bring a full segment, or nothing, take the same path as training.
     """
     variables, T, S = {"params": params}, model.config.segment_tokens, tokens_BS.shape[1]
 

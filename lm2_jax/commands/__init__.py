@@ -14,6 +14,7 @@ from lm2_jax.registry import near_misses
 PROGRAMS = {
     "train": ("lm2_jax.commands.train", "trains a preset, or resumes a run"),
     "eval": ("lm2_jax.commands.eval", "evaluates a trained run"),
+    "generate": ("lm2_jax.commands.generate", "reads texts into a memory, and continues prompts"),
     "convert": ("lm2_jax.data.convert", "turns text into token shards"),
     "list": ("lm2_jax.commands.overview", "lists the presets by family"),
     "quickstart": ("lm2_jax.quickstart", "trains and compares a small LM2 and its baseline on a CPU"),

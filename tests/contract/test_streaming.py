@@ -6,7 +6,7 @@ import pytest
 
 import lm2_jax
 from lm2_jax.precision import Precision
-from lm2_jax.streaming import _advance
+from lm2_jax.streaming import advance
 from tests.contract.subjects import (
     ROWS,
     TINY,
@@ -150,10 +150,10 @@ def test_nothing_is_compiled_after_warm_up(exact):
     carry = exact.start()
     for length in (1, 7, 12):
         _, carry = exact.stream(exact.tokens[:, :length], carry)
-    programs = _advance._cache_size()
+    programs = advance._cache_size()
     for length in (9, 5, 1, 12, 9 + 12 + 12, 1):
         _, carry = exact.stream(exact.tokens[:, :length], carry)
-    assert _advance._cache_size() == programs
+    assert advance._cache_size() == programs
 
 
 @pytest.mark.parametrize(

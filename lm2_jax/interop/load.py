@@ -1,5 +1,6 @@
 """Parameters of a model from a checkpoint of another project, one tensor at a time, each placed where it is wanted."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -82,17 +83,25 @@ def _filled(entry: Entry, leaf: Any, sharding: Any, reader: Reader) -> jax.Array
     """One parameter; a stacked one is updated in place, layer by layer."""
     if not entry.stacked:
         return jax.device_put(_host(reader, entry.names[0], leaf.shape, leaf.dtype), sharding)
-    stack = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
-    put = jax.jit(
-        lambda stack, layer, index: jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
+    make, put = _stack_programs(leaf.shape, leaf.dtype, sharding)
+    stack = make()
     for index, name in enumerate(entry.names):
         layer = jax.device_put(_host(reader, name, leaf.shape[1:], leaf.dtype), without_layers(sharding))
         stack = put(stack, layer, np.int32(index))
         stack.block_until_ready()  # else the host would read ahead, and keep what it has read
     return stack
+
+
+@functools.lru_cache(maxsize=64)
+def _stack_programs(shape: tuple[int, ...], dtype: Any, sharding: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Makes a stack of zeros, and puts one layer into it, in place."""
+    make = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    put = jax.jit(
+        lambda stack, layer, index: jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    return make, put
 
 
 def _host(reader: Reader, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

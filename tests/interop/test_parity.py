@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding
 
 from lm2_jax.interop.export import _write_shards
 from lm2_jax.interop.load import array_reader
-from lm2_jax.interop.names import hf_name, hf_shapes, to_hf
-from lm2_jax.interop.pretrained import from_pretrained
+from lm2_jax.interop.names import hf_name, to_hf
+from lm2_jax.interop.open_source import open_source
+from lm2_jax.interop.pretrained import from_pretrained, read_decoder
 from lm2_jax.interop.safetensors_file import SafetensorsFile
 from lm2_jax.params import to_canonical
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
@@ -25,9 +26,9 @@ def golden_folder(path: Path, folder: Path, shards: int = 1) -> tuple[Path, np.n
         return hf_folder(folder, config, weights, shards, tokenizer=False), arrays["tokens"], arrays["logits"]
 
 
-def logits_of(pretrained, tokens: np.ndarray) -> np.ndarray:
-    state = pretrained.model.init_state(len(tokens))
-    return np.asarray(jax.jit(pretrained.model.apply)({"params": pretrained.params}, tokens, state)[0])
+def logits_of(decoder, tokens: np.ndarray) -> np.ndarray:
+    state = decoder.model.init_state(len(tokens))
+    return np.asarray(jax.jit(decoder.model.apply)({"params": decoder.params}, tokens, state)[0])
 
 
 def test_there_are_enough_goldens():
@@ -35,23 +36,16 @@ def test_there_are_enough_goldens():
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_logits_equal_those_of_transformers(path, tmp_path):
+def test_logits_equal_those_of_transformers_and_every_weight_comes_back(path, tmp_path):
     folder, tokens, logits = golden_folder(path, tmp_path / "hf", shards=3)
-    pretrained = from_pretrained(folder, segment_tokens=tokens.shape[1])
-    np.testing.assert_allclose(logits_of(pretrained, tokens), logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_every_weight_comes_back_bit_for_bit(path, tmp_path):
-    folder, _, _ = golden_folder(path, tmp_path / "hf")
-    pretrained = from_pretrained(folder)
-    model, read = pretrained.config.model, array_reader(pretrained.params)
-    shapes = hf_shapes(model.decoder, model.vocab_size)
-    ours = {hf_name(name): name for name in to_canonical(pretrained.params)}
+    source = open_source(folder)
+    decoder = read_decoder(source, segment_tokens=tokens.shape[1])
+    np.testing.assert_allclose(logits_of(decoder, tokens), logits, atol=1e-4, rtol=1e-4)
+    read, shapes = array_reader(decoder.params), source.shapes()
+    ours = {hf_name(name): name for name in to_canonical(decoder.params)}
     assert ours.keys() == shapes.keys()
-    file = SafetensorsFile(folder / "model.safetensors")
-    for name, shape in shapes.items():
-        np.testing.assert_array_equal(to_hf(ours[name], read(ours[name]), shape), file.read(name))
+    for name, shape in shapes.items():  # bit for bit
+        np.testing.assert_array_equal(to_hf(ours[name], read(ours[name]), shape), source.read(name))
 
 
 def test_bfloat16_files_and_models(tmp_path):

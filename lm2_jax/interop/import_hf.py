@@ -76,7 +76,12 @@ def report(imported: Imported, workdir: str, seconds: float) -> str:
     if imported.origin["memory"] is not None:
         silent = "the first logits are the decoder's" if start.is_silent else f"the first logits change: {start.reason}"
         lines.append(f"memory {model.memory.kind!r} with join {model.join.kind!r}: {silent}")
-    lines.append(f"train:    python train.py --config {workdir}/config.json --workdir {workdir}")
+    train = f"python train.py --config {workdir}/config.json"
+    if imported.refusal:
+        lines.append(f"It cannot be trained on the data of this config: {imported.refusal}")
+    else:
+        lines.append(f"train:    {train} --workdir {workdir}")
+    lines.append(f"on your own text: {train} --text PATH --workdir NEW --init.from {workdir}")
     lines.append(f"evaluate: python eval.py SUITE --workdir {workdir}")
     return "\n".join(lines)
 

@@ -39,8 +39,10 @@ def new_folder(path: str | os.PathLike[str], option: str) -> Iterator[pathlib.Pa
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)  # also where an empty folder has this name
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{option} {path}: writing failed: {error}. Nothing was written", status=1) from error
         raise
 
 

@@ -36,6 +36,7 @@ class Imported(NamedTuple):
     config: RunConfig
     start: Graft
     origin: dict[str, Any]
+    refusal: str  # why the run's data does not fit its tokenizer, empty where it does
 
 
 def decoder_model(
@@ -125,7 +126,16 @@ def import_source(
             (folder / name).write_bytes(content)
         workdirs.claim(epath.Path(folder), config, encoder, exists=False)
         _write_checkpoint(folder, config, encoder, source, layout, grafted.start)
-    return Imported(config, grafted.start, origin)
+    return Imported(config, grafted.start, origin, _refusal(config, encoder))
+
+
+def _refusal(config: RunConfig, encoder: FileTokenizer) -> str:
+    """Why the run's data cannot be read with its tokenizer."""
+    try:
+        config.data.source.build(encoder, config.model.segment_tokens, config.data.seed)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _write_checkpoint(

@@ -13,6 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+import lm2_jax
+from lm2_jax.config import RunConfig
+from lm2_jax.data.own_text import own_text
 from lm2_jax.errors import UserError
 from lm2_jax.interop import export_hf, import_hf
 from lm2_jax.interop.export import export_workdir
@@ -71,7 +74,8 @@ def test_a_run_with_memory_comes_back_bit_for_bit(imported, tmp_path):
     pretrained, run = from_pretrained(tmp_path / "out"), load_run(imported / "lm2")
     equal(pretrained.params, run.params)
     assert pretrained.config == run.config
-    assert pretrained.tokenizer is not None
+    assert pretrained.step == run.step
+    assert pretrained.tokenizer.fingerprint == run.tokenizer.fingerprint
     with pytest.raises(UserError, match="leave segment_tokens out"):
         from_pretrained(tmp_path / "out", segment_tokens=8)
     with pytest.raises(UserError, match="there is something already"):
@@ -81,33 +85,70 @@ def test_a_run_with_memory_comes_back_bit_for_bit(imported, tmp_path):
     assert str(imported / "hf") in card
 
 
-def test_a_workdir_is_not_a_pretrained_folder(imported):
-    with pytest.raises(UserError, match="load_run"):
-        from_pretrained(imported / "lm2")
+def test_a_workdir_is_read_as_load_run_does(imported):
+    run, again = load_run(imported / "lm2"), lm2_jax.from_pretrained(imported / "lm2")
+    assert (again.config, again.step) == (run.config, run.step)
+    with pytest.raises(UserError, match="leave segment_tokens, dtype and tokenizer out"):
+        from_pretrained(imported / "lm2", dtype="bfloat16")
 
 
-def test_an_imported_run_is_resumed(tmp_path):
-    """The first loss is the checkpoint's, not that of random weights, and training changes the weights."""
-    run = PRESETS["lm2_tiny"]
-    short = dataclasses.replace(
+@pytest.mark.slow
+def test_a_pretrained_model_is_used_as_a_run_is(imported):
+    """Texts in and out, and a memory in between."""
+    run = lm2_jax.from_pretrained(imported / "hf", segment_tokens=16)
+    assert isinstance(run, lm2_jax.Run)
+    memory = run.read("A text of more than one segment.")
+    (answer,) = run.generate(["More"], memory, max_new_tokens=3)
+    assert isinstance(answer, str)
+    (score,) = run.score(["More"], memory)
+    assert score < 0
+
+
+def short_run(folder: Path) -> RunConfig:
+    """Two steps of a memory on a text."""
+    (folder / "text.txt").write_text("".join(f"House {i} is on hill {i * i}.\n\n" for i in range(400)))
+    run = own_text(PRESETS["lm2_tiny"], folder / "text.txt")
+    return dataclasses.replace(
         run,
-        data=dataclasses.replace(run.data, rows=8),
         optim=dataclasses.replace(run.optim, steps=2, warmup_steps=1),
         train=dataclasses.replace(run.train, eval_batches=0),
     )
-    source = open_source(hf_folder(tmp_path / "hf"))
-    imported = import_source(source, tmp_path / "w", layout(), short, short, segment_tokens=32)
+
+
+def drift(a, b) -> float:
+    return float(np.abs(np.asarray(a.params["embed"]["table"]) - np.asarray(b.params["embed"]["table"])).max())
+
+
+@pytest.mark.slow
+def test_an_imported_run_is_resumed_and_starts_others(tmp_path):
+    """Training begins with the checkpoint's weights, in place and on another text, as the command advises."""
+    source, run = open_source(hf_folder(tmp_path / "hf")), short_run(tmp_path)
+    imported = import_source(source, tmp_path / "w", layout(), run, run, segment_tokens=32)
+    assert not imported.refusal
     before = load_run(tmp_path / "w")
+    other = own_text(imported.config, tmp_path / "text.txt")
+    assert other.data.tokenizer == imported.config.data.tokenizer
+    fit(other, tmp_path / "other", layout(), init_from=tmp_path / "w")
     outcome = fit(imported.config, tmp_path / "w", layout())
     after = load_run(tmp_path / "w")
     assert (outcome.step, before.step, after.step) == (2, 0, 2)
-    drift = np.abs(np.asarray(after.params["embed"]["table"]) - np.asarray(before.params["embed"]["table"])).max()
-    assert 0 < drift < 0.05  # two small steps away from the imported weights
+    assert 0 < drift(before, after) < 0.05  # two small steps away from the imported weights
+    assert 0 < drift(before, load_run(tmp_path / "other")) < 0.05
+
+
+def test_data_that_does_not_fit_the_tokenizer_is_reported(imported, tmp_path, capsys):
+    """Here answers have several tokens each."""
+    source = open_source(imported / "hf")
+    result = import_source(source, tmp_path / "w", layout(), PRESETS["none_tiny"], segment_tokens=32)
+    assert "one token each" in result.refusal
+    lines = import_hf.report(result, str(tmp_path / "w"), 1.0)
+    assert "--text PATH --workdir NEW --init.from" in lines
+    assert "train:    " not in lines
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
     hf_folder(tmp_path / "hf")
-    words = [str(tmp_path / "hf"), "--workdir", str(tmp_path / "w"), "--memory", "titans_mal_tiny"]
+    words = [str(tmp_path / "hf"), "--workdir", str(tmp_path / "w"), "--memory", "lm2_tiny"]
     monkeypatch.setattr(sys, "argv", ["import_hf", *words, "--layers", "1", "--segment-tokens", "16"])
     import_hf.main()
     assert "the first logits are the decoder's" in capsys.readouterr().out
@@ -145,25 +186,46 @@ def test_an_import_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0])
-def test_a_killed_import_is_never_taken_for_complete(seconds, tmp_path):
-    """Killed so long after its temporary folder appeared: there is no workdir, or one that can be used."""
-    hf_folder(tmp_path / "hf")
-    command = [
-        sys.executable,
-        "-m",
-        "lm2_jax.interop.import_hf",
-        str(tmp_path / "hf"),
-        "--workdir",
-        str(tmp_path / "w"),
-    ]
+def killed(arguments: list[str], folder: Path, seconds: float) -> None:
+    """Runs a command and kills it so long after something new appeared in `folder`."""
+    before = set(folder.iterdir())
+    command = [sys.executable, "-m", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while len(list(tmp_path.iterdir())) == 1 and process.poll() is None and time.monotonic() < until:
+    while set(folder.iterdir()) == before and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if (tmp_path / "w").exists():
-        equal(load_run(tmp_path / "w").params, from_pretrained(tmp_path / "hf").params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_a_killed_import_is_never_taken_for_complete(seconds, tmp_path):
+    """There is no workdir, or one that can be used."""
+    hf, workdir = hf_folder(tmp_path / "hf"), tmp_path / "w"
+    killed(["lm2_jax.interop.import_hf", str(hf), "--workdir", str(workdir)], tmp_path, seconds)
+    if workdir.exists():
+        equal(load_run(workdir).params, from_pretrained(hf).params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.03])
+def test_a_killed_export_is_never_taken_for_complete(seconds, imported, tmp_path):
+    out = tmp_path / "out"
+    words = ["--workdir", str(imported / "plain"), "--out", str(out), "--shard-bytes", "1000"]
+    killed(["lm2_jax.interop.export_hf", *words], tmp_path, seconds)
+    if out.exists():
+        equal(from_pretrained(out).params, load_run(imported / "plain").params)
+
+
+def test_an_export_that_fails_leaves_nothing(imported, tmp_path, monkeypatch):
+    """The last file that is written is the model card."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lm2_jax.interop.export.model_card", fail)
+    with pytest.raises(UserError, match=r"out: writing failed: .*No space left on device"):
+        export_workdir(imported / "plain", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

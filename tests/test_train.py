@@ -279,7 +279,9 @@ def test_init_from_is_passed_on(monkeypatch, tmp_path):
         raise UserError("stop")
 
     monkeypatch.setattr(train, "fit", record)
-    for words, expected in ((["--init.from", "runs/a"], {"init_from": "runs/a"}), ([], {})):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    other = str(tmp_path / "a")
+    for words, expected in ((["--init.from", other], {"init_from": other}), ([], {})):
         given.clear()
         with pytest.raises(UserError, match="stop"):
             train.main(["lm2_tiny", "--workdir", str(tmp_path / "w"), "--mesh.data", "8", *words])

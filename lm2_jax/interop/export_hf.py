@@ -1,7 +1,7 @@
 """Exports a run: `python -m lm2_jax.interop.export_hf --workdir W --out DIR`.
 
-A decoder without memory becomes a folder that transformers loads; a model with memory becomes safetensors with canonical
-names, a config.json and a model card. `lm2_jax.from_pretrained(DIR)` reads both.
+A decoder without memory becomes a folder that transformers loads. A model with memory becomes safetensors with
+canonical names, a config.json and a model card. `lm2_jax.from_pretrained(DIR)` reads both.
 """
 
 import dataclasses

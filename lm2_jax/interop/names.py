@@ -1,7 +1,7 @@
 """Names and layouts of a Llama's parameters: Hugging Face's, and the canonical ones of `lm2_jax.params`.
 
-Hugging Face stores a matrix as [outputs, inputs], with heads merged; here a kernel is [inputs, outputs], with an axis for
-heads. Both pair dimension i of a head with i + K/2 in the rotary embedding.
+Hugging Face stores a matrix as [outputs, inputs], with heads merged; here a kernel is [inputs, outputs], with an axis
+for heads. Both pair dimension i of a head with i + K/2 in the rotary embedding.
 """
 
 import re

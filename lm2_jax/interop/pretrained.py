@@ -1,4 +1,4 @@
-"""`from_pretrained`: a run from a folder that `export_hf` wrote, a Hugging Face model, another checkpoint, or a workdir."""
+"""`from_pretrained`: a run from an exported folder, a Hugging Face model, another checkpoint, or a workdir."""
 
 import dataclasses
 import os
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lm2_jax.checkpoint import FOLDER
 from lm2_jax.config import ModelConfig, RunConfig
 from lm2_jax.data.tokenizers import load_tokenizer
 from lm2_jax.errors import UserError
@@ -56,17 +57,16 @@ def from_pretrained(
     Raises:
       UserError: nothing there, a model that is not supported, a damaged file, or no tokenizer.
     """
-    name = os.fspath(path)
-    folder = hub.fetch(name) if hub.is_hub_name(name) else pathlib.Path(name)
-    if (folder / "checkpoints").exists():
+    name, folder = os.fspath(path), locate(path)
+    if (folder / FOLDER).exists():
         if (segment_tokens, dtype, tokenizer) != (None, None, None):
             raise UserError(
                 f"{name}: the workdir of a run, which has its own segments, number types and tokenizer; leave "
                 "segment_tokens, dtype and tokenizer out"
             )
         return load_run(name, layout)
-    own = read_json(folder / CONFIG) if folder.is_dir() and (folder / CONFIG).exists() else None
-    if isinstance(own, dict) and KEY in own:
+    own = own_config(folder)
+    if own is not None:
         return _read_own(folder, own, segment_tokens, dtype, layout)
     source = open_source(folder)
     files = tokenizer_files(source, None if tokenizer is None else pathlib.Path(tokenizer), "tokenizer=")
@@ -75,6 +75,19 @@ def from_pretrained(
     config = dataclasses.replace(RunConfig(), name="pretrained", model=decoder.config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=encoder.config))
     return Run(config, decoder.model, decoder.params, encoder, 0)
+
+
+def locate(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path itself, or the folder with the files of a name on the hub."""
+    name = os.fspath(path)
+    return hub.fetch(name) if hub.is_hub_name(name) else pathlib.Path(name)
+
+
+def own_config(folder: pathlib.Path) -> RunConfig | None:
+    """The config of a run that `export_hf` wrote with its memory; None for any other folder or file."""
+    plain = read_json(folder / CONFIG) if folder.is_dir() and (folder / CONFIG).exists() else None
+    is_own = isinstance(plain, dict) and KEY in plain
+    return config_of(plain[KEY], str(folder / CONFIG)) if is_own else None
 
 
 def read_decoder(
@@ -88,16 +101,15 @@ def read_decoder(
 
 def _read_own(
     folder: pathlib.Path,
-    plain: dict[str, Any],
+    config: RunConfig,
     segment_tokens: int | None,
     dtype: FloatName | None,
     layout: Layout | None,
 ) -> Run:
-    config = config_of(plain[KEY], str(folder / CONFIG))
     if segment_tokens not in (None, config.model.segment_tokens):
         raise UserError(
-            f"{folder}: segment_tokens={segment_tokens}, but this model was trained with {config.model.segment_tokens}, "
-            "which its memory depends on; leave segment_tokens out"
+            f"{folder}: segment_tokens={segment_tokens}, but this model was trained with "
+            f"{config.model.segment_tokens}, which its memory depends on; leave segment_tokens out"
         )
     if dtype is not None:
         precision = dataclasses.replace(config.model.precision, params=dtype, compute=dtype)
@@ -118,7 +130,7 @@ def _read_own(
         return file.read(name).reshape(shape)
 
     model, params = _loaded(config, Reader(file.tensors.__contains__, read), layout)
-    step = plain.get("step")
+    step = read_json(folder / CONFIG).get("step")
     tokenizer = load_tokenizer(folder, config.data.tokenizer)
     return Run(config, model, params, tokenizer, step if isinstance(step, int) else 0)
 

@@ -44,7 +44,9 @@ def all_grafts() -> dict[str, Grafted]:
     """Every memory and join of a tiny preset, and each pair of registered kinds that fits with their default fields."""
     spec = read_hf_config(TINY, "TINY")
     model = ModelConfig(spec.vocab_size, TOKENS, spec.decoder, NoMemory(), PlainJoin())
-    models = {name: run.model for name, run in PRESETS.items() if name.endswith("_tiny") and run.model.decoder.width <= 64}
+    models = {
+        name: run.model for name, run in PRESETS.items() if name.endswith("_tiny") and run.model.decoder.width <= 64
+    }
     grafts = {name.removesuffix("_tiny"): graft(model, m.memory, m.join) for name, m in models.items()}
     kinds = {(m.memory.kind, m.join.kind) for m in models.values()}
     for memory_kind, memory in MemoryConfig.registry.items():

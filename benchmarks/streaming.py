@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -80,18 +81,20 @@ class Characters:
 def answer(model: Any, params: Any, tokens: int) -> int:
     """Answers after a text of so many tokens, as `eval.py` does; returns the peak of live arrays in bytes."""
     vocab_size, most = model.config.vocab_size, 0
+    read = streaming.read_segment
 
-    def absorb(*given: Any) -> Any:
+    def measured(*given: Any) -> Any:
         nonlocal most
-        result = jax.block_until_ready(streaming.absorb(*given))
+        result = jax.block_until_ready(read(*given))
         most = max(most, sum(array.nbytes for array in jax.live_arrays()))
         return result
 
     tokenizer: Any = Characters(vocab_size)
     texts = np.random.default_rng(0).integers(0, vocab_size, (ROWS, tokens))
     prompts = [Prompt(tokenizer, "".join(map(chr, row.tolist()))) for row in texts]
-    run = Run(lm2_jax.preset("lm2_tiny"), model, params, tokenizer, 0)
-    RunAnswerer(run, absorb=absorb).answer(prompts, max_new_tokens=4)
+    run = Run(dataclasses.replace(lm2_jax.preset("lm2_tiny"), model=model.config), model, params, tokenizer, 0)
+    with unittest.mock.patch.object(streaming, "read_segment", measured):
+        list(RunAnswerer(run).answers(prompts, max_new_tokens=4, rows=ROWS))
     return most
 
 

@@ -17,12 +17,13 @@ from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import SourceConfig
 from lm2_jax.data.tokenizers import TokenizerConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.fields import FREE, Checked, Range
+from lm2_jax.fields import FREE, Checked, Range, Since
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.precision import FloatName, Precision
 from lm2_jax.training.optim_config import LossConfig as LossConfig
 from lm2_jax.training.optim_config import OptimConfig as OptimConfig
+from lm2_jax.training.trackers import NoTracker, TrackerConfig
 
 FORBIDDEN_IN_NAMES = {"/", "\\", *map(chr, range(32)), chr(127)}
 
@@ -160,6 +161,8 @@ class TrainConfig(Checked):
     """Batches of one held-out evaluation; 0: no evaluation."""
     max_loss_ratio: Annotated[float, Range(1, 1e9, above=True, infinite=True), FREE] = 10.0
     """The run stops as diverged when the loss exceeds this times the first logged loss; inf: never."""
+    tracker: Annotated[TrackerConfig, Since(3), FREE] = NoTracker()
+    """Where metrics are sent in addition to the workdir."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,7 @@ class CheckpointConfig(Checked):
 class RunConfig(Checked, root=True):
     """One run; what `config.json` in a workdir holds."""
 
-    format: ClassVar[int] = 2
+    format: ClassVar[int] = 3
     """Format of config.json; a field that is new in a format declares `Since` (lm2_jax/fields.py)."""
 
     name: Annotated[str, FREE] = "unnamed"

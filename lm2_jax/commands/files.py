@@ -24,6 +24,7 @@ OF_A_RUN = (
     "metrics.jsonl",
     "metrics.damaged.jsonl",
     "tensorboard",
+    "tracker.json",
     "tokenizer.json",
     "tokenizer.model",
 )

@@ -3,19 +3,19 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm2_jax import streaming
 from lm2_jax.config import RunConfig
 from lm2_jax.data.base import Example, Tokenizer
 from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.data.tokenizers import token_array
+from lm2_jax.inference.engine import Engine, Request
 from lm2_jax.layout import Layout, replicated
 from lm2_jax.loss import token_losses
 from lm2_jax.runs import Run, load_run
@@ -24,7 +24,6 @@ from lm2_jax.types import Array, State
 
 PIECE_SEGMENTS = 8  # segments given to one call while a text is long enough
 
-Absorb = Callable[[Any, State, np.ndarray, State, np.ndarray], tuple[Array, State]]
 LayoutOf = Callable[[RunConfig], Layout]
 """Gives the devices of a run; `sharding` implements it, and the program that starts an evaluation passes it on."""
 
@@ -52,17 +51,25 @@ class Prompt:
         return np.concatenate([ids.astype(np.int32), np.array(question, np.int32)])
 
 
+class Answer(NamedTuple):
+    """The answer to one prompt."""
+
+    number: int  # of the prompt, from 0
+    prompt: Prompt
+    text: str
+
+
 @runtime_checkable  # so that the annotations can be checked in tests
 class Answerer(Protocol):
     """Whatever answers prompts: a trained run, or something built around one."""
 
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, rows: int | None = None) -> list[str]:
-        """The answers to one batch of prompts.
+    def answers(self, prompts: Iterable[Prompt], max_new_tokens: int, rows: int) -> Iterator[Answer]:
+        """The answer to each prompt, in the order in which they end.
 
         Args:
-          prompts: read at the same time.
+          prompts: any number; each is taken when there is room for it.
           max_new_tokens: maximum length of an answer.
-          rows: batch size to pad to, so that batches of several sizes share one compiled program.
+          rows: maximum number of prompts that are processed at the same time.
         """
         ...
 
@@ -98,11 +105,10 @@ class RunAnswerer:
       run: what `lm2_jax.load_run` gives; on a mesh, loaded with the same layout.
       layout: the devices; None: the first device.
       workdir: where the run was loaded from, for reports.
-      absorb: reads tokens into a state, see `lm2_jax.streaming.absorb`.
     """
 
-    def __init__(self, run: Run, layout: Layout | None = None, workdir: str = "", absorb: Absorb = streaming.absorb):
-        self.run, self.layout, self.workdir, self._absorb = run, layout, workdir, absorb
+    def __init__(self, run: Run, layout: Layout | None = None, workdir: str = ""):
+        self.run, self.layout, self.workdir = run, layout, workdir
         self._start_of = functools.lru_cache(maxsize=8)(self._make_start)
         self._replicate = None if layout is None else jax.jit(lambda x: x, out_shardings=replicated(layout))
 
@@ -119,25 +125,23 @@ class RunAnswerer:
         layout = None if layout_of is None else layout_of(read_config(workdir))
         return cls(load_run(workdir, layout), layout, str(workdir))
 
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, rows: int | None = None) -> list[str]:
-        """Repeats the most likely next token after each prompt; see `Answerer.answer`.
+    def answers(self, prompts: Iterable[Prompt], max_new_tokens: int, rows: int) -> Iterator[Answer]:
+        """Repeats the most likely next token after each prompt; see `Answerer.answers`.
 
         Raises:
-          ValueError: an empty prompt, or a size below 1.
+          UserError: an empty prompt, or a size below 1.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if empty := [number for number, prompt in enumerate(prompts) if not len(prompt.tokens)]:
-            raise ValueError(f"prompts {empty} are empty; a model answers after at least one token")
-        if not prompts:
-            return []
-        rows = self._divisible(max(rows or 0, len(prompts)))
-        batch = [prompt.tokens for prompt in prompts] + [np.zeros(0, np.int32)] * (rows - len(prompts))
-        with self._context():
-            last_BV, state = self._read(batch)
-            is_open_B = np.arange(rows) < len(prompts)  # padding rows are last
-            ids = self._generate(last_BV, state, is_open_B, max_new_tokens)
-        return [self.run.tokenizer.decode(row) for row in ids[: len(prompts)]]
+        waiting: dict[int, Prompt] = {}
+
+        def requests() -> Iterator[Request]:
+            for number, prompt in enumerate(prompts):
+                waiting[number] = prompt
+                yield Request(prompt.tokens, number, max_new_tokens)
+
+        for piece in Engine(self.run, rows=self._divisible(rows), layout=self.layout).generate(requests()):
+            if piece.answer is not None:
+                text = self.run.tokenizer.decode(piece.answer.ids)
+                yield Answer(piece.index, waiting.pop(piece.index), text)
 
     def loglikelihood(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         """log p(continuation | prompt) for each pair; see `Answerer.loglikelihood`.
@@ -220,32 +224,6 @@ class RunAnswerer:
         array = array if self._replicate is None else self._replicate(array)
         return np.asarray(array)
 
-    def _read(self, batch: Sequence[np.ndarray]) -> tuple[Array, State]:
-        """Reads the prompts; returns the logits after the last token of each row, and the state."""
-        run, state, last_BV, start = self.run, self._start_of(len(batch)), None, 0
-        for size in _pieces(max(map(len, batch)), run.model.config.segment_tokens):
-            tokens_BS, valid_BS = _piece(batch, len(batch), start, size, run.tokenizer.pad_id)
-            logits_BV, state = self._absorb(run.model, run.params, tokens_BS, state, valid_BS)
-            # A row that ended in an earlier piece keeps its logits.
-            last_BV = logits_BV if last_BV is None else _keep(logits_BV, last_BV, jnp.asarray(valid_BS[:, 0]))
-            start += size
-        assert last_BV is not None  # the longest prompt has a token
-        return last_BV, state
-
-    def _generate(self, last_BV: Array, state: State, is_open_B: np.ndarray, max_new_tokens: int) -> list[list[int]]:
-        """The tokens that follow in the rows of `is_open_B`, up to the one that ends a document."""
-        run = self.run
-        ids: list[list[int]] = [[] for _ in is_open_B]
-        for count in range(max_new_tokens):
-            token_B = self._on_host(_largest(last_BV))
-            is_open_B = is_open_B & (token_B != run.tokenizer.eos_id)
-            for row in np.flatnonzero(is_open_B):
-                ids[row].append(int(token_B[row]))
-            if not is_open_B.any() or count + 1 == max_new_tokens:
-                break
-            last_BV, state = self._absorb(run.model, run.params, token_B[:, None], state, is_open_B[:, None])
-        return ids
-
 
 def _pieces(length: int, segment_tokens: int) -> list[int]:
     """Sizes of the pieces that cover `length` tokens: large ones, then single segments."""
@@ -280,13 +258,3 @@ def _score(
     out = model.apply({"params": params}, tokens, state, reset, valid, method="forward", document=document)
     loss_BS, predicted_BS = token_losses(model, params, out.hidden, targets, time_chunk)
     return loss_BS, predicted_BS, out.state
-
-
-@jax.jit
-def _keep(new_BV: Array, old_BV: Array, has_new_B: Array) -> Array:
-    return jnp.where(has_new_B[:, None], new_BV, old_BV)
-
-
-@jax.jit
-def _largest(logits_BV: Array) -> Array:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

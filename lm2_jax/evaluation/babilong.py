@@ -15,7 +15,7 @@ from lm2_jax.data.base import Tokenizer
 from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
-from lm2_jax.evaluation.answerer import Answerer, Prompt, RunAnswerer, even_batches
+from lm2_jax.evaluation.answerer import Answerer, Prompt, RunAnswerer
 from lm2_jax.evaluation.answers import AnswerLog, identity_of
 from lm2_jax.evaluation.gpt2 import find_gpt2
 from lm2_jax.evaluation.names import distinct_names
@@ -53,9 +53,10 @@ class Asking:
     """Counts the prompts as the published lengths do."""
 
     def ask(self, questions: QuestionSet) -> list[str]:
-        """Asks the questions of a set that are not answered yet, batch by batch; returns the ids of all answers.
+        """Asks the questions of a set that are not answered yet; returns the ids of all answers.
 
-        The batches do not depend on what is answered already, so an interrupted evaluation gives the same answers.
+        An answer does not depend on those that are given at the same time, so an interrupted evaluation gives the same
+        answers.
 
         Raises:
           UserError: the set is empty.
@@ -67,19 +68,14 @@ class Asking:
             self.log.id(task=questions.task, length=questions.length, number=number, **sample._asdict())
             for number, sample in enumerate(samples)
         ]
-        batches = even_batches([len(sample.input) for sample in samples], self.batch_rows)
-        for batch in batches:
-            if all(ids[index] in self.log for index in batch):
-                continue
-            chosen = [samples[index] for index in batch]
-            prompts = [Prompt(self.tokenizer, sample.input, sample.question) for sample in chosen]
-            outputs = self.answerer.answer(prompts, self.max_new_tokens, rows=len(batches[0]))
-            rows = {
-                ids[index]: self._row(questions, sample, prompt, output)
-                for index, sample, prompt, output in zip(batch, chosen, prompts, outputs, strict=True)
-                if ids[index] not in self.log
-            }
-            self.log.append(rows)
+        # The longest first, so that no long one is left alone at the end.
+        missing = sorted((i for i in range(len(ids)) if ids[i] not in self.log), key=lambda i: -len(samples[i].input))
+        prompts = (Prompt(self.tokenizer, samples[index].input, samples[index].question) for index in missing)
+        for number, prompt, output in self.answerer.answers(
+            prompts, self.max_new_tokens, min(self.batch_rows, len(samples))
+        ):
+            index = missing[number]
+            self.log.append({ids[index]: self._row(questions, samples[index], prompt, output)})
         return ids
 
     def _row(self, questions: QuestionSet, sample: Sample, prompt: Prompt, output: str) -> dict[str, Any]:

@@ -112,7 +112,10 @@ def _train(
         )
         data = host_batches(plan, run.source, layout, start)
         step, pending, last = start, None, start >= steps or stop.requested(start)
-        with MetricsLog(workdir, start) as log, Profiler(profile, start) as profiler:
+        with (
+            MetricsLog(workdir, start, config.train.tracker, to_dict(config)) as log,
+            Profiler(profile, start) as profiler,
+        ):
             watch = Watch(config, checkpoints, log, progress, throughput, first_loss)
             while not last:
                 profiler.before(step)
@@ -187,6 +190,7 @@ def prepare(config: RunConfig, workdir: epath.Path, layout: Layout) -> Prepared:
 
     def on_this_host() -> Prepared:
         exists = workdirs.check_owner(workdir, config)
+        config.train.tracker.check()
         tokenizer = build_tokenizer(
             config.data.tokenizer,
             lambda: config.data.source.corpus(config.data.seed),

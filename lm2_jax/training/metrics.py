@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from lm2_jax.atomic import is_remote, write_file
+from lm2_jax.training.trackers import NoTracker, TrackerConfig, open_tracker
 
 FILE, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 BOARD = "tensorboard"
@@ -64,11 +66,20 @@ class MetricsLog:
     Args:
       workdir: folder or bucket.
       step: the run resumes after this step; lines of later steps, written before a crash, are dropped.
+      tracker: gets the same lines, but for steps that were logged before a crash.
+      config: the run's config, which the tracker shows.
     Raises:
+      UserError: the tracker refuses.
       OSError: the files cannot be written; so do the methods.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        step: int,
+        tracker: TrackerConfig = NoTracker(),
+        config: Mapping[str, Any] | None = None,
+    ):
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -80,6 +91,8 @@ class MetricsLog:
             earlier = aside.read_bytes() if aside.exists() else b""
             write_file(aside, earlier + b"".join(line + b"\n" for line in damaged))
             print(f"warning: {self._path}: {len(damaged)} damaged lines were moved to {aside}", file=sys.stderr)
+        self._tracker = open_tracker(tracker, workdir, dict(config or {}))
+        self._tracked = max(good, default=0) if self._tracker is not None and self._tracker.is_resumed else 0
         self._lines = [good[at] + b"\n" for at in sorted(good) if at <= step]
         self._pending: list[bytes] = []
         self._uploaded = time.monotonic()
@@ -92,6 +105,8 @@ class MetricsLog:
             return
         self._pending.append((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
         self._board.add(step, values)
+        if self._tracker is not None and step > self._tracked:
+            self._tracker.tracker.log(step, values)
         if not is_remote(self._path) or time.monotonic() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
@@ -119,6 +134,9 @@ class MetricsLog:
         except OSError:
             if error is None:  # the first error is the one to report
                 raise
+        finally:
+            if self._writes and self._tracker is not None:
+                self._tracker.tracker.finish()
 
 
 class _EventFile:

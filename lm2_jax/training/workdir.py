@@ -17,14 +17,14 @@ from lm2_jax.config import RunConfig, changes, from_dict, to_dict
 from lm2_jax.data.tokenizers import FileTokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.folders import check_writable, open_path
-from lm2_jax.training import lock, metrics
+from lm2_jax.training import lock, metrics, trackers
 from lm2_jax.training.hosts import all_gather_hosts, run_on_all_hosts
 from lm2_jax.training.lock import WorkdirLock
 from lm2_jax.training.state import TrainState
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-OURS = {CONFIG, *TOKENIZERS, FOLDER, lock.FILE, metrics.FILE, metrics.DAMAGED, metrics.BOARD, "eval"}
+OURS = {CONFIG, *TOKENIZERS, FOLDER, lock.FILE, metrics.FILE, metrics.DAMAGED, metrics.BOARD, trackers.FILE, "eval"}
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:

@@ -24,7 +24,7 @@ from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import SUITES
-from lm2_jax.evaluation.answerer import Prompt, RunAnswerer
+from lm2_jax.evaluation.answerer import Answer, Prompt, RunAnswerer
 from lm2_jax.evaluation.answers import AnswerLog
 from lm2_jax.evaluation.babilong import Asking, Babilong, evaluate
 from lm2_jax.evaluation.gpt2 import find_gpt2
@@ -88,7 +88,8 @@ def test_greedy_answers_of_a_model(run):
     """Rows of unequal length, across segment borders, say what one call over the text says."""
     size = run.config.model.segment_tokens
     prompts = [Prompt(run.tokenizer, text) for text in texts_of(run, (1, size, size + 1, 2 * size - 2, 3 * size + 3))]
-    answers = RunAnswerer(run).answer(prompts, 4)
+    given = {answer.number: answer.text for answer in RunAnswerer(run).answers(prompts, 4, rows=3)}
+    answers = [given[number] for number in range(len(prompts))]
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = prompt.tokens.tolist()
         while len(tokens) < len(prompt.tokens) + 4:
@@ -224,20 +225,24 @@ def test_prompt_is_a_training_row(kind, tmp_path, monkeypatch):
 
 
 class Oracle:
-    """Answers in place of a model's: the last word of the first sentence, cut to `max_new_tokens` letters."""
+    """Answers in place of a model's: the last word of the first sentence, cut to `max_new_tokens` letters.
 
-    def __init__(self, batches=10**9):
-        self.asked, self.batches = 0, batches
+    Args:
+      most: answers before it is interrupted.
+    """
 
-    def answer(self, prompts, max_new_tokens, rows=None):
-        assert len(prompts) <= rows <= 3
-        if self.batches == 0:
-            raise KeyboardInterrupt
-        self.batches -= 1
-        self.asked += len(prompts)
-        texts = [prompt.tokenizer.decode(prompt.tokens.tolist()) for prompt in prompts]
-        said = [" none." if "many" in text else f" {text.split('.')[0].split()[-1]}." for text in texts]
-        return [text[:max_new_tokens] for text in said]
+    def __init__(self, most=10**9):
+        self.asked, self.most = 0, most
+
+    def answers(self, prompts, max_new_tokens, rows):
+        assert rows <= 3
+        for number, prompt in enumerate(prompts):
+            if self.asked == self.most:
+                raise KeyboardInterrupt
+            self.asked += 1
+            text = prompt.tokenizer.decode(prompt.tokens.tolist())
+            said = " none." if "many" in text else f" {text.split('.')[0].split()[-1]}."
+            yield Answer(number, prompt, said[:max_new_tokens])
 
     def loglikelihood(self, pairs):
         raise NotImplementedError
@@ -248,9 +253,9 @@ def oracle(monkeypatch):
     """Puts the stand-in in the place of every model; `oracle()` gives the newest."""
     made = []
 
-    def use(batches=10**9):
-        made.append(Oracle(batches))
-        monkeypatch.setattr(RunAnswerer, "answer", lambda self, *args, **options: made[-1].answer(*args, **options))
+    def use(most=10**9):
+        made.append(Oracle(most))
+        monkeypatch.setattr(RunAnswerer, "answers", lambda self, *args, **options: made[-1].answers(*args, **options))
         return made[-1]
 
     use()
@@ -398,19 +403,19 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
-def test_an_interrupted_evaluation_resumes(command, oracle, tmp_path, batches):
+@pytest.mark.parametrize("most", [0, 2, 5])
+def test_an_interrupted_evaluation_resumes(command, oracle, tmp_path, most):
     """Answers are on the disk when they are given; the second call asks only the rest and gives equal files."""
     command.main()
     wanted = contents(tmp_path / "eval")
     out = tmp_path / "again"
     again = dataclasses.replace(command, out=str(out))
-    oracle(batches)
+    oracle(most)
     with pytest.raises(KeyboardInterrupt):
         again.main()
-    kept = (out / "answers.jsonl").read_text().splitlines() if batches else []
-    assert len(kept) == [0, 2, None, 5][batches]
-    if batches:
+    kept = (out / "answers.jsonl").read_text().splitlines() if most else []
+    assert len(kept) == most
+    if most:
         with (out / "answers.jsonl").open("a") as file:
             file.write('{"id": "half a li')  # a kill in the middle of a write
     model = oracle()

@@ -38,7 +38,7 @@ class Fixed:
     def loglikelihood(self, pairs):
         return [-1.5 * len(text) for _, text in pairs]
 
-    def answer(self, prompts, max_new_tokens, rows=None):
+    def answers(self, prompts, max_new_tokens, rows):
         raise NotImplementedError
 
 

@@ -18,6 +18,7 @@ from lm2_jax.config import ModelConfig, to_dict
 from lm2_jax.interop.hf_config import LlamaSpec, write_hf_config
 from lm2_jax.interop.hf_folder import CONFIG, EXTRA_FILES, INDEX, WEIGHTS
 from lm2_jax.interop.load import array_reader
+from lm2_jax.interop.lora import merge_lora
 from lm2_jax.interop.model_card import model_card
 from lm2_jax.interop.names import Shapes, hf_name, hf_shapes, to_hf
 from lm2_jax.interop.new_folder import new_folder
@@ -47,7 +48,7 @@ def export_workdir(workdir: str | os.PathLike[str], out: str | os.PathLike[str],
     Raises:
       UserError: no such run, or a folder that exists.
     """
-    run = load_run(workdir)
+    run = merge_lora(load_run(workdir))
     origin = read_origin(workdir)
     with new_folder(out, "--out") as folder:
         plain = is_plain(run.config.model)

@@ -60,7 +60,9 @@ def decoder_model(
             like,
             vocab_size=source.spec.vocab_size,
             segment_tokens=segment_tokens or min(_SEGMENT, longest or _SEGMENT),
-            decoder=dataclasses.replace(source.spec.decoder, attention_kernel=like.decoder.attention_kernel),
+            decoder=dataclasses.replace(
+                source.spec.decoder, attention_kernel=like.decoder.attention_kernel, lora=like.decoder.lora
+            ),
             memory=NoMemory(),
             join=PlainJoin(),
             schedule="auto",

@@ -193,9 +193,11 @@ def train(run: RunConfig, options: TrainOptions, mesh: Any) -> None:
         join_hosts()
     check_memory(run, jax.devices())
     layout = Layout(make_mesh(mesh(jax.device_count())), config=run)
-    more = {} if options.init.from_ is None else {"init_from": options.init.from_}
-    if more and (options.overwrite or not saved_steps(workdir)):
-        check_first_weights(options.init.from_, run)
+    source, more = options.init.from_, {}
+    if source is not None:
+        more = {"init_from": source}
+        if options.overwrite or not saved_steps(workdir):
+            check_first_weights(source, run)
     with files.replaced(workdir, options.overwrite, options.yes, options.distributed):
         outcome = fit(run, workdir, layout, options.profiling, **more)
     _report_missing_trace(options.profiling)

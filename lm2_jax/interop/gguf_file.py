@@ -106,7 +106,7 @@ class GgufFile(Source):
                 num_layers=int(self._number("block_count")),
                 num_heads=heads,
                 num_kv_heads=int(self._number("attention.head_count_kv", heads)),
-                head_width=head,
+                head_width=None if head * heads == width else head,
                 mlp_width=int(self._number("feed_forward_length")),
                 rope_theta=float(self._number("rope.freq_base", 10_000.0)),
                 tie_head="lm_head.weight" not in self._tensors,
@@ -190,7 +190,7 @@ def _hf_name(name: str) -> str:
 
 def _library() -> Any:
     try:
-        import gguf
+        import gguf  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
         raise UserError("reading GGUF files needs the package gguf: pip install gguf", status=1) from error
     return gguf

@@ -86,8 +86,7 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
 def own_config(folder: pathlib.Path) -> RunConfig | None:
     """The config of a run that `export_hf` wrote with its memory; None for any other folder or file."""
     plain = read_json(folder / CONFIG) if folder.is_dir() and (folder / CONFIG).exists() else None
-    is_own = isinstance(plain, dict) and KEY in plain
-    return config_of(plain[KEY], str(folder / CONFIG)) if is_own else None
+    return config_of(plain[KEY], str(folder / CONFIG)) if isinstance(plain, dict) and KEY in plain else None
 
 
 def read_decoder(

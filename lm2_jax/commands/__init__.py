@@ -15,7 +15,7 @@ PROGRAMS = {
     "train": ("lm2_jax.commands.train", "trains a preset, or resumes a run"),
     "eval": ("lm2_jax.commands.eval", "evaluates a trained run"),
     "generate": ("lm2_jax.commands.generate", "reads texts into a memory, and continues prompts"),
-    "import": ("lm2_jax.interop.import_hf", "turns a Llama checkpoint into a run, with a memory if wanted"),
+    "import": ("lm2_jax.commands.import_hf", "turns a Llama checkpoint into a run, with a memory if wanted"),
     "export": ("lm2_jax.interop.export_hf", "turns a run into a folder for transformers or from_pretrained"),
     "convert": ("lm2_jax.data.convert", "turns text into token shards"),
     "list": ("lm2_jax.commands.overview", "lists the presets by family"),

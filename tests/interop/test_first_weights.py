@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from lm2_jax.blocks.residual import ResidualJoin
-from lm2_jax.commands import train
+from lm2_jax.commands import import_hf, train
 from lm2_jax.config import DataConfig, RunConfig
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.data.tokenizers import TokenizerConfig
 from lm2_jax.errors import UserError
-from lm2_jax.interop import import_hf
 from lm2_jax.interop.first_weights import check_first_weights
 from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.pretrained import from_pretrained

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import lm2_jax
+from lm2_jax.commands import import_hf
 from lm2_jax.config import RunConfig
 from lm2_jax.data.own_text import own_text
 from lm2_jax.errors import UserError
-from lm2_jax.interop import export_hf, import_hf
+from lm2_jax.interop import export_hf
 from lm2_jax.interop.export import export_workdir
 from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.pretrained import from_pretrained

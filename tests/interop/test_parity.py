@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import NamedSharding
 
 from lm2_jax.interop.export import _write_shards
-from lm2_jax.interop.load import array_reader
+from lm2_jax.interop.load import _stack_programs, array_reader
 from lm2_jax.interop.names import hf_name, to_hf
 from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.pretrained import from_pretrained, read_decoder
 from lm2_jax.interop.safetensors_file import SafetensorsFile
-from lm2_jax.params import to_canonical
+from lm2_jax.params import to_canonical, without_layers
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.interop.folders import GOLDEN, TINY, hf_folder, random_weights
 
@@ -73,12 +73,42 @@ def test_files_are_those_of_the_safetensors_package(tmp_path):
 
 
 def test_no_device_holds_more_than_its_shard(tmp_path):
-    folder = hf_folder(tmp_path)
+    """Not even on the way: at each read of a tensor, every array on the devices is split."""
+    source = open_source(hf_folder(tmp_path))
     layout = Layout(make_mesh(MeshConfig(data=1, fsdp=4, model=2)))
-    split, single = from_pretrained(folder, layout=layout), from_pretrained(folder)
+    single, read, seen = read_decoder(source), source.read, set()
+    older = jax.live_arrays()  # held, so that no new array gets the id of one
+    matrices = [leaf.shape for leaf in jax.tree.leaves(single.params) if leaf.ndim >= 2 and min(leaf.shape[-2:]) > 2]
+    full = {*matrices, *(shape[1:] for shape in matrices if len(shape) > 2)}
+
+    def watched(name):
+        ids = set(map(id, older))
+        for array in jax.live_arrays():
+            if array.shape in full and id(array) not in ids:
+                assert max(shard.data.size for shard in array.addressable_shards) < array.size, array.shape
+                seen.add(array.shape)
+        return read(name)
+
+    source.read = watched
+    split = read_decoder(source, layout=layout)
+    assert {(300, 32), (2, 32, 4, 8), (2, 32, 40)} <= seen
     for a, b in zip(jax.tree.leaves(split.params), jax.tree.leaves(single.params), strict=True):
         assert isinstance(a.sharding, NamedSharding)
         assert len(a.sharding.device_set) == 8
         np.testing.assert_array_equal(a, b)
     table = split.params["embed"]["table"]
     assert max(shard.data.size for shard in table.addressable_shards) < table.size
+
+
+def test_a_layer_is_put_into_its_stack_without_copies():
+    """The program that does it has no temporary arrays and works in place, on each device's shard."""
+    layout = Layout(make_mesh(MeshConfig(data=1, fsdp=4, model=2)))
+    shape = jax.ShapeDtypeStruct((3, 32, 40), np.float32)
+    sharding = layout.shardings(("layers", "embed", "mlp"), shape)
+    _, put = _stack_programs(shape.shape, np.dtype(np.float32), sharding)
+    stack = jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=sharding)
+    layer = jax.ShapeDtypeStruct(shape.shape[1:], np.float32, sharding=without_layers(sharding))
+    memory = put.lower(stack, layer, jax.ShapeDtypeStruct((), np.int32)).compile().memory_analysis()
+    shard = 4 * 3 * 32 * 40 // 8
+    assert memory.output_size_in_bytes == memory.alias_size_in_bytes == shard
+    assert memory.temp_size_in_bytes < shard

@@ -18,13 +18,16 @@ SLOW := slow and not long and not tpu_backend and not gpu
 TPU := tpu_backend and not long
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-long test-tpu test-lowest test-latest campaign lint format clean
+.PHONY: help quickstart demo test test-all test-long test-tpu test-lowest test-latest campaign lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(VENV)/.requirements ## train a small LM2 and a baseline without memory on the CPU, and show what each remembers
 	$(RUN) -m lm2_jax.quickstart
+
+demo: $(VENV)/.requirements ## read a long text once, save the memory, answer ten questions from the file
+	$(RUN) -m lm2_jax.demo
 
 # Tests and lint both run even if one fails, so that one call reports everything.
 test: $(VENV)/.requirements-dev ## fast tests, ruff and pyright

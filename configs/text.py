@@ -35,4 +35,4 @@ TINY = RunConfig(
 
 PRESETS = {TINY.name: TINY}
 HARDWARE = "CPU, minutes"
-PURPOSES = {"text_tiny": "LM2 on your own text: train.py text_tiny --text PATH"}
+PURPOSES = {"text_tiny": "LM2 on your own text, with --text PATH"}

@@ -9,7 +9,9 @@ from lm2_jax.blocks.base import JoinConfig
 from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.gate import GateJoin
+from lm2_jax.blocks.heads import HeadsJoin
 from lm2_jax.blocks.layer import LayerJoin
+from lm2_jax.blocks.layer_tokens import LayerTokensJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
@@ -17,8 +19,10 @@ from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.associative import AssociativeConfig
 from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
 from lm2_jax.memory.base import MemoryConfig
+from lm2_jax.memory.compressive import CompressiveConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.gated_delta import GatedDeltaConfig
 from lm2_jax.memory.none import NoMemory
@@ -41,7 +45,11 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     ),
     "none": (NoMemory(), PlainJoin()),
     "none_window": (NoMemory(), PlainJoin(num_persistent=3)),
+    "window": (NoMemory(), PlainJoin()),
+    "llama": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
+    "armt": (AssociativeConfig(num_tokens=3, key_width=8), LayerTokensJoin()),
+    "infini": (CompressiveConfig(), HeadsJoin()),
     "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
     "titans_mag": (TITANS, GateJoin(num_persistent=3)),
@@ -58,14 +66,19 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
         ),
     ),
 }
-WINDOWS = {"none_window": 20, "titans_mag": 20, "titans_mal": 20}
+# How far attention reaches, where it is not the segment.
+REACHES: dict[str, dict[str, int]] = {
+    "none_window": {"window_tokens": 20},
+    "window": {"window_tokens": 32},
+    "llama": {"max_tokens": 4096},
+    "titans_mag": {"window_tokens": 20},
+    "titans_mal": {"window_tokens": 20},
+}
 
 
-def tiny(name: str, memory: MemoryConfig, join: JoinConfig, window_tokens: int | None = None) -> RunConfig:
-    """The tiny run of one memory and join."""
-    decoder = DecoderConfig(
-        width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64, window_tokens=window_tokens
-    )
+def tiny(name: str, memory: MemoryConfig, join: JoinConfig, **reach: int) -> RunConfig:
+    """The tiny run of one memory and join; `reach` are fields of the decoder."""
+    decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64, **reach)
     return RunConfig(
         name=name,
         model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),
@@ -76,7 +89,7 @@ def tiny(name: str, memory: MemoryConfig, join: JoinConfig, window_tokens: int |
     )
 
 
-PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts, WINDOWS.get(name)) for name, parts in MEMORIES.items()}
+PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts, **REACHES.get(name, {})) for name, parts in MEMORIES.items()}
 HARDWARE = "CPU, seconds"
 PURPOSES = {
     "lm2_tiny": "LM2: a bank of slots in each block",
@@ -84,8 +97,12 @@ PURPOSES = {
     "lm2_paper_tiny": "LM2 with the paper's read and write",
     "lm2_context_tiny": "LM2's slots as extra keys and values of attention",
     "none_tiny": "baseline: attention within a segment, no memory",
+    "window_tiny": "baseline: Llama with a sliding attention window of one segment",
+    "llama_tiny": "baseline: Llama with full attention and a cache of all keys",
     "none_window_tiny": "baseline: sliding-window attention, no memory",
     "rmt_tiny": "RMT: memory tokens that pass through the decoder",
+    "armt_tiny": "ARMT: an associative memory per layer, written by memory tokens",
+    "infini_tiny": "Infini-attention: linear attention over past segments inside the heads",
     "titans_mac_tiny": "Titans, memory as context (MAC)",
     "titans_mag_tiny": "Titans, memory as gate (MAG)",
     "titans_mal_tiny": "Titans, memory as layer (MAL)",

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -19,7 +18,7 @@ from lm2_jax.atomic import is_remote
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.library_logs import drop_late_work, quiet_libraries
-from lm2_jax.training.hosts import FailedElsewhere, run_on_all_hosts
+from lm2_jax.training.hosts import FailedElsewhere, from_first_process, run_on_all_hosts
 from lm2_jax.training.state import TrainState
 from lm2_jax.types import PyTree
 
@@ -54,7 +53,8 @@ class Checkpoints:
     ):
         self.folder = folder_of(workdir)
         self._config, self._tokenizer, self._check = config, tokenizer, check
-        self._damaged: set[int] = set()
+        self._damaged: set[int] = set()  # found by `restore`; the same on all processes, as what is kept depends on it
+        self._saved: int | None = None  # the last step that was given to `save`
         self._failure: Exception | None = None  # of a save in the background, until `finish` raises it
         self._exit = contextlib.ExitStack()
         try:
@@ -73,6 +73,7 @@ class Checkpoints:
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
+            self._with_memory = set(from_first_process(lambda: [s for s in self._steps() if self._has_memory(s)]))
         except BaseException as error:
             self._exit.close()
             if isinstance(error, _REFUSALS):
@@ -82,17 +83,18 @@ class Checkpoints:
     def restore(self, targets: TrainState) -> Restored | None:
         """The newest checkpoint from which the run can resume exactly, or None where there is none at all.
 
-        A damaged one is skipped with a warning, and so is, where a state is carried, one without memory.
+        A damaged one is skipped with a warning, and so is, where a state is carried, one without memory. All processes
+        read the same one.
 
         Args:
           targets: shapes, types and shardings of the result.
         Raises:
           UserError: there are checkpoints, but none is usable; or the newest belongs to another run.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        steps = from_first_process(self._steps)
+        for step in reversed(steps):
             where = self.folder / str(step)
-            if jax.tree.leaves(targets.memory) and not (self._path / str(step) / "memory").exists():
+            if jax.tree.leaves(targets.memory) and step not in self._with_memory:
                 _warn(
                     f"checkpoint {where} holds no memory (checkpoint.memory_every="
                     f"{self._config.checkpoint.memory_every}); the run resumes from the newest one that does"
@@ -107,7 +109,7 @@ class Checkpoints:
                 _warn(f"skipping the damaged checkpoint {where}: {self._brief(error)}", always=True)
         if steps:
             raise UserError(
-                f"{self.folder}: none of the checkpoints {sorted(steps)} can be used, see above. Nothing was changed; "
+                f"{self.folder}: none of the checkpoints {steps} can be used, see above. Nothing was changed; "
                 "move the folder away to start again, or choose another --workdir.",
                 status=1,
             )
@@ -120,7 +122,8 @@ class Checkpoints:
           step: `state.step`, as the host counts it.
           state: the run after that step.
           first_loss: first loss of the run.
-          with_memory: whether the carried memory is saved too; without it no run can resume exactly from here.
+          with_memory: whether the carried memory is saved too; without it no run can resume exactly from here. It is
+            always saved where there is no complete checkpoint yet.
         Raises:
           UserError: the state is not finite, or this or the previous checkpoint cannot be written; those before stay
             as they are.
@@ -128,7 +131,7 @@ class Checkpoints:
         items = _items(state)
         if "memory" in items:
             items["memory"] = _cast(items["memory"], self._config.checkpoint.memory_dtype)
-        if not with_memory:
+        if not with_memory and any(map(self.complete, self._with_memory)):
             items.pop("memory", None)
         sums, finite = files.checksums(items)
         if not finite:
@@ -142,53 +145,53 @@ class Checkpoints:
         record = files.record_of(sums, config, step=step, rows=rows, first_loss=first_loss, tokenizer=self._tokenizer)
         self._wait()
         self._raise_failure()
+        self._saved = step
         try:
             if step in self._manager.all_steps():  # damaged, or without memory: the run has come here again
                 self._manager.delete(step)
                 self._damaged.discard(step)
+                self._with_memory.discard(step)
+            if "memory" in items:
+                self._with_memory.add(step)
             self._manager.save(step, args=files.save_args(items, record, config), force=True)
         except _REFUSALS as error:
             self._failure = error
             self._raise_failure()
 
     def finish(self) -> str:
-        """Waits until everything is written and reads the newest checkpoint back.
+        """Waits until everything is written; the first process then reads the last checkpoint back, see `last_good`.
 
         Returns:
-          `last_good()`.
+          On the first process `last_good()`, on others an empty string.
         Raises:
-          UserError: the last checkpoint could not be written.
+          UserError: the last checkpoint could not be written or read back.
         """
         self._wait()
         self._raise_failure()
-        return self.last_good()
+        return run_on_all_hosts(lambda: self._read_last() if jax.process_index() == 0 else "")
 
     def last_good(self) -> str:
-        """A sentence that names the newest checkpoint that is complete and could be read back."""
+        """A sentence that names the newest checkpoint that a run can resume from, as far as this process can see.
+
+        Its record, its config and one of its arrays are read back and compared with their checksums, on this process
+        alone: a fault in another array is found only by `restore`. A damaged one is named in a warning; it changes
+        nothing in what is kept.
+        """
         self._wait()
-        with contextlib.suppress(*_REFUSALS):
-            self._manager.reload()
-            for step in sorted(set(self._manager.all_steps()) - self._damaged, reverse=True):
-                try:
-                    if jax.process_index() == 0:
-                        files.confirm(self._path, step)
-                    return f"Last good checkpoint: {self.folder / str(step)}."
-                except Exception as error:  # see `restore`
-                    self._damaged.add(step)
-                    _warn(f"checkpoint {self.folder / str(step)} is damaged: {self._brief(error)}", always=True)
-        return "There is no good checkpoint."
+        step = self._newest_good()
+        return "There is no good checkpoint." if step is None else f"Last good checkpoint: {self.folder / str(step)}."
 
     def complete(self, step: int) -> bool:
-        """Whether the run could resume exactly from this checkpoint, as far as its folder shows."""
-        if step in self._damaged:
-            return False
+        """Whether the run could resume exactly from this checkpoint, as far as this process knows without reading it.
+
+        It is not known to be damaged and, where a state is carried, was saved with memory.
+        """
         model = self._config.model
-        has_state = model.has_memory or (model.decoder.window_tokens or 1) > 1
-        carries = self._config.data.carry_state and has_state
-        return not carries or (self._path / str(step) / "memory").exists()
+        carries = self._config.data.carry_state and (model.has_memory or model.decoder.carries_keys)
+        return step not in self._damaged and (not carries or step in self._with_memory)
 
     def damaged(self, step: int) -> bool:
-        """Whether this checkpoint was found damaged."""
+        """Whether `restore` found this checkpoint damaged."""
         return step in self._damaged
 
     def __enter__(self) -> Self:
@@ -206,6 +209,33 @@ class Checkpoints:
             self._raise_failure()
         elif self._failure is not None:
             _warn(f"saving a checkpoint failed: {self._brief(self._failure)}", always=True)
+
+    def _steps(self) -> list[int]:
+        return _steps_in(self._path)
+
+    def _has_memory(self, step: int) -> bool:
+        return (self._path / str(step) / "memory").exists()
+
+    def _newest_good(self) -> int | None:
+        """The step that `last_good` names; warns about newer ones that are damaged."""
+        with contextlib.suppress(*_REFUSALS):
+            for step in filter(self.complete, reversed(self._steps())):
+                try:
+                    files.confirm(self._path, step)
+                    return step
+                except Exception as error:  # see `restore`
+                    _warn(f"checkpoint {self.folder / str(step)} is damaged: {self._brief(error)}", always=True)
+        return None
+
+    def _read_last(self) -> str:
+        last = self.last_good()
+        if self._saved is not None and last != f"Last good checkpoint: {self.folder / str(self._saved)}.":
+            raise UserError(
+                f"checkpoint {self.folder / str(self._saved)} was written, but cannot be read back. {last} Run the "
+                "same command again.",
+                status=1,
+            )
+        return last
 
     def _wait(self) -> None:
         try:
@@ -238,7 +268,7 @@ class Checkpoints:
         return Restored(targets._replace(step=counter, **items), record["first_loss"])
 
     def _brief(self, error: BaseException) -> str:
-        return brief(error).replace(str(getattr(self, "_path", self.folder)), str(self.folder))
+        return files.brief(error).replace(str(getattr(self, "_path", self.folder)), str(self.folder))
 
 
 class _Manager(ocp.CheckpointManager):
@@ -254,7 +284,10 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Newest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest `keep` checkpoints and the newest `keep` complete ones; damaged ones do not count."""
+    """Keeps the newest `keep` checkpoints and the newest `keep` complete ones; damaged ones do not count.
+
+    All processes must decide the same, so nothing is looked up on the disk here.
+    """
 
     def __init__(self, owner: Checkpoints):
         self._owner = owner
@@ -264,7 +297,7 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
         owner, keep = self._owner, self._owner._config.checkpoint.keep
         steps = [info.step for info in checkpoints]
         intact = [step for step in steps if not owner.damaged(step)]
-        # The one being written counts as incomplete: what it would replace stays until the next is written.
+        # The one being written counts already: Orbax deletes the others only when it is complete.
         complete = [step for step in intact if owner.complete(step)]
         kept = {*intact[-keep:], *complete[-keep:]}
         return [step in kept or owner.damaged(step) for step in steps]
@@ -295,7 +328,7 @@ def read_newest(
             except Exception as error:  # whatever the many layers below make of a damaged file
                 if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
                     raise
-                cause = brief(error).replace(str(path), str(folder))
+                cause = files.brief(error).replace(str(path), str(folder))
                 _warn(f"skipping the damaged checkpoint {folder / str(step)}: {cause}")
     raise UserError(f"{folder}: no usable checkpoint there", status=1)
 
@@ -313,7 +346,10 @@ def _check_record(path: epath.Path, folder: epath.Path, step: int, check: Check 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """The steps of all checkpoints that were written to their end, in order; they may be damaged since."""
-    folder = folder_of(workdir)
+    return _steps_in(folder_of(workdir))
+
+
+def _steps_in(folder: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
@@ -327,17 +363,6 @@ def half_written(folder: epath.PathLike) -> list[str]:
     """Names of what an interrupted save left."""
     folder = epath.Path(folder)
     return sorted(path.get().name for path in ocp.utils.tmp_checkpoints(folder))
-
-
-def brief(error: BaseException) -> str:
-    """The cause of an exception in one line that fits a message."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    text = re.sub(r" \[(tensorstore_spec|os_error_code|source_locations)=.*", "", lines[0])
-    if len(text) > 200:  # TensorStore names layer after layer; the system's own words come last
-        text = text.rsplit('": ', 1)[-1]
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:

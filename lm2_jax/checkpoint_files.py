@@ -133,7 +133,9 @@ def read_items(folder: epath.Path, step: int, wanted: dict[str, PyTree]) -> tupl
 
 
 def confirm(folder: epath.Path, step: int) -> None:
-    """Reads a checkpoint's record, config and one of its arrays back, on this process alone.
+    """Reads a checkpoint's record, config and one of its parameters back, on this process alone.
+
+    Of the other arrays it only sees whether the folder of their item is there.
 
     Raises:
       Exception: something is not as it was saved.
@@ -141,6 +143,9 @@ def confirm(folder: epath.Path, step: int) -> None:
     record, _ = read_record(folder, step)
     if record.get("format", 1) == 1:
         return
+    for item in record["checksums"]:
+        if not (folder / str(step) / item).exists():
+            raise ValueError(f"{item}: missing")
     sums = record["checksums"]["params"]
     name = sorted(sums)[step % len(sums)]  # another one each time
     restore = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
@@ -168,6 +173,17 @@ def checksums(items: dict[str, PyTree]) -> tuple[dict[str, dict[str, int]], bool
         }
         for name, tree in items.items()
     }, bool(finite)
+
+
+def brief(error: BaseException) -> str:
+    """The cause of an exception in one line that fits a message."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    text = re.sub(r" \[(tensorstore_spec|os_error_code|source_locations)=.*", "", lines[0])
+    if len(text) > 200:  # TensorStore names layer after layer; the system's own words come last
+        text = text.rsplit('": ', 1)[-1]
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _read_item(handler: ocp.StandardCheckpointHandler, folder: epath.Path, name: str, like: PyTree) -> PyTree:

@@ -1,7 +1,10 @@
-"""What all programs share: errors as one message with an exit status, and calls of other programs."""
+"""What all programs share: errors as one message with an exit status, how they are called, and calls of others."""
 
 import errno
 import os
+import pathlib
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,6 +65,42 @@ def run_program(*words: str) -> int:
             program.kill()
             program.wait()
         raise
+
+
+def program(name: str) -> str:
+    """The command that calls a program here, for messages: `lm2 train`, or `python train.py` in a clone.
+
+    It works as it is printed: it is called as this process was, with the interpreter of this environment.
+
+    Args:
+      name: of the program, see `lm2_jax.commands.PROGRAMS`.
+    """
+    return f"lm2 {name}" if _is_console_command() else shlex.join([_python(), *program_words(name)])
+
+
+def program_words(name: str) -> list[str]:
+    """The arguments of `python` that call a program: a script of the clone, or a module."""
+    root = pathlib.Path(__file__).parents[1]
+    script = root / f"{name}.py"
+    if _is_console_command() or not script.is_file() or not (root / "pyproject.toml").is_file():
+        return ["-m", "lm2_jax", name]
+    return [_relative(script)]
+
+
+def _is_console_command() -> bool:
+    """Whether this process was started as `lm2`."""
+    return pathlib.Path(sys.argv[0].partition(" ")[0]).stem == "lm2"
+
+
+def _python() -> str:
+    """The interpreter as a person can type it, which may not be the shell's."""
+    found = shutil.which("python")
+    return "python" if found is not None and os.path.abspath(found) == sys.executable else _relative(sys.executable)
+
+
+def _relative(path: str | pathlib.Path) -> str:
+    path, folder = pathlib.Path(path), pathlib.Path.cwd()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _leave(message: str, status: int) -> NoReturn:

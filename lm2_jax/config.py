@@ -223,6 +223,12 @@ class RunConfig(Checked, root=True):
             f"memory {self.model.memory.kind!r} with join {self.model.join.kind!r} takes no packed documents, because "
             "its state cannot be reset inside a segment; set data.source.packing='ordered'",
         )
+        longest, max_tokens = max(self.data.segments) * self.model.segment_tokens, self.model.decoder.max_tokens
+        _require(
+            max_tokens is None or longest <= max_tokens or self.data.fill_rows or self.data.source.packs,
+            f"rows of data.segments={self.data.segments} segments have up to {longest} tokens, but attention reaches "
+            f"over model.decoder.max_tokens={max_tokens}; increase max_tokens or shorten data.segments",
+        )
         # Tokens see the memory of the segment start, so no loss inside a segment depends on that segment's write.
         reach = min(max(self.data.segments), self.train.bptt_segments or max(self.data.segments))
         _require(

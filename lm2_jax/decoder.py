@@ -98,6 +98,9 @@ class DecoderConfig(Checked):
     window_tokens: Annotated[int | None, Range(0, 2**24)] = None
     """Sliding attention window in tokens, including the current one; it reaches into the previous segment. None: the
     segment."""
+    max_tokens: Annotated[int | None, Range(1, 2**24), Since(3)] = None
+    """Full attention: each token sees its document so far, up to this many tokens, whose keys and values are kept; a
+    longer document is an error. Excludes window_tokens. None: attention stays in its segment or window."""
     norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5
     """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; norms inside a
     memory and in join.combine always add 1e-5."""
@@ -118,6 +121,11 @@ class DecoderConfig(Checked):
             raise ValueError(
                 f"decoder.num_heads={self.num_heads} is not a multiple of decoder.num_kv_heads={self.num_kv_heads}"
             )
+        if self.window_tokens is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"decoder.window_tokens={self.window_tokens} and decoder.max_tokens={self.max_tokens} exclude each "
+                "other: attention reaches over a window or over the full document; set one of them to None"
+            )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
 
@@ -125,3 +133,8 @@ class DecoderConfig(Checked):
     def head_dim(self) -> int:
         """Width K of one head."""
         return self.width // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def carries_keys(self) -> bool:
+        """Whether attention takes keys and values across a segment border."""
+        return self.max_tokens is not None or (self.window_tokens or 1) > 1

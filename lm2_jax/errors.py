@@ -15,3 +15,7 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
+
+
+class TooLongError(UserError, ValueError):
+    """A document is longer than the model can attend to (`decoder.max_tokens`)."""

@@ -1,4 +1,4 @@
-"""A lower bound of the memory that a run needs, from its config alone, before anything of that size is made."""
+"""Lower bounds of the memory that a run needs, from its config alone, before anything of that size is made."""
 
 import math
 import os
@@ -21,11 +21,7 @@ def lower_bound(run: RunConfig) -> dict[str, int]:
     Counted are the decoder's parameters with their gradients and both moments, the recurrent state, one batch, and
     the activations of one segment. Nothing of these sizes is made.
     """
-    decoder, model, data = run.model.decoder, run.model, run.data
-    D, K = decoder.width, decoder.head_dim
-    attention = 2 * D * K * (decoder.num_heads + decoder.num_kv_heads)
-    embeddings = model.vocab_size * D * (1 if decoder.tie_head else 2)
-    parameters = embeddings + decoder.num_layers * (attention + 3 * D * decoder.mlp_width)
+    model, data, parameters = run.model, run.data, _decoder_parameters(run)
     moments = _bytes(model.precision.moments) + 4
     rows = data.rows // run.optim.accumulate
     return {
@@ -38,9 +34,17 @@ def lower_bound(run: RunConfig) -> dict[str, int]:
         * HOST_BYTES_PER_TOKEN,
         "activations of a segment (data.rows, model.segment_tokens, model.decoder.width, optim.accumulate)": rows
         * model.segment_tokens
-        * D
+        * model.decoder.width
         * _bytes(model.precision.compute),
     }
+
+
+def _decoder_parameters(run: RunConfig) -> int:
+    decoder, model = run.model.decoder, run.model
+    D, K = decoder.width, decoder.head_dim
+    attention = 2 * D * K * (decoder.num_heads + decoder.num_kv_heads)
+    embeddings = model.vocab_size * D * (1 if decoder.tie_head else 2)
+    return embeddings + decoder.num_layers * (attention + 3 * D * decoder.mlp_width)
 
 
 def state_bytes(run: RunConfig, rows: int) -> int:
@@ -55,13 +59,29 @@ def check_memory(run: RunConfig, devices: Sequence[Any]) -> None:
     Raises:
       UserError: the lower bound is larger, with the largest item and the fields that decide it.
     """
-    needs, available = lower_bound(run), device_bytes(devices)
+    _check("this run", lower_bound(run), devices)
+
+
+def check_inference_memory(run: RunConfig, devices: Sequence[Any]) -> None:
+    """Refuses to load a trained run whose parameters, with the state of one row, cannot fit into the devices together.
+
+    Raises:
+      UserError: as `check_memory`.
+    """
+    parameters = _decoder_parameters(run) * _bytes(run.model.precision.params)
+    state = state_bytes(run, 1)
+    needs = {"parameters (model.decoder, model.vocab_size)": parameters, "recurrent state (model.memory)": state}
+    _check(f"evaluating {run.name}", needs, devices, "use more or larger devices (--mesh)")
+
+
+def _check(what: str, needs: dict[str, int], devices: Sequence[Any], advice: str = "make those fields smaller") -> None:
+    available = device_bytes(devices)
     if available is None or sum(needs.values()) <= available:
         return
     largest = max(needs, key=needs.__getitem__)
     raise UserError(
-        f"this run needs at least {_size(sum(needs.values()))} of memory, but the {len(devices)} devices have "
-        f"{_size(available)}. The largest part is {_size(needs[largest])} of {largest}: make those fields smaller",
+        f"{what} needs at least {_size(sum(needs.values()))} of memory, but the {len(devices)} devices have "
+        f"{_size(available)}. The largest part is {_size(needs[largest])} of {largest}: {advice}",
         status=1,
     )
 

@@ -193,7 +193,7 @@ def merge(*paths: epath.PathLike) -> NoReturn:
     raise UserError(
         f"merging {' and '.join(map(str, paths))} is not supported: a memory is written depending on what it holds, so "
         "no sum of two memories is the memory of both texts. Read the second text into the first memory instead: "
-        "generate.py --memory FIRST --read SECOND_TEXT --save-memory BOTH"
+        f"{cli.program('generate')} --memory FIRST --read SECOND_TEXT --save-memory BOTH"
     )
 
 
@@ -244,7 +244,7 @@ def _checked(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
 def _refuse(path: epath.PathLike, reason: str) -> NoReturn:
     raise UserError(
         f"memory file {path}: expected a memory file of lm2_jax, format {FORMAT}, but {reason}. Read the text again "
-        "with generate.py --read TEXT --save-memory FILE",
+        f"with {cli.program('generate')} --read TEXT --save-memory FILE",
         status=1,
     )
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.blocks.base import Block, Carry, Context
-from lm2_jax.blocks.ports import Buffers, OpenLayer, Place, by_segment, segments_first
+from lm2_jax.blocks.ports import INSIGHT, Buffers, OpenLayer, Place, by_segment, one_segment, segments_first
 from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
+from lm2_jax.length import check_segments
 from lm2_jax.parameters import Role
 from lm2_jax.partition import num_shards
 from lm2_jax.state import (
@@ -119,7 +120,7 @@ class LanguageModel(nn.Module):
             "close": (0, 0),
         }
         common = {
-            "variable_axes": {"params": 0},
+            "variable_axes": {"params": 0, INSIGHT: 0},
             "split_rngs": {"params": True},
             "length": group.length,
             "metadata_params": {nn.PARTITION_NAME: "layers"},
@@ -179,7 +180,7 @@ class LanguageModel(nn.Module):
           bptt_segments: gradient flows through blocks of this many segments; None: through all.
           with_logits: whether logits are wanted; the loss works from hidden states.
         Raises:
-          ValueError: where shapes do not fit.
+          ValueError: where shapes do not fit, and a document that is longer than `decoder.max_tokens`.
         """
         B, S = tokens.shape
         T = self.config.segment_tokens
@@ -188,6 +189,7 @@ class LanguageModel(nn.Module):
                 f"tokens must be whole segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream"
             )
         self._check_state(B, state)
+        check_segments(self.config, state, tokens.shape, reset, valid, document)
         segments = self._segments(B, S // T, reset, valid, document, bptt_segments)
         x_BJTD = self.embed(tokens.reshape(B, S // T, T))
         # Each device takes its part of the tokens first; in one step, all devices would gather all rows.
@@ -244,8 +246,7 @@ class LanguageModel(nn.Module):
                 "segment; use ordered segments"
             )
         valid_BJT = jnp.ones((B, J, T), bool) if valid is None else valid.reshape(B, J, T)
-        segment_J = jnp.arange(J)
-        cut_J = jnp.zeros(J, bool) if bptt is None else (segment_J > 0) & (segment_J % bptt == 0)
+        cut_J = None if bptt is None else (jnp.arange(J) > 0) & (jnp.arange(J) % bptt == 0)
         return Segments(reset_BJ, cut_J, valid_BJT, None if document is None else document.reshape(B, J, T))
 
     def _layer_major(self, x_BJTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
@@ -269,11 +270,10 @@ class LanguageModel(nn.Module):
 
         def body(model: "LanguageModel", state: ModelState, inputs: tuple[Array, Segments]) -> tuple[ModelState, Any]:
             x_BTD, one = inputs
-            one = jax.tree.map(lambda a: a[:, None], one._replace(cut=None))._replace(cut=one.cut[None])
-            y_BTD, state, aux = model._one_segment(x_BTD, state, one)
+            y_BTD, state, aux = model._one_segment(x_BTD, state, one_segment(one))
             return state, (y_BTD, aux)
 
-        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(body, variable_broadcast="params", variable_axes={INSIGHT: 0}, split_rngs={"params": False})
         state, (y_JBTD, aux) = scan(self, state, (by_segment(x_BJTD), segments_first(segments)))
         return by_segment(y_JBTD), state, jax.tree.map(lambda a: a.mean(axis=0), aux)
 
@@ -284,7 +284,7 @@ class LanguageModel(nn.Module):
             y_BJTD, state, aux = self._layer_major(x_BTD[:, None], state, segments)
             return y_BJTD[:, 0], state, aux
         valid_BT, axes = segments.valid[:, 0], stack.state_axes()
-        before = stop_where(segments.cut[0], reset_rows(state.stack, segments.reset[:, 0], axes))
+        before = stop_where(segments.cut, reset_rows(state.stack, segments.reset[:, 0], axes))
         has_tokens_B = valid_BT.any(axis=1)
         begun = begin_rows(reset_rows(before, ~has_tokens_B, axes), stack.start_state(), axes)  # see `SegmentsPort`
         rows = [stack.prefix(begun), x_BTD, stack.suffix(begun)]

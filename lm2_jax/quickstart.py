@@ -1,12 +1,11 @@
 """`make quickstart`: trains a small LM2 and a baseline without memory on the CPU, and compares what they remember.
 
-It runs the commands that a person would type in the repository's root.
+It runs the commands that a person would type; `lm2 quickstart` does the same in any folder.
 """
 
 import json
 import pathlib
 import shlex
-import sys
 import time
 from typing import Any
 
@@ -18,24 +17,22 @@ PRESETS = {"quickstart": RUNS / "lm2", "quickstart_none": RUNS / "none"}
 SEGMENTS, ROWS = 16, 256  # of the comparison; the rows are four times as long as in training
 
 
-def run(*words: str) -> None:
+def run(program: str, *words: str) -> None:
     """Prints a command and runs it.
 
     Raises:
       UserError: it ended with another status than 0.
     """
-    shown = printed(*words)
+    shown = printed(program, *words)
     print(f"\n$ {shown}", flush=True)
-    status = cli.run_program(*words)
+    status = cli.run_program(*cli.program_words(program), *words)
     if status:
         raise UserError(f"`{shown}` ended with status {status}", status=status)
 
 
-def printed(*words: str) -> str:
-    """A command as it can be typed here: with the interpreter of this environment, which may not be the shell's."""
-    python, folder = pathlib.Path(sys.executable), pathlib.Path.cwd()
-    shown = python.relative_to(folder) if python.is_relative_to(folder) else python
-    return shlex.join([str(shown), *words])
+def printed(program: str, *words: str) -> str:
+    """The command of a program as it can be typed here."""
+    return f"{cli.program(program)} {shlex.join(words)}"
 
 
 def accuracy(result: dict[str, Any], first: int, last: int) -> float:
@@ -48,8 +45,6 @@ def accuracy(result: dict[str, Any], first: int, last: int) -> float:
 
 def main() -> None:
     """Trains, compares, and prints what was saved where."""
-    if not pathlib.Path("train.py").is_file():
-        raise UserError("the quickstart runs train.py: start it in the repository's root")
     began = time.monotonic()
     print(
         "Two small language models read the same stories: who went where, between sentences of prose, with questions\n"
@@ -57,14 +52,14 @@ def main() -> None:
         "You may interrupt this at any time: the same command resumes."
     )
     for preset, workdir in PRESETS.items():
-        run("train.py", preset, "--workdir", str(workdir))
+        run("train", preset, "--workdir", str(workdir))
     out, workdirs = RUNS / "eval", [str(workdir) for workdir in PRESETS.values()]
     run(
-        "eval.py", "recall", "--workdirs", *workdirs, "--segments", str(SEGMENTS), "--rows", str(ROWS),
+        "eval", "recall", "--workdirs", *workdirs, "--segments", str(SEGMENTS), "--rows", str(ROWS),
         "--out", str(out),
     )  # fmt: skip
     run(
-        "eval.py", "babilong", "--workdir", workdirs[0], "--baseline", workdirs[1], "--lengths", "0k", "1k",
+        "eval", "babilong", "--workdir", workdirs[0], "--baseline", workdirs[1], "--lengths", "0k", "1k",
         "--samples", "50", "--out", str(out),
     )  # fmt: skip
     results = json.loads((out / "recall.json").read_text())["results"]
@@ -75,8 +70,8 @@ def main() -> None:
         + f"\nThat took {(time.monotonic() - began) / 60:.1f} minutes, one run of each model.\n"
         f"Saved: checkpoints in {workdirs[0]} and {workdirs[1]}; tables and pictures in {out}\n"
         f"(recall.png, babilong.png). TensorBoard: tensorboard --logdir {RUNS}\n"
-        f"Next, the same model with a change of your own (all fields: train.py quickstart --help):\n"
-        f"  {printed('train.py', 'quickstart', '--workdir', 'runs/mine', '--model.memory.num-slots', '16')}"
+        f"Next, the same model with a change of your own (all fields: {printed('train', 'quickstart', '--help')}):\n"
+        f"  {printed('train', 'quickstart', '--workdir', 'runs/mine', '--model.memory.num-slots', '16')}"
     )
 
 

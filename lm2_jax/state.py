@@ -13,7 +13,7 @@ class Segments(NamedTuple):
     """Borders and padding of K segments; docs/life_of_a_segment.md explains each word."""
 
     reset: Bool[Array, "B K"]  # a document begins at this segment, so the row's state is its start
-    cut: Bool[Array, " K"]  # no gradient flows from this segment into the one before
+    cut: Bool[Array, " K"] | None  # no gradient flows from this segment into the one before; None: through all
     valid: Bool[Array, "B K T"]  # false: padding
     document: Int[Array, "B K T"] | None  # number of the document within the segment, where documents are packed
 
@@ -83,13 +83,15 @@ def stack_axes(axes: State) -> State:
     return map_axes(lambda names: ("layers", *names), axes)
 
 
-def stop_where(cut: Bool[Array, ""], state: State) -> State:
-    """`state`, without a gradient to where it came from if `cut`."""
+def stop_where(cut: Bool[Array, "*one"] | None, state: State) -> State:
+    """`state`, without a gradient to where it came from if `cut` [] or [1]; None: unchanged."""
+    if cut is None:
+        return state
 
     def stop(leaf: Array) -> Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        return jnp.where(cut, jax.lax.stop_gradient(leaf), leaf)
+        return jnp.where(cut.reshape(()), jax.lax.stop_gradient(leaf), leaf)
 
     return jax.tree.map(stop, state)
 

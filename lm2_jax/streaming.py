@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm2_jax.length import check_stream
 from lm2_jax.model import LanguageModel, ModelState, StreamState, check_rows
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -32,10 +33,12 @@ def stream(
       [B S V] logits, zero where nothing was fed, and the stream's state. At a segment border `.state` of it is the
       state that `model.apply` returns.
     Raises:
-      ValueError: tokens or `valid` of another shape, a state of another model or of other rows.
+      ValueError: tokens or `valid` of another shape, a state of another model or of other rows, or a document that is
+        longer than `decoder.max_tokens`.
     """
     pieces = _pieces(model, tokens_BS, valid_BS)
     logits, carry = [], _opened(model, params, state, np.shape(tokens_BS)[0])
+    check_stream(model.config, carry, _counts(pieces))
     for piece in pieces:
         piece_logits, carry = advance(model, params, carry, *piece.arrays, all_logits=True)
         logits.append(piece_logits[:, : piece.used])
@@ -55,6 +58,7 @@ def absorb(
     """
     pieces = _pieces(model, tokens_BS, valid_BS)
     carry, logits = _opened(model, params, state, np.shape(tokens_BS)[0]), None
+    check_stream(model.config, carry, _counts(pieces))
     for piece in pieces:
         piece_logits, carry = advance(model, params, carry, *piece.arrays, all_logits=False)
         fed_B1 = jnp.asarray(piece.arrays[1] > 0)[:, None]
@@ -124,6 +128,11 @@ def _pieces(model: LanguageModel, tokens_BS: Any, valid_BS: Any) -> list[_Piece]
             size = min(size * 4, T)
         pieces.append(_Piece(part_BS, np.clip(length_B - first, 0, part_BS.shape[1]).astype(np.int32), size))
     return pieces
+
+
+def _counts(pieces: list[_Piece]) -> np.ndarray:
+    """Tokens of each row in all pieces."""
+    return np.sum([piece.arrays[1] for piece in pieces], axis=0)
 
 
 def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, batch: int) -> StreamState:

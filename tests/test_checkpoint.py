@@ -203,12 +203,60 @@ def test_a_resume_starts_where_the_memory_was_saved(plan, state, tmp_path, capsy
     assert "holds no memory" in capsys.readouterr().err
 
 
+def test_the_last_good_checkpoint_is_one_to_resume_from(plan, state, tmp_path):
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        for step in (4, 8):
+            checkpoints.save(step, at(state, step), 3.5, with_memory=step == 4)
+        assert checkpoints.last_good() == f"Last good checkpoint: {tmp_path / 'checkpoints' / '4'}."
+    assert restore(plan, tmp_path)[1] == 4
+
+
+def test_the_first_checkpoint_always_has_memory(plan, state, tmp_path):
+    """Else a run killed after it could neither resume nor start again."""
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        for step in (4, 8):
+            checkpoints.save(step, at(state, step), 3.5, with_memory=False)
+    assert (tmp_path / "checkpoints" / "4" / "memory").exists()
+    assert not (tmp_path / "checkpoints" / "8" / "memory").exists()
+    assert restore(plan, tmp_path)[1] == 4
+
+
+def test_what_one_process_finds_damaged_decides_nothing(plan, workdir, monkeypatch):
+    """The processes of a job must agree on what is kept, and only some may see the damage."""
+    truncate(workdir / "checkpoints" / "8" / "position" / "metadata")
+    with Checkpoints(workdir, plan.config) as checkpoints:
+        monkeypatch.setattr(jax, "process_index", lambda: 1)  # any process says the truth
+        assert checkpoints.last_good() == f"Last good checkpoint: {workdir / 'checkpoints' / '4'}."
+        monkeypatch.undo()
+        assert not checkpoints.damaged(8)
+        assert checkpoints.complete(8)
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "memory", "position"])
+def test_a_last_checkpoint_that_cannot_be_read_back_is_an_error(plan, state, tmp_path, item):
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        checkpoints.save(4, at(state, 4), 3.5)
+        checkpoints.save(8, at(state, 8), 3.5)
+        checkpoints._wait()
+        shutil.rmtree(tmp_path / "checkpoints" / "8" / item)
+        with pytest.raises(UserError, match=r"8 was written, but cannot be read back.*Last good.*/4\. Run") as caught:
+            checkpoints.finish()
+    assert caught.value.status == 1
+
+
 def test_old_checkpoints_go(plan, state, tmp_path):
     config = dataclasses.replace(plan.config, data=dataclasses.replace(plan.config.data, carry_state=False))
     with Checkpoints(tmp_path, config) as checkpoints:
         for step in (4, 8, 12, 16):
             checkpoints.save(step, at(state, step)._replace(memory=None), 3.5)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"12", "16"}
+
+
+def test_as_many_checkpoints_with_memory_are_kept_as_asked_for(plan, state, tmp_path):
+    with Checkpoints(tmp_path, plan.config) as checkpoints:
+        for step in (4, 8, 12, 16):
+            checkpoints.save(step, at(state, step), 3.5)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"12", "16"}, "keep=2"
 
 
 def test_memory_can_be_saved_in_another_type(plan, state, tmp_path, documents):

@@ -1,6 +1,8 @@
 """What a command leaves behind when it ends."""
 
+import ast
 import errno
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lm2_jax import cli, quickstart
+from lm2_jax import cli, commands, quickstart
 from lm2_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def end(main, capsys):
@@ -79,8 +83,9 @@ def child(tmp_path):
     signal.signal(signal.SIGINT, old)
 
 
-def test_ctrl_c_lets_a_program_save(child, tmp_path, capsys):
-    status, printed = end(lambda: quickstart.run(child, "1", "1", f"{tmp_path}/it"), capsys)
+def test_ctrl_c_lets_a_program_save(child, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "program_words", lambda name: [child])
+    status, printed = end(lambda: quickstart.run("train", "1", "1", f"{tmp_path}/it"), capsys)
     assert (status, printed.err) == (130, "error: interrupted\n")
     assert (tmp_path / "it").read_text() == "saved"
 
@@ -105,3 +110,65 @@ def test_a_reader_that_ends_early_is_no_error():
     )
     assert done.stdout == "x" * 1000 + "\n"
     assert done.stderr == ""
+
+
+@pytest.fixture
+def clone(monkeypatch, tmp_path):
+    """A clone with scripts, in which nothing is installed."""
+    for name in ("train.py", "eval.py", "pyproject.toml"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lm2_jax" / "cli.py"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    return tmp_path
+
+
+def test_a_program_is_named_as_it_was_called(monkeypatch, clone):
+    python = clone / ".venv" / "bin" / "python"
+    for called in ("lm2", "/usr/bin/lm2", "lm2 train", "lm2.exe"):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert (cli.program("eval"), cli.program_words("eval")) == ("lm2 eval", ["-m", "lm2_jax", "eval"])
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert cli.program("eval") == f"{python} {clone / 'eval.py'}"
+    assert cli.program("convert") == f"{python} -m lm2_jax convert", "there is no such script"
+    monkeypatch.chdir(clone)
+    assert cli.program("eval") == ".venv/bin/python eval.py"
+    monkeypatch.setattr(cli.shutil, "which", lambda name: str(python))
+    assert cli.program("eval") == "python eval.py", "the shell's python is this one"
+    (clone / "pyproject.toml").unlink()  # an installed package next to somebody's train.py
+    assert cli.program("train") == "python -m lm2_jax train"
+
+
+@pytest.mark.parametrize("called", ["lm2", "train.py", "/x/lm2_jax/__main__.py"])
+@pytest.mark.parametrize(
+    "words", [["list"], ["train", "-h"], ["train", "lm2_tiny", "-h"], ["train"], ["train", "--config", "part.json"],
+              ["eval", "-h"], ["eval", "recall", "-h"], ["eval"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_messages_name_programs_as_they_were_called(monkeypatch, capsys, tmp_path, called, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [called])
+    expected = cli.program("eval" if words[0] == "eval" else "train")
+    try:
+        commands.call(words)
+        shown = capsys.readouterr().out
+    except UserError as error:
+        shown = str(error)
+    assert expected in shown
+    assert called != "lm2" or not re.search(r"(train|eval)\.py", shown)
+
+
+def test_no_text_names_a_script_that_only_a_clone_has():
+    """Docstrings apart; the help of options is made from docstrings of fields, which are looked at too."""
+    offenders = []
+    for path in sorted(path for folder in ("lm2_jax", "configs", "sharding") for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                offenders += [f"{path}: {node.value!r}"] * ("train.py" in node.value or "eval.py" in node.value)
+    assert not offenders

@@ -18,10 +18,13 @@ from tests.e2e.test_train_program import call
 def programs(monkeypatch, tmp_path):
     """Records what would be run in an empty folder, and leaves the results of an evaluation."""
     ran: list[list[str]] = []
+    scripts = len(cli.program_words("eval"))
 
     def run_program(*words: str) -> int:
+        assert list(words[:scripts]) in (cli.program_words("train"), cli.program_words("eval"))
+        words = (pathlib.Path(words[scripts - 1]).stem, *words[scripts:])
         ran.append(list(words))
-        if words[:2] == ("eval.py", "recall"):
+        if words[:2] == ("eval", "recall"):
             results = [
                 {"model": "LM2, block write (ours)", "asked": [9, 10, 10, 10, 10, 5], "right": [9, 10, 9, 8, 8, 5]},
                 {"model": "baseline (no memory)", "asked": [9, 10, 10, 10, 10, 5], "right": [9, 2, 2, 2, 2, 5]},
@@ -32,7 +35,6 @@ def programs(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text("")
     monkeypatch.setattr(cli, "run_program", run_program)
     return ran
 
@@ -41,10 +43,10 @@ def test_quickstart(programs, capsys):
     quickstart.main()
     printed = capsys.readouterr().out
     assert [words[:2] for words in programs] == [
-        ["train.py", "quickstart"],
-        ["train.py", "quickstart_none"],
-        ["eval.py", "recall"],
-        ["eval.py", "babilong"],
+        ["train", "quickstart"],
+        ["train", "quickstart_none"],
+        ["eval", "recall"],
+        ["eval", "babilong"],
     ]
     assert all(words[1] in PRESETS for words in programs[:2])
     for words in programs[2:]:
@@ -54,21 +56,16 @@ def test_quickstart(programs, capsys):
     assert "LM2, block write (ours)      87.5%" in printed
     assert "baseline (no memory)         20.0%" in printed
     assert "tables and pictures in runs/quickstart/eval" in printed
-    assert shlex.split(printed.splitlines()[-1])[1:3] == ["train.py", "quickstart"]
+    assert printed.splitlines()[-1].strip().startswith(f"{cli.program('train')} quickstart ")
 
 
-def test_the_printed_interpreter_is_this_one(monkeypatch, tmp_path):
-    """Relative where it is below the current folder, as `.venv/bin/python`, so that a person can type it."""
-    monkeypatch.chdir(tmp_path)
-    assert quickstart.printed("train.py") == f"{sys.executable} train.py"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert quickstart.printed("train.py", "a b") == ".venv/bin/python train.py 'a b'"
-
-
-def test_elsewhere(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="repository's root"):
+def test_after_installation_the_quickstart_needs_no_scripts(programs, monkeypatch, capsys):
+    """In any folder: `lm2 quickstart`."""
+    monkeypatch.setattr(sys, "argv", ["lm2 quickstart"])
+    monkeypatch.setattr(cli, "run_program", lambda *words: programs.append(list(words)) or 1)
+    with pytest.raises(UserError, match="`lm2 train quickstart --workdir runs/quickstart/lm2` ended with status 1"):
         quickstart.main()
+    assert programs[0][:4] == ["-m", "lm2_jax", "train", "quickstart"]
 
 
 @pytest.mark.slow

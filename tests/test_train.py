@@ -1,16 +1,17 @@
 """The run and the options that a command line of train.py makes; tests/e2e calls the program itself."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
 
 import pytest
-from etils import epath
 
 import lm2_jax
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.tokens import TokensJoin
+from lm2_jax.commands import eval as evaluate
 from lm2_jax.commands import files, train
 from lm2_jax.commands.usage import field_docs
 from lm2_jax.config import RunConfig, from_dict, to_dict
@@ -21,7 +22,6 @@ from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.presets import mesh_for
 from lm2_jax.sharding import MeshConfig
-from lm2_jax.training.lock import WorkdirLock
 
 
 def run_of(line: str) -> RunConfig:
@@ -106,6 +106,14 @@ def test_a_join_that_fits_stays():
     assert run_of(line).model.join == lm2_jax.preset("titans_residual_tiny").model.join
 
 
+def test_the_order_of_flags_does_not_matter():
+    """Kinds decide which fields there are, and are chosen first, the outer ones before the inner ones."""
+    words = ["--model.memory gated_bank", "--model.memory.write slots", "--model.memory.num-slots 3"]
+    runs = [run_of(f"titans_residual_tiny {' '.join(order)}") for order in itertools.permutations(words)]
+    assert all(run == runs[0] for run in runs)
+    assert (runs[0].model.memory.num_slots, runs[0].model.memory.write.kind) == (3, "slots")  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_other_kinds_by_flag(tmp_path):
     run = run_of("lm2_tiny --data.source text --data.source.path x --data.tokenizer bytes --model.memory.write slots")
     assert (run.data.source.kind, run.data.source.path) == ("text", "x")  # pyright: ignore[reportAttributeAccessIssue]
@@ -161,6 +169,40 @@ def test_help_shows_each_option_once_and_the_most_used_first(capsys):
     assert first.count("--") == 11  # ten, and the usage
     for flag in ("--model.join.parts.1.memory.step.maximum", "--mesh.fsdp", "--init.from", "--profile-after"):
         assert rest.count(f"{flag} ") == 1, flag
+
+
+def test_help_shows_the_fields_of_the_kinds_that_are_chosen(capsys):
+    assert train.parse("lm2_tiny --model.memory titans --data.source text --optim.steps 7 --help".split()) is None
+    shown = capsys.readouterr().out
+    assert "--model.memory.step.maximum FLOAT" in shown
+    assert "--model.memory.num-slots" not in shown
+    assert "--data.source.path" in shown
+    assert shown.count("--optim.steps INT  (now 7)") == 2  # among the most used, too
+
+
+def test_help_shows_the_join_that_comes_with_a_memory(capsys):
+    assert train.parse("lm2_tiny --help --model.memory tokens".split()) is None
+    assert "(now tokens)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "flag", "messages"),
+    [
+        ("--model.memory titans --model.memory.num-hedas 2", "--model.memory.step.maximum",
+         ["--model.memory.num-hedas: no such option. Did you mean --model.memory.num-heads"]),
+        ("--model.memroy titans --optim.lr 1", "--model.memory.num-slots",
+         ["--model.memroy: no such option. Did you mean --model.memory?", "Did you mean --optim.learning-rate"]),
+        ("--model.memory:titans", "--model.memory.num-slots", ["Did you mean --model.memory titans?"]),
+        ("--model.memory titan", "--model.memory.num-slots", ["unknown kind 'titan'"]),
+    ],
+)  # fmt: skip
+def test_help_with_wrong_flags_is_shown_and_names_them_at_its_end(capsys, line, flag, messages):
+    with pytest.raises(UserError) as caught:
+        train.parse(["lm2_tiny", *line.split(), "--help"])
+    assert f"  {flag} " in capsys.readouterr().out
+    assert caught.value.status == 2
+    for message in messages:
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
@@ -219,70 +261,39 @@ def test_advice_in_messages_works(line, advice, capsys):
 def saved_run(folder: pathlib.Path) -> pathlib.Path:
     workdir = folder / "w"
     (workdir / "checkpoints" / "20").mkdir(parents=True)
-    (workdir / "config.json").write_text("{}")
+    (workdir / "config.json").write_text('{"model": {}, "data": {}, "optim": {}, "train": {}}')
     return workdir
-
-
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_ended(tmp_path):
-    workdir = saved_run(tmp_path)
-    with files.replaced(files.check_workdir(str(workdir)), True, True, False):
-        assert [path.name for path in workdir.iterdir()] == [files.ASIDE]
-        (workdir / "config.json").write_text("new")
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
-
-
-def test_overwrite_gives_the_old_run_back_where_the_new_one_fails(tmp_path):
-    workdir = saved_run(tmp_path)
-
-    def fail() -> None:
-        with files.replaced(files.check_workdir(str(workdir)), True, True, False):
-            (workdir / "config.json").write_text("new")
-            raise UserError("no data")
-
-    with pytest.raises(UserError, match="no data"):
-        fail()
-    assert (workdir / "config.json").read_text() == "{}"
-    assert (workdir / "checkpoints" / "20").is_dir()
-    assert not (workdir / files.ASIDE).exists()
 
 
 def test_overwrite_asks(tmp_path, monkeypatch):
     workdir = files.check_workdir(str(saved_run(tmp_path)))
-    with pytest.raises(UserError, match="add --yes"), files.replaced(workdir, True, False, False):
-        pass
+    files.confirm_overwrite(workdir, yes=True, distributed=False)
+    files.confirm_overwrite(files.check_workdir(str(tmp_path / "new")), yes=False, distributed=False)
+    with pytest.raises(UserError, match="add --yes"):
+        files.confirm_overwrite(workdir, yes=False, distributed=False)
+    with pytest.raises(UserError, match="on one host"):
+        files.confirm_overwrite(workdir, yes=True, distributed=True)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "n")
-    with pytest.raises(UserError, match="not confirmed"), files.replaced(workdir, True, False, False):
-        pass
-    assert (tmp_path / "w" / "config.json").read_text() == "{}"
-
-
-def test_overwrite_leaves_a_run_that_another_process_trains(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    taken = files.replaced(epath.Path(tmp_path), overwrite=True, yes=True, distributed=False)
-    with WorkdirLock(epath.Path(tmp_path)), pytest.raises(UserError, match="in use by process"), taken:
-        raise AssertionError("it was replaced")
-    assert (tmp_path / "config.json").read_text() == "{}"
-
-
-def test_without_overwrite_nothing_moves(tmp_path):
-    workdir = saved_run(tmp_path)
-    with files.replaced(files.check_workdir(str(workdir)), False, False, False):
-        assert (workdir / "config.json").exists()
+    with pytest.raises(UserError, match="not confirmed"):
+        files.confirm_overwrite(workdir, yes=False, distributed=False)
+    assert (workdir / "checkpoints" / "20").exists()
 
 
 def test_init_from_is_passed_on(monkeypatch, tmp_path):
     given = {}
 
-    def record(run, workdir, layout, profiling, **more):
-        given.update(more)
+    def record(run, workdir, layout, profiling, init_from, overwrite):
+        given.update(init_from=init_from, overwrite=overwrite)
         raise UserError("stop")
 
     monkeypatch.setattr(train, "fit", record)
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     other = str(tmp_path / "a")
-    for words, expected in ((["--init.from", other], {"init_from": other}), ([], {})):
-        given.clear()
+    for words, expected in (
+        (["--init.from", other], {"init_from": other, "overwrite": False}),
+        (["--overwrite"], {"init_from": None, "overwrite": True}),
+    ):
         with pytest.raises(UserError, match="stop"):
             train.main(["lm2_tiny", "--workdir", str(tmp_path / "w"), "--mesh.data", "8", *words])
         assert given == expected
@@ -306,6 +317,16 @@ def test_the_lower_bound_is_one():
         run = lm2_jax.preset(name)
         first = next(iter(lower_bound(run).values()))
         assert first <= 16 * count_parameters(run.model) < 4 * first
+
+
+def test_an_evaluation_that_cannot_fit_is_refused_before_anything_is_read(tmp_path):
+    run = lm2_jax.preset("lm2_tiny")
+    huge = dataclasses.replace(run.model.decoder, num_layers=100, mlp_width=2**20, width=2**14)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=huge))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
+    with pytest.raises(UserError, match=r"evaluating lm2_tiny needs at least .*TiB.*--mesh") as caught:
+        evaluate.main(["recall", "--workdirs", str(tmp_path)])
+    assert caught.value.status == 1
 
 
 def test_a_dictionary_is_not_changed_by_reading_it():

@@ -1,5 +1,6 @@
 """Softmax attention: projections (`layer`), who sees whom (`keys`), implementations (`backends`)."""
 
+from lm2_jax.attention.cache import Cache as Cache
 from lm2_jax.attention.layer import Attention as Attention
 from lm2_jax.attention.layer import Projected as Projected
 from lm2_jax.attention.layer import SegmentKV as SegmentKV

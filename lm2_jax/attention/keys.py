@@ -21,14 +21,16 @@ class Keys(NamedTuple):
     """Rotated keys and their values.
 
     A query at position p sees a key at position s if the key is valid, both are of the same document, s <= p, and,
-    with a window of W tokens, s > p - W. Every query sees keys without positions: a prefix.
+    with a window of W tokens, s > p - W; and p < `until` where that is given. Every query sees keys without positions:
+    a prefix.
     """
 
     k: Float[Array, "R S G K"]
     v: Float[Array, "R S G K"]
-    position: np.ndarray | None = None  # [S]
+    position: np.ndarray | Int[Array, " S"] | None = None
     valid: Bool[Array, "R S"] | None = None
     document: Int[Array, "R S"] | None = None
+    until: Int[Array, " S"] | None = None
 
 
 def visible(queries: Queries, keys: Keys, window_tokens: int | None) -> Bool[Array, "R T S"]:
@@ -43,6 +45,8 @@ def visible(queries: Queries, keys: Keys, window_tokens: int | None) -> Bool[Arr
     mask_RTS = key_11S <= query_RT1
     if window_tokens is not None:
         mask_RTS = mask_RTS & (key_11S > query_RT1 - window_tokens)
+    if keys.until is not None:
+        mask_RTS = mask_RTS & (query_RT1 < keys.until[None, None])
     if keys.valid is not None:
         mask_RTS = mask_RTS & keys.valid[:, None]
     if queries.document is not None and keys.document is not None:

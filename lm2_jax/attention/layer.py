@@ -9,6 +9,17 @@ import numpy as np
 from flax import linen as nn
 
 from lm2_jax.attention import backends
+from lm2_jax.attention.cache import (
+    CACHE_AXES,
+    Cache,
+    append,
+    append_segment,
+    empty_cache,
+    next_block,
+    poison,
+    span_of,
+    visible_cache,
+)
 from lm2_jax.attention.keys import Keys, Queries
 from lm2_jax.attention.softmax import ExtraKV, attend_from_end
 from lm2_jax.decoder import DecoderConfig
@@ -35,6 +46,13 @@ WINDOW_AXES: Any = Window(
 )
 
 
+def window_axes(decoder: DecoderConfig) -> Any:
+    """Logical axes of `Attention.init_window`."""
+    if decoder.max_tokens is not None:
+        return CACHE_AXES
+    return WINDOW_AXES if (decoder.window_tokens or 1) > 1 else None
+
+
 class SegmentKV(NamedTuple):
     """Keys and values that the tokens of a segment may see."""
 
@@ -42,7 +60,9 @@ class SegmentKV(NamedTuple):
     v: Float[Array, "B *J T G K"]
     valid: Bool[Array, "B *J T"] | None = None  # None: all
     document: Int[Array, "B *J T"] | None = None
-    past: Window | None = None  # the window before each segment
+    past: Window | Cache | None = None  # the window before each segment, or the cache before all
+    position: Int[Array, "B *J T"] | None = None  # with a cache, of the queries in their document
+    cut: Bool[Array, " J"] | None = None  # with a cache, where truncated backpropagation cuts
 
 
 class Projected(NamedTuple):
@@ -53,7 +73,7 @@ class Projected(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE; positions count from the segment's start."""
+    """Grouped-query attention with RoPE; positions count from the segment's start, with a cache from the document's."""
 
     decoder: DecoderConfig
     precision: Precision
@@ -77,12 +97,15 @@ class Attention(nn.Module):
         """Keys W carried into the next segment; 0 without a window, and with one that holds only the token itself."""
         return (self.decoder.window_tokens or 1) - 1
 
-    def init_window(self, batch: int) -> Window | None:
-        """An empty window, or None where attention stays in its segment."""
+    def init_window(self, batch: int) -> Window | Cache | None:
+        """An empty window or cache, or None where attention stays in its segment."""
+        d, dtype = self.decoder, jnp.dtype(self.precision.compute)
+        if d.max_tokens is not None:
+            return empty_cache(batch, d.max_tokens, d.num_kv_heads, d.head_dim, dtype)
         if self.window_keys == 0:
             return None
-        shape = (batch, self.window_keys, self.decoder.num_kv_heads, self.decoder.head_dim)
-        zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute))
+        shape = (batch, self.window_keys, d.num_kv_heads, d.head_dim)
+        zeros = jnp.zeros(shape, dtype)
         return Window(zeros, zeros, jnp.zeros(shape[:2], bool), jnp.ones(batch, bool))
 
     def init_keys(self, batch: int, tokens: int) -> ExtraKV:
@@ -100,19 +123,24 @@ class Attention(nn.Module):
         An unrotated key is at position 0, the segment's start: a query's own position then changes the scores of all
         such keys alike, whatever number of segments came before.
         """
-        k = self.k_proj("...d,dgk->...gk", x)
-        return ExtraKV(
-            k if position is None else rotate(k, position, self.frequencies), self.v_proj("...d,dgk->...gk", x)
-        )
+        k, v = self.k_proj("...d,dgk->...gk", x), self.v_proj("...d,dgk->...gk", x)
+        if position is None:
+            return ExtraKV(k, v)
+        k, max_tokens = rotate(k, position, self.frequencies), self.decoder.max_tokens
+        if max_tokens is not None:  # what comes after the limit is NaN, and must not reach what is before it
+            k, v = (jnp.where((position < max_tokens)[..., None, None], a, 0) for a in (k, v))
+        return ExtraKV(k, v)
 
     def output(self, heads: Float[Array, "*lead H K"]) -> Float[Array, "*lead D"]:
         """Merges the heads."""
         return self.o_proj("...hk,hkd->...d", heads)
 
     def project(
-        self, x_BJTD: Float[Array, "B J T D"], window: Window | None, segments: Segments
-    ) -> tuple[Projected, Window | None]:
-        """Queries, keys and values of J full segments, and the window after the last one."""
+        self, x_BJTD: Float[Array, "B J T D"], window: Window | Cache | None, segments: Segments
+    ) -> tuple[Projected, Window | Cache | None]:
+        """Queries, keys and values of J full segments, and the window or cache after the last one."""
+        if isinstance(window, Cache):
+            return self._project_cached(x_BJTD, window, segments)
         k_BJTGK, v_BJTGK = self.kv(x_BJTD)
         past, window = self._windows(k_BJTGK, v_BJTGK, window, segments)
         rotated_BJTGK = rotate(k_BJTGK, jnp.arange(x_BJTD.shape[2]), self.frequencies)
@@ -126,7 +154,7 @@ class Attention(nn.Module):
         own: ExtraKV | None = None,
         position_BS: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B *J S H K"]:
-        """Attends within each segment; `output` merges the heads.
+        """Attends within each segment, or with a cache to the document so far; `output` merges the heads.
 
         Args:
           projected: of one segment or several.
@@ -135,6 +163,8 @@ class Attention(nn.Module):
           position_BS: positions of the queries, where they are a piece of a segment; None: full segments.
         """
         q, kv = projected
+        if isinstance(kv.past, Cache):
+            return self._attend_cached(projected, kv.past, prefix, position_BS)
         lead, whole = q.shape[:-3], position_BS is None
         q, kv, own = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (q, kv, own))
         (R, S), T = q.shape[:2], kv.k.shape[1]
@@ -157,6 +187,53 @@ class Attention(nn.Module):
         y = backends.attend(Queries(q, position_BS, kv.document), sets, self.decoder.window_tokens, kernel)
         y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
         return y.reshape(projected.q.shape)
+
+    def _project_cached(
+        self, x_BJTD: Float[Array, "B J T D"], cache: Cache, segments: Segments
+    ) -> tuple[Projected, Cache]:
+        """As `project`: keys at their positions in the document."""
+        span = span_of(cache, segments)
+        k_BJTGK, v_BJTGK = self.kv(x_BJTD, span.position)
+        past = visible_cache(cache, segments)
+        kv = SegmentKV(k_BJTGK, v_BJTGK, segments.valid, span.document, past, span.position, segments.cut)
+        flat = _flat(SegmentKV(k_BJTGK, v_BJTGK, segments.valid))
+        return Projected(self.q(x_BJTD), kv), append(cache, flat.k, flat.v, flat.valid, span)
+
+    def _attend_cached(
+        self, projected: Projected, past: Cache, prefix: ExtraKV | None, position_BS: Int[Array, "B S"] | None
+    ) -> Float[Array, "B *J S H K"]:
+        """All segments of a call, or a piece of one, attend to the cache and to what is before them in the call."""
+        kv, whole, max_tokens = projected.kv._replace(past=None, cut=None), position_BS is None, self.decoder.max_tokens
+        assert max_tokens is not None
+        q = projected.q
+        q, kv = (_flat(q), _flat(kv)) if whole else (q, kv)
+        position = kv.position
+        assert position is not None
+        q = rotate(q, position, self.frequencies)
+        q = constrain(q, ("batch", "time", "heads", "head")) if whole else q
+        (B, places), T = past.valid.shape, projected.kv.k.shape[-3]
+        zero_BM = None if kv.document is None else jnp.zeros((B, places), jnp.int32)
+        sets = [Keys(*(jnp.broadcast_to(a, (B, *a.shape[1:])) for a in prefix))] if prefix is not None else []
+        is_seen_BM = past.valid & ~past.is_start[:, None]
+        sets.append(Keys(past.k, past.v, np.arange(-places, 0), is_seen_BM, zero_BM))
+        k, v = (_on_each_device(kv.k), _on_each_device(kv.v)) if whole else (kv.k, kv.v)
+        tokens = Keys(k, v, np.arange(k.shape[1]), kv.valid, kv.document)
+        kernel, cut_J = self.decoder.attention_kernel if whole else "plain", projected.kv.cut
+        if cut_J is None or not whole or len(cut_J) == 1:
+            sets.append(tokens)
+        else:  # a query sees the keys of blocks before its own without a gradient
+            kernel = "plain"
+            until_S = jnp.repeat(next_block(cut_J) * T, T)
+            k, v = jax.lax.stop_gradient((k, v))
+            sets += [tokens._replace(until=until_S), tokens._replace(k=k, v=v, position=until_S)]
+        y = backends.attend(Queries(q, position_BS, kv.document), sets, None, kernel)
+        y = poison(y, position, kv.valid, max_tokens)
+        y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
+        return y.reshape(projected.q.shape)
+
+    def first_position(self, window: Window | Cache | None, segment_tokens: int) -> Int[Array, " B"] | int:
+        """The position of a segment's first token; not 0 where a cache says how many segments are before it."""
+        return window.used_segments * segment_tokens if isinstance(window, Cache) else 0
 
     def from_end(
         self, x_BND: Float[Array, "B N D"], kv: ExtraKV, valid_BT: Bool[Array, "B T"]
@@ -186,7 +263,7 @@ class Attention(nn.Module):
         # What is never seen is zero, so that no padding shows in the state.
         k_BJWGK, v_BJWGK = (jnp.where(valid_BJW[..., None, None], a[:, :, -W:], 0) for a in (k_BJTGK, v_BJTGK))
 
-        def step(window: Window, inputs: tuple[Array, ...]) -> tuple[Window, Window]:
+        def step(window: Window, inputs: Any) -> tuple[Window, Window]:
             k, v, valid, any_valid, reset, cut = inputs
             window = stop_where(cut, reset_rows(window, reset, WINDOW_AXES))
             last, none = Window(k, v, valid, jnp.zeros_like(reset)), jax.tree.map(jnp.zeros_like, window)
@@ -194,17 +271,24 @@ class Attention(nn.Module):
             return after, select_rows(any_valid, window, none, WINDOW_AXES)  # rows of padding see no window
 
         per_segment = (k_BJWGK, v_BJWGK, valid_BJW, segments.valid.any(axis=2), segments.reset)
-        inputs = (*(jnp.moveaxis(a, 1, 0) for a in per_segment), segments.cut)
+        inputs: Any = (*(jnp.moveaxis(a, 1, 0) for a in per_segment), segments.cut)
         window, before = jax.lax.scan(step, window, inputs)
         return Window(*(jnp.moveaxis(a, 0, 1) for a in before)), window
 
-    def last_window(self, kv: ExtraKV, window: Window | None) -> Window | None:
+    def last_window(self, kv: ExtraKV, window: Window | Cache | None) -> Window | Cache | None:
         """The window after a segment that arrived in pieces, from its rotated keys; `window` is the one before it."""
         if window is None:
             return None
+        if isinstance(window, Cache):
+            return append_segment(window, kv.k, kv.v)
         W, T = self.window_keys, kv.k.shape[1]
         k = rotate(kv.k[:, T - W :], -jnp.arange(T - W, T), self.frequencies)
         return Window(k, kv.v[:, T - W :], jnp.ones(k.shape[:2], bool), jnp.zeros_like(window.is_start))
+
+
+def _flat(tree: Any) -> Any:
+    """[B J T ...] as [B J*T ...]: the segments of a row, one after the other."""
+    return jax.tree.map(lambda a: a.reshape(len(a), -1, *a.shape[3:]), tree)
 
 
 def _on_each_device(keys: Float[Array, "R S G K"]) -> Float[Array, "R S G K"]:

@@ -2,7 +2,9 @@
 
 from lm2_jax.blocks import context as context
 from lm2_jax.blocks import gate as gate
+from lm2_jax.blocks import heads as heads
 from lm2_jax.blocks import layer as layer
+from lm2_jax.blocks import layer_tokens as layer_tokens
 from lm2_jax.blocks import mixed as mixed
 from lm2_jax.blocks import mixer as mixer
 from lm2_jax.blocks import plain as plain

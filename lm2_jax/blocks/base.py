@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.attention import Attention, ExtraKV
-from lm2_jax.attention.layer import WINDOW_AXES
+from lm2_jax.attention.layer import window_axes
 from lm2_jax.blocks.ports import Buffers, LayerState, OpenLayer, PiecePort, Place, SegmentsPort
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.layers import RMSNorm, SwiGLU, named
@@ -28,6 +28,7 @@ class JoinConfig(Family):
     """Base of all joins, the ways in which a memory meets the decoder; `model.join` of a run."""
 
     layers_field: ClassVar[str] = "join.layers"  # where `memory_layers` come from, for messages
+    takes_full_attention: ClassVar[bool] = False  # whether attention is independent of the memory of its segment
 
     def requires(self) -> tuple[Capability, ...]:
         """What the memory must be capable of: all of one of these sets."""
@@ -71,6 +72,12 @@ class JoinConfig(Family):
             raise ValueError(
                 f"join {self.kind!r} takes a memory of kind {wanted}, got {memory.kind!r}, which {lack}; "
                 "change model.memory or model.join"
+            )
+        if model.decoder.max_tokens is not None and not self.takes_full_attention:
+            kinds = sorted(kind for kind, join in JoinConfig.registry.items() if join.takes_full_attention)
+            raise ValueError(
+                f"join {self.kind!r} takes no full attention, only one within segments; set decoder.max_tokens to None "
+                f"or model.join to one of {kinds}"
             )
         layers = self.memory_layers(model.decoder.num_layers)
         if layers != tuple(sorted(set(layers))) or (
@@ -200,8 +207,7 @@ class Block(nn.Module):
 
     def state_axes(self) -> LayerState:
         """Logical axes of `init_state`."""
-        has_window = self.has_attention and (self.spec.decoder.window_tokens or 1) > 1
-        return LayerState(WINDOW_AXES if has_window else None, None)
+        return LayerState(window_axes(self.spec.decoder) if self.has_attention else None, None)
 
     def init_buffers(self, batch: int, tokens: int) -> Buffers:
         """Buffers of a segment of so many tokens, a stack's prefix and suffix included; needs no parameters."""

@@ -17,6 +17,7 @@ class GateJoin(RunningJoin):
     """
 
     kind: ClassVar[str] = "gate"
+    takes_full_attention: ClassVar[bool] = True
     combine: CombineConfig = Product()
     """How both outputs become one."""
 

@@ -19,6 +19,7 @@ class LayerJoin(RunningJoin):
     """
 
     kind: ClassVar[str] = "layer"
+    takes_full_attention: ClassVar[bool] = True
 
     def block(self) -> type["LayerBlock"]:
         """The block of a layer with memory."""

@@ -83,7 +83,7 @@ class MemoryBlock(Block):
 
     def new_memory(self, **linen: Any) -> Memory:
         """The memory's module; with `parent=None` one that is asked for what needs no parameters."""
-        return self.spec.memory.build(self.spec.decoder.width, self.spec.precision, **linen)
+        return self.spec.memory.build_for(self.spec.decoder, self.spec.precision, **linen)
 
     @property
     def memory_axes(self) -> State:

@@ -19,6 +19,7 @@ class MixerJoin(RunningJoin):
     """
 
     kind: ClassVar[str] = "mixer"
+    takes_full_attention: ClassVar[bool] = True
 
     def requires(self) -> tuple[Capability, ...]:
         """A token must see those before it in its segment; a store shows it past segments only."""

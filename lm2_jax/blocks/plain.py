@@ -12,6 +12,7 @@ class PlainJoin(JoinConfig):
     """A decoder without memory."""
 
     kind: ClassVar[str] = "plain"
+    takes_full_attention: ClassVar[bool] = True
     num_persistent: int = 0
     """Learned rows in each block that every token sees and no text changes."""
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm2_jax.attention import ExtraKV, Projected, SegmentKV, Window
+from lm2_jax.attention import Cache, ExtraKV, Projected, SegmentKV, Window
 from lm2_jax.layers import constrain
-from lm2_jax.memory.base import Metrics, TokenInputs
+from lm2_jax.memory.base import INSIGHT, Metrics, TokenInputs
 from lm2_jax.state import Segments, begin_rows, clear_start, map_axes, reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int, State
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class LayerState(NamedTuple):
     """What one block carries across a segment border."""
 
-    window: Window | None
+    window: Window | Cache | None
     memory: State  # None in a block without a memory of its own
 
 
@@ -75,12 +75,18 @@ class SegmentPort:
         """Attention heads of the segment; see `Attention.attend`."""
         return self.block.attention.attend(projected, _join_kv(self.prefix, prefix), own)
 
+    def project(self, x_BTD: Float[Array, "B T D"]) -> Projected:
+        """Queries, keys and values of normalised tokens, where they depend on the memory."""
+        attention, segment = self.block.attention, self.segment
+        kv = attention.kv(x_BTD, jnp.arange(x_BTD.shape[1]))
+        return Projected(attention.q(x_BTD), SegmentKV(kv.k, kv.v, segment.valid, segment.document))
+
     def own_keys(self, rows_BTD: Array) -> ExtraKV:
         """A key and value per token, at its position, made of one row per token."""
         _declared(self.block, "makes_own_keys", "makes_own_keys", "own_keys")
         return self.block.attention.kv(rows_BTD, jnp.arange(rows_BTD.shape[1]))
 
-    def recall(self, ask: Callable[[Any], Array]) -> Float[Array, "B T D"]:
+    def recall(self, ask: Callable[[Any], Array]) -> Float[Array, "B T *D"]:
         """`ask(prepared)`; tokens of documents that begin inside the segment ask the start of a document."""
         return self._by_document(lambda memory: ask(self.block.prepare(memory)))
 
@@ -101,7 +107,8 @@ class SegmentPort:
             begin_memory(reset_rows(self.reads, every_B, self.block.memory_axes), self.start, self.block.memory_axes)
         )
         self.metrics = metrics
-        return jnp.where((self.segment.document == 0)[:, :, None], y_BTD, start_BTD)
+        is_carried_BT = self.segment.document == 0
+        return jnp.where(is_carried_BT.reshape(*is_carried_BT.shape, *[1] * (y_BTD.ndim - 2)), y_BTD, start_BTD)
 
     def remember(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The memory running along: its answer to each token, while it takes them."""
@@ -117,7 +124,7 @@ class SegmentPort:
         self.after = module.close(opened, self.writes)
         return y_BTD
 
-    def write(self, x_BTD: Float[Array, "B T D"], projected: Projected) -> None:
+    def write(self, x_BTD: Float[Array, "B T D"] | None, projected: Projected) -> None:
         """The memory takes the segment; of several documents only the last one, into the start of a document."""
         document, valid_BT, before = self.segment.document, self.segment.valid, self.writes
         if document is not None:
@@ -127,6 +134,11 @@ class SegmentPort:
             before = begin_memory(reset_rows(before, last_B1[:, 0] > 0, axes), self.start, axes)
         kv = ExtraKV(projected.kv.k, projected.kv.v)
         self.after = self.block.write(x_BTD, kv, valid_BT, before, self.metrics)
+
+    def write_suffix(self, x_BTD: Float[Array, "B T D"]) -> None:
+        """The memory takes the rows that a stack has added after the segment."""
+        rows_BND = x_BTD[:, self.block.spec.segment_tokens :]
+        self.after = self.block.memory.write(rows_BND, self.writes, jnp.ones(rows_BND.shape[:2], bool), self.metrics)
 
 
 class SegmentsPort:
@@ -167,7 +179,7 @@ class SegmentsPort:
             args, segment = inputs
             if not is_shared:  # the stack does this for a memory that all layers share
                 memory = stop_where(segment.cut, reset_rows(memory, segment.reset, axes))
-            has_tokens_B = segment.valid.any(axis=1)
+            has_tokens_B = segment.valid[:, : block.spec.segment_tokens].any(axis=1)  # no rows of a stack
             # Rows of padding compute with the start, so that nothing of their state enters a gradient, not even NaN.
             begun = memory if is_shared else begin_memory(reset_rows(memory, ~has_tokens_B, axes), start, axes)
             reads = shared_start if is_shared else begun
@@ -176,7 +188,7 @@ class SegmentsPort:
             after = clear_start(port.after, axes)
             return select_rows(has_tokens_B, after, memory, axes), (out, port.metrics)
 
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(step, variable_broadcast="params", variable_axes={INSIGHT: 0}, split_rngs={"params": False})
         inputs = (
             by_segment(args),
             segments_first(self.segments),
@@ -216,9 +228,11 @@ class PiecePort:
 
     def project(self, x_BSD: Float[Array, "B S D"]) -> Projected:
         """Queries of the tokens, and keys and values of the segment so far."""
-        attention = self.block.attention
-        kv = self._keep("kv", attention.kv(x_BSD, self.place.position), self.place.slot)
-        return Projected(attention.q(x_BSD), SegmentKV(*kv, past=self.state.window))
+        attention, past = self.block.attention, self.state.window
+        first = attention.first_position(past, self.block.spec.segment_tokens)
+        position_BS = self.place.position + jnp.reshape(first, (-1, 1))
+        kv = self._keep("kv", attention.kv(x_BSD, position_BS), self.place.slot)
+        return Projected(attention.q(x_BSD), SegmentKV(*kv, past=past, position=position_BS))
 
     def attend(self, projected: Projected, prefix: ExtraKV | None = None, own: Any = None) -> Array:
         """Attention heads of the tokens; causality hides the later places of the buffers."""
@@ -257,13 +271,19 @@ class PiecePort:
         self.opened = self.opened._replace(running=running)
         return y_BSD
 
-    def write(self, x_BSD: Float[Array, "B S D"], projected: Projected) -> None:
+    def write(self, x_BSD: Float[Array, "B S D"] | None, projected: Projected) -> None:
         """Keeps what the memory takes at the segment's end, unless attention's keys and values are all it needs."""
         if self.block.is_running:
             running = self.block.memory.absorb(self._inputs(x_BSD), self.opened.running)
             self.opened = self.opened._replace(running=running)
         elif self.opened.buffers.written is not None:
             self._keep("written", x_BSD, self.place.token)
+
+    def write_suffix(self, x_BSD: Float[Array, "B S D"]) -> None:
+        """See `SegmentPort.write_suffix`."""
+        assert self.opened.buffers.written is not None
+        rows, T = self.opened.buffers.written.shape[1], self.block.spec.segment_tokens
+        self._keep("written", x_BSD, jnp.where(self.place.slot >= T, self.place.slot - T, rows))
 
 
 def _declared(block: "Block", found: str, flag: str, method: str) -> None:
@@ -292,6 +312,12 @@ def _join_kv(first: ExtraKV | None, second: ExtraKV | None) -> ExtraKV | None:
 def segments_first(segments: Segments) -> Segments:
     """`Segments` for a scan over them."""
     return by_segment(segments._replace(cut=None))._replace(cut=segments.cut)
+
+
+def one_segment(segment: Segments) -> Segments:
+    """`Segments` with J = 1, of one segment of a scan over `segments_first`."""
+    cut = None if segment.cut is None else segment.cut[None]
+    return jax.tree.map(lambda a: a[:, None], segment._replace(cut=None))._replace(cut=cut)
 
 
 def by_segment(tree: Any) -> Any:

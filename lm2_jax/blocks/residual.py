@@ -10,9 +10,9 @@ from lm2_jax.blocks.base import BlockSpec
 from lm2_jax.blocks.memory_block import LayersJoin, MemoryBlock
 from lm2_jax.blocks.stack import SharedMemory
 from lm2_jax.layers import Vector
-from lm2_jax.memory.bank_reads import attend_slots
+from lm2_jax.memory.bank_reads import attend_slots, slot_weights
 from lm2_jax.memory.bank_writes import Gate
-from lm2_jax.memory.base import Capability, MemoryConfig, Metrics, record
+from lm2_jax.memory.base import READ_WEIGHTS, Capability, MemoryConfig, Metrics, record, reveal
 from lm2_jax.parameters import Role
 from lm2_jax.types import Array, Float, State
 
@@ -124,6 +124,7 @@ class ResidualBlock(MemoryBlock):
         else:
             top_k, output = self.spec.memory.top_k, self.attention.output
             read_BTD = port.recall(lambda rows: output(attend_slots(projected.q, rows, top_k, port.metrics)))
+            reveal(self, READ_WEIGHTS, lambda: slot_weights(projected.q, port.prepared.k, top_k))
         h_BTD = x_BTD + y_BTD + self.gated(read_BTD, port.metrics)
         if self.writes_block_output:
             h_BTD = self.feed_forward(h_BTD)

@@ -1,11 +1,16 @@
 """State of the stack of all blocks: memory tokens that travel with a segment, or one memory for all layers."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.blocks.base import BlockSpec
+from lm2_jax.layers import fsdp_gather, named
 from lm2_jax.memory.base import Memory, Metrics
-from lm2_jax.types import Array, Float, State
+from lm2_jax.memory.tokens import START_AXES
+from lm2_jax.parameters import MEMORY, Role
+from lm2_jax.types import Array, Bool, Float, State
 
 
 class StackMemory(nn.Module):
@@ -82,6 +87,52 @@ class SharedMemory(StackMemory):
     def update(self, state: State, shared: State, suffix_BND: Array | None, metrics: Metrics | None) -> State:
         """What the last block left."""
         return shared
+
+
+class NoState(NamedTuple):
+    """The state of a stack that carries nothing."""
+
+    is_start: Bool[Array, " B"]
+
+
+class ConstantTokens(StackMemory):
+    """Learned rows after each segment, the same for all; the blocks carry what they make of them."""
+
+    def setup(self) -> None:
+        shape, init = (
+            (self.suffix_tokens, self.spec.decoder.width),
+            nn.initializers.normal(self.spec.decoder.width**-0.5),
+        )
+        declared = named(init, START_AXES, Role.START, group=MEMORY)
+        self.start_ND = self.param("start", declared, shape, jnp.dtype(self.spec.precision.params))
+
+    def init_state(self, batch: int) -> NoState:
+        """Nothing."""
+        return NoState(jnp.ones(batch, bool))
+
+    def state_axes(self) -> NoState:
+        """Of nothing."""
+        return NoState(("batch",))  # pyright: ignore[reportArgumentType]
+
+    def start_state(self) -> NoState:
+        """Nothing."""
+        return self.init_state(1)
+
+    @property
+    def suffix_tokens(self) -> int:
+        """m."""
+        return self.spec.memory.stack_tokens
+
+    def suffix(self, state: State) -> Float[Array, "B N D"]:
+        """The m rows."""
+        start_ND = fsdp_gather(
+            self.start_ND.astype(jnp.dtype(self.spec.precision.compute)), START_AXES, ("slots", None)
+        )
+        return jnp.broadcast_to(start_ND[None], (len(state.is_start), *start_ND.shape))
+
+    def update(self, state: State, shared: State, suffix_BND: Array | None, metrics: Metrics | None) -> State:
+        """Nothing."""
+        return state
 
 
 class MemoryTokens(StackMemory):

@@ -1,35 +1,19 @@
-"""Files and folders that a command line names: config files, workdirs, and runs that are replaced."""
+"""Files and folders that a command line names: config files and workdirs."""
 
-import contextlib
-import os
-import pathlib
-import shutil
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
+from lm2_jax import cli
+from lm2_jax.atomic import is_remote
 from lm2_jax.commands.flags import merge
 from lm2_jax.config import RunConfig, from_dict, to_dict
 from lm2_jax.config_file import Source, read_table, take_format
 from lm2_jax.errors import UserError
 from lm2_jax.fields import hints
-from lm2_jax.training.lock import WorkdirLock
-
-# What training writes into a workdir; names that begin with a dot are temporary.
-OF_A_RUN = (
-    "config.json",
-    "checkpoints",
-    "metrics.jsonl",
-    "metrics.damaged.jsonl",
-    "tensorboard",
-    "tracker.json",
-    "tokenizer.json",
-    "tokenizer.model",
-)
-NOT_REPLACED = ("run.lock", "eval")  # in a workdir too; --overwrite leaves them
-ASIDE = ".replaced"  # the old run while a new one with --overwrite is under way
+from lm2_jax.training.replace import holds_run
+from lm2_jax.training.workdir import check_foreign
 
 
 def config_table(path: str, base: dict[str, Any] | None) -> dict[str, Any]:
@@ -55,7 +39,7 @@ def config_table(path: str, base: dict[str, Any] | None) -> dict[str, Any]:
         if not isinstance(name, str) or name not in PRESETS:
             raise UserError(
                 f"--config {path} sets only some of {list(hints(RunConfig))}: name the preset that it changes, as in "
-                f"`train.py quickstart --config {path}`"
+                f"`{cli.program('train')} quickstart --config {path}`"
             )
         base = to_dict(PRESETS[name])
     if isinstance(found, dict):
@@ -96,18 +80,7 @@ def check_workdir(path: str) -> epath.Path:
       UserError: it is a file, or a folder of other files.
     """
     workdir = reachable(path, "--workdir")
-    if not workdir.exists():
-        return workdir
-    if not workdir.is_dir():
-        raise UserError(f"--workdir {path}: expected a folder, this is a file")
-    names = [entry.name for entry in workdir.iterdir()]
-    others = [name for name in names if name not in OF_A_RUN + NOT_REPLACED and not name.startswith(".")]
-    if others and not any(name in OF_A_RUN for name in names):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UserError(
-            f"--workdir {path} holds other files ({', '.join(sorted(others)[:3])}{more}) and no run; choose a new "
-            "folder, or one of a run to resume it"
-        )
+    check_foreign(workdir)
     return workdir
 
 
@@ -122,41 +95,18 @@ def write_text(path: str, text: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: cannot be written: {error}", status=1) from error
 
 
-@contextlib.contextmanager
-def replaced(workdir: epath.Path, overwrite: bool, yes: bool, distributed: bool) -> Iterator[None]:
-    """Keeps the run of a workdir aside while another is trained there, if --overwrite asks for that.
-
-    The old run comes back where the new one fails before its first checkpoint, and is deleted when the new one ends.
+def confirm_overwrite(workdir: epath.Path, yes: bool, distributed: bool) -> None:
+    """Asks whether the run in a workdir is to be replaced, if there is one and `yes` does not say so.
 
     Raises:
-      UserError: the question was not answered with yes; another process trains the run; or several hosts, or a bucket.
+      UserError: the answer was not yes; or several hosts, or a bucket.
     """
-    old = [workdir / name for name in OF_A_RUN if (workdir / name).exists()] if overwrite else []
-    if not old:
-        yield
+    if not holds_run(workdir):
         return
-    if distributed or "://" in os.fspath(workdir):
+    if distributed or is_remote(workdir):
         raise UserError("--overwrite works in a local folder and on one host; choose another --workdir")
     if not yes:
         _ask(workdir)
-    aside = pathlib.Path(workdir) / ASIDE
-    with WorkdirLock(workdir):  # refuses a run that another process trains
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for path in old:
-            pathlib.Path(path).rename(aside / path.name)
-    try:
-        yield
-    except BaseException:
-        checkpoints = pathlib.Path(workdir) / "checkpoints"
-        if not checkpoints.exists() or not any(entry.name.isdigit() for entry in checkpoints.iterdir()):
-            for name in OF_A_RUN:
-                _remove(pathlib.Path(workdir) / name)
-                if (aside / name).exists():
-                    (aside / name).rename(pathlib.Path(workdir) / name)
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _ask(workdir: epath.Path) -> None:
@@ -165,10 +115,3 @@ def _ask(workdir: epath.Path) -> None:
         raise UserError(f"--overwrite would delete the run in {workdir}; without a terminal to ask, add --yes")
     if input(question).strip().lower() not in ("y", "yes"):
         raise UserError(f"--overwrite was not confirmed; the run in {workdir} stays as it was")
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -86,23 +86,43 @@ def apply(roots: Sequence[tuple[type, dict[str, Any]]], flags: Sequence[Flag]) -
     Raises:
       UserError: no such flag, with what may have been meant, or a value that is none of the field's type.
     """
-    kinds = [flag for flag in flags if (field := find(roots, flag.name)) and group(field.hint)]
-    for flag in sorted(kinds, key=lambda flag: flag.name.count(".")):
+    problems = apply_all(roots, flags)
+    if problems:
+        raise problems[0]
+
+
+def apply_all(roots: Sequence[tuple[type, dict[str, Any]]], flags: Sequence[Flag]) -> list[UserError]:
+    """`apply`, which leaves wrong flags out and gives the errors about them."""
+    problems: list[UserError] = []
+    values: list[Flag] = []
+
+    def attempt(flag: Flag) -> None:
+        try:
+            _apply_one(roots, flag)
+        except UserError as error:
+            problems.append(error)
+
+    for flag in sorted(flags, key=lambda flag: flag.name.count(".")):  # a kind decides which fields are below it
         field = find(roots, flag.name)
-        assert field is not None
-        field.table[field.key] = _choose(field, flag)
-    for flag in flags:
-        if flag in kinds:
-            continue
-        field, value = find(roots, flag.name), None
-        if field is None:
-            section, _, last = flag.name.rpartition(".")
-            name = f"{section}.{last.removeprefix('no_')}".lstrip(".")
-            field = find(roots, name) if last.startswith("no_") else None
-            if field is None or bare(field.hint) is not bool or flag.words:
-                raise UserError(f"{flag.typed}: no such option.{suggestion(roots, flag.name)}")
-            value = False
-        field.table[field.key] = parse(field.hint, flag) if value is None else value
+        if field is not None and group(field.hint):
+            attempt(flag)
+        else:
+            values.append(flag)
+    for flag in values:
+        attempt(flag)
+    return problems
+
+
+def _apply_one(roots: Sequence[tuple[type, dict[str, Any]]], flag: Flag) -> None:
+    field = find(roots, flag.name)
+    if field is not None:
+        field.table[field.key] = _choose(field, flag) if group(field.hint) else parse(field.hint, flag)
+        return
+    section, _, last = flag.name.rpartition(".")
+    field = find(roots, f"{section}.{last.removeprefix('no_')}".lstrip(".")) if last.startswith("no_") else None
+    if field is None or bare(field.hint) is not bool or flag.words:
+        raise UserError(f"{flag.typed}: no such option.{suggestion(roots, flag.name)}")
+    field.table[field.key] = False
 
 
 def find(roots: Iterable[tuple[type, dict[str, Any]]], name: str) -> Field | None:
@@ -284,6 +304,9 @@ def is_group(hint: Any) -> bool:
 def suggestion(roots: Sequence[tuple[type, dict[str, Any]]], name: str) -> str:
     """What an unknown flag may have meant: of another kind, the usual name elsewhere, or one spelled alike."""
     known = [flag for flag, hint, _ in all_flags(roots) if not is_group(hint)]
+    family, colon, kind = name.partition(":")
+    if colon and family in known:
+        return f" Did you mean --{family.replace('_', '-')} {kind}?"
     section, _, last = name.rpartition(".")
     kind = _of_another_kind(roots, section, last)
     if kind:

@@ -1,8 +1,9 @@
-"""Reads text into a memory and answers prompts: `generate.py --workdir W [--read FILE ...] [--prompt TEXT]`.
+"""Reads text into a memory and answers prompts.
 
-generate.py --workdir W --read book.txt --save-memory book.memory
-generate.py --workdir W --memory book.memory --prompt "Where is the key?"
-generate.py --workdir W --memory book.memory --prompts questions.jsonl --out answers.jsonl
+--workdir W --read book.txt --save-memory book.memory
+--workdir W --memory book.memory --prompt "Where is the key?"
+--workdir W --memory book.memory --prompts questions.jsonl --out answers.jsonl
+--workdir W --memory book.memory --chat
 """
 
 import argparse
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
+from lm2_jax import cli
 from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_file
 from lm2_jax.inference.sampling import Sampling
 
 if TYPE_CHECKING:
+    from lm2_jax.inference.chat import ChatTemplate
     from lm2_jax.inference.engine import Engine, Request
     from lm2_jax.inference.snapshot import MemorySnapshot
     from lm2_jax.runs import Run
@@ -31,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     _check(options)
     # Everything that can be wrong with files is found before the model is loaded.
+    from lm2_jax.inference.chat import ChatTemplate
     from lm2_jax.inference.reading import TextFile
-    from lm2_jax.inference.saving import ReadProgress, read_and_save
 
     sampling = _sampling(options)
     files = [TextFile.open(path) for path in options.read or ()]
@@ -44,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--out {options.out} exists; it is not overwritten. Choose another file, or delete it")
     text = _prompt_text(options)
     run = _load(options)
+    template = ChatTemplate.load(options.workdir or options.model, run.tokenizer) if options.chat else None
     memory = None
+    if template is not None:
+        return _chat(run, template, files, options, sampling)
     if files or options.memory or options.save_memory:
-        progress = ReadProgress(sum(file.size for file in files))
-        memory = read_and_save(run, files, options.memory, options.save_memory, options.every, progress)
+        memory = _read(run, files, options, options.save_memory)
     engine = _engine(run, memory, options)
     if options.prompts:
         _answer_file(engine, run, prompts, options, sampling)
@@ -56,9 +61,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print_answer(engine, _request(tokens, 0, options, sampling))
 
 
+def _read(run: "Run", files: list[Any], options: argparse.Namespace, save_to: str | None) -> "MemorySnapshot":
+    from lm2_jax.inference.saving import ReadProgress, read_and_save
+
+    progress = ReadProgress(sum(file.size for file in files))
+    return read_and_save(run, files, options.memory, save_to, options.every, progress)
+
+
+def _chat(
+    run: "Run", template: "ChatTemplate", files: list[Any], options: argparse.Namespace, sampling: Sampling
+) -> None:
+    """A conversation on the terminal; each line of standard input is a message."""
+    from lm2_jax.inference.chat import Chat
+
+    memory = _read(run, files, options, None) if files or options.memory else None
+    chat = Chat(run, template, memory)
+    if sys.stdin.isatty():
+        print("Type a message; Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, UnicodeDecodeError) as error:
+            if isinstance(error, UnicodeDecodeError):
+                raise UserError(f"standard input: expected UTF-8 text: {error}") from error
+            break
+        if text.strip():
+            _print_pieces(chat.say(text, options.max_new_tokens, sampling, tuple(options.stop)))
+    if options.save_memory:
+        chat.finish().save(options.save_memory)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.program("generate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
     model.add_argument("--workdir", metavar="W", help="folder or bucket of a run that train.py wrote")
@@ -101,17 +136,6 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(options, flag)}: expected a number of at least {least}")
     if (options.prompts is None) != (options.out is None):
         raise UserError("--prompts IN.jsonl and --out OUT.jsonl are used together")
-    if options.chat:
-        _refuse_chat(options.workdir or options.model)
-
-
-def _refuse_chat(folder: str) -> None:
-    """A conversation needs a chat template, and no kind of template can be used yet."""
-    names = ("chat_template.jinja", "tokenizer_config.json")
-    found = [name for name in names if (epath.Path(folder) / name).exists()]
-    if not found:
-        raise UserError(f"--chat: {folder} has no chat template ({' or '.join(names)}); use --prompt TEXT")
-    raise UserError(f"--chat: this version cannot use the chat template in {found[0]}; use --prompt TEXT")
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
@@ -201,11 +225,15 @@ def _request(tokens: np.ndarray, index: int, options: argparse.Namespace, sampli
 
 def _print_answer(engine: "Engine", request: "Request") -> None:
     """Shows an answer as it comes."""
+    _print_pieces(piece.text for piece in engine.generate([request]))
+
+
+def _print_pieces(texts: Iterator[str]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        for piece in engine.generate([request]):
-            print(piece.text, end="", flush=True)
+        for text in texts:
+            print(text, end="", flush=True)
         print(flush=True)
     except BrokenPipeError:  # the reader of a pipe has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`train.py --list`: presets by family, with size, tokens a step, hardware and purpose."""
+"""`lm2 list`: presets by family, with size, tokens a step, hardware and purpose."""
 
 import json
 import pathlib
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax import cli
 from lm2_jax.config import ModelConfig, RunConfig
 from lm2_jax.model import LanguageModel
 from lm2_jax.presets import FAMILIES, PRESETS
@@ -48,7 +49,8 @@ def table() -> str:
             lines.append(
                 f"{f'  {name}':<{width}}  {_short(size):>10}  {tokens_per_step(run):>11,}  {family.purpose(name)}"
             )
-    return "\n".join([*lines, "", "train.py PRESET trains one; train.py PRESET --help shows its options"])
+    train = cli.program("train")
+    return "\n".join([*lines, "", f"{train} PRESET trains one; {train} PRESET --help shows its options"])
 
 
 def names_by_family() -> str:

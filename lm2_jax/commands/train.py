@@ -1,15 +1,6 @@
-"""Trains a preset, or resumes a run: `train.py PRESET [--workdir W] [--section.field VALUE ...]`.
+"""Trains a preset, or resumes a run: `lm2 train PRESET [--workdir W] [--section.field VALUE ...]`."""
 
-    train.py --list                                       presets by family
-    train.py PRESET --help                                every option, the most used first
-    train.py PRESET --text PATH                           trains on your own text
-    train.py PRESET --model.memory titans --model.join context
-    train.py --config runs/a/config.json --workdir runs/b
-
-The same command again resumes the run of its workdir. With --compile-only the train step is compiled for a TPU slice,
-on any machine, and its costs are printed.
-"""
-
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 from etils import epath
 
+from lm2_jax import cli
 from lm2_jax.aot.compile_only import CompileConfig, compile_and_report
 from lm2_jax.checkpoint import saved_steps
 from lm2_jax.commands import files, flags, joins
@@ -37,6 +29,18 @@ from lm2_jax.training.hosts import join_hosts
 from lm2_jax.training.profile import ProfileConfig
 
 HELP = ("-h", "--help")
+INTRODUCTION = """\
+Trains a preset, or resumes a run: `{train} PRESET [--workdir W] [--section.field VALUE ...]`.
+
+    {train} --list                                       presets by family
+    {train} PRESET --help                                every option, the most used first
+    {train} PRESET --text PATH                           trains on your own text
+    {train} PRESET --model.memory titans --model.join context
+    {train} --config runs/a/config.json --workdir runs/b
+
+The same command again resumes the run of its workdir. With --compile-only the train step is compiled for a TPU slice,
+on any machine, and its costs are printed.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,8 @@ class TrainOptions:
     init: InitConfig = InitConfig()
     """The first weights."""
     overwrite: bool = False
-    """Replaces the run in the workdir, after a question; it is kept aside until the new run has ended."""
+    """Replaces the run in the workdir, after a question. The old run is kept in WORKDIR/.replaced until the new one
+    ends without an error, and comes back where the new one ends before its first checkpoint."""
     yes: bool = False
     """Answers the question of --overwrite."""
     plan: bool = False
@@ -90,10 +95,12 @@ def parse(arguments: Sequence[str]) -> Command | None:
     """The run and the options of a command line; None where it only asks for help or the list, which is printed.
 
     Raises:
-      UserError: an unknown preset or option, a value that is none, or fields that do not go together.
+      UserError: an unknown preset or option, a value that is none, or fields that do not go together; after the help,
+        too, if it was asked for with such options.
     """
     wants_help = any(word in HELP for word in arguments)
     words, typed = flags.split([word for word in arguments if word not in HELP])
+    program = cli.program("train")
     if any(flag.name == "list" for flag in typed):
         return _show_list()
     if len(words) > 1:
@@ -101,17 +108,24 @@ def parse(arguments: Sequence[str]) -> Command | None:
     if wants_help and not words:
         from lm2_jax.commands.overview import names_by_family
 
-        print(f"{__doc__}\nPresets by family:\n{names_by_family()}\n\nPRESET --help shows the options.")
+        print(INTRODUCTION.format(train=program))
+        print(f"Presets by family:\n{names_by_family()}\n\nPRESET --help shows the options.")
         return None
     table, options = _start(words, typed), flags.default_table(TrainOptions)
     roots = [(RunConfig, table), (TrainOptions, options)]
+    chooses_memory = any(flag.name == "model.memory" for flag in typed)
+    chooses_join = any(flag.name == "model.join" for flag in typed)
     if wants_help:
         from lm2_jax.commands.usage import show_help
 
-        show_help(f"train.py {words[0]} [--option VALUE ...]", roots)
+        problems = flags.apply_all(roots, typed)
+        if chooses_memory and not chooses_join:
+            with contextlib.suppress(UserError):  # several joins fit: the options of the memory are shown all the same
+                joins.choose_join(table["model"])
+        show_help(f"{program} {' '.join(words)} [--option VALUE ...]", roots, problems)
         return None
     flags.apply(roots, typed)
-    if any(flag.name == "model.memory" for flag in typed) and not any(flag.name == "model.join" for flag in typed):
+    if chooses_memory and not chooses_join:
         joins.choose_join(table["model"])
     run = from_dict(RunConfig, table, "", flags.FLAGS)
     return Command(
@@ -129,7 +143,8 @@ def _start(words: Sequence[str], typed: Sequence[Flag]) -> dict[str, Any]:
     """The table that flags change: of the preset, of --text, and of the file of --config."""
     preset, text, config = words[0] if words else None, _last(typed, "text"), _last(typed, "config")
     if preset is None and config is None:
-        raise UserError("expected a preset, as in `train.py quickstart`; `train.py --list` shows all")
+        train = cli.program("train")
+        raise UserError(f"expected a preset, as in `{train} quickstart`; `{train} --list` shows all")
     if preset is not None and preset not in PRESETS:
         from lm2_jax.commands.overview import unknown_preset
 
@@ -193,13 +208,12 @@ def train(run: RunConfig, options: TrainOptions, mesh: Any) -> None:
         join_hosts()
     check_memory(run, jax.devices())
     layout = Layout(make_mesh(mesh(jax.device_count())), config=run)
-    source, more = options.init.from_, {}
-    if source is not None:
-        more = {"init_from": source}
-        if options.overwrite or not saved_steps(workdir):
-            check_first_weights(source, run)
-    with files.replaced(workdir, options.overwrite, options.yes, options.distributed):
-        outcome = fit(run, workdir, layout, options.profiling, **more)
+    source = options.init.from_
+    if source is not None and (options.overwrite or not saved_steps(workdir)):
+        check_first_weights(source, run)
+    if options.overwrite:
+        files.confirm_overwrite(workdir, options.yes, options.distributed)
+    outcome = fit(run, workdir, layout, options.profiling, options.init.from_, options.overwrite)
     _report_missing_trace(options.profiling)
     sys.exit(outcome.status)
 

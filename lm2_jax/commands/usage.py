@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lm2_jax.commands import flags
+from lm2_jax.errors import UserError
 from lm2_jax.fields import bare, hints, optional
 from lm2_jax.registry import Family
 
@@ -43,8 +44,16 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def show_help(usage: str, roots: Sequence[tuple[type, dict[str, Any]]]) -> None:
-    """Prints the options of a program with their present values."""
+def show_help(usage: str, roots: Sequence[tuple[type, dict[str, Any]]], problems: Sequence[UserError] = ()) -> None:
+    """Prints the options of a program with their present values.
+
+    Args:
+      usage: first line.
+      roots: each class of top-level fields with its table, as changed by the options of this call.
+      problems: options of this call that are wrong.
+    Raises:
+      UserError: after the help, if there are problems.
+    """
     groups: dict[str, list[str]] = {}
     lines: dict[str, str] = {}
     for name, hint, value in flags.all_flags(roots):
@@ -58,6 +67,8 @@ def show_help(usage: str, roots: Sequence[tuple[type, dict[str, Any]]]) -> None:
         if names:
             print(f"{title or 'this call'}:")
             print("\n".join(lines[name] for name in names) + "\n")
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
 
 
 def _doc(roots: Sequence[tuple[type, dict[str, Any]]], name: str) -> str:

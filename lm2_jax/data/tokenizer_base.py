@@ -102,6 +102,10 @@ class FileTokenizer:
         """Every token's name and id."""
         raise NotImplementedError
 
+    def special_ids(self) -> dict[str, int]:
+        """Tokens that no text becomes, by name, such as the marks of a chat template."""
+        return {}
+
     def behaviour(self) -> bytes:
         """All that decides the tokens of a text, equal for every version of the library."""
         raise NotImplementedError

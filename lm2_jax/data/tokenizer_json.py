@@ -119,6 +119,9 @@ class JsonTokenizer(FileTokenizer):
     def vocabulary(self) -> dict[str, int]:
         return self._inner.get_vocab(with_added_tokens=True)
 
+    def special_ids(self) -> dict[str, int]:
+        return {name: token for token in self._reserved if (name := self._inner.id_to_token(token))}
+
     def behaviour(self) -> bytes:
         plain = json.loads(self._inner.to_str())
         parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")

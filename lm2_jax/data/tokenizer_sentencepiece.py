@@ -69,6 +69,9 @@ class SentencePieceTokenizer(FileTokenizer):
     def vocabulary(self) -> dict[str, int]:
         return {self._inner.id_to_piece(i): i for i in range(self.vocab_size)}
 
+    def special_ids(self) -> dict[str, int]:
+        return {self._inner.id_to_piece(token): token for token in self._reserved}
+
     def behaviour(self) -> bytes:
         return hashlib.sha256(self._model).digest()  # the file is kept byte for byte
 

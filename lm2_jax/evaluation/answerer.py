@@ -17,6 +17,7 @@ from lm2_jax.data.text_tokens import Encoder
 from lm2_jax.data.tokenizers import token_array
 from lm2_jax.inference.engine import Engine, Request
 from lm2_jax.layout import Layout, replicated
+from lm2_jax.length import check_segments
 from lm2_jax.loss import token_losses
 from lm2_jax.runs import Run, load_run
 from lm2_jax.training.workdir import read_config
@@ -193,6 +194,7 @@ class RunAnswerer:
             return self._on_host(predicted_BS)[: len(batch.tokens)]
 
     def _score(self, tokens: Any, targets: Any, state: Any, reset: Any, valid: Any, document: Any) -> Any:
+        check_segments(self.run.config.model, state, tokens.shape, reset, valid, document)
         chunk = self.run.config.loss.time_chunk
         return _score(self.run.model, chunk, self.run.params, tokens, targets, state, reset, valid, document)
 

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from lm2_jax import atomic
 from lm2_jax.config import to_dict
 from lm2_jax.runs import Run
-from lm2_jax.training.hosts import everyone, together
+from lm2_jax.training.hosts import all_gather_hosts, run_on_all_hosts
 from lm2_jax.types import Array, PyTree
 
 
@@ -46,7 +46,7 @@ class AnswerLog:
 
     def __init__(self, path: epath.Path, identity: Mapping[str, Any], resume: bool = True):
         self._path, self._identity = path, dict(identity)
-        content = _from_first(together(self._repaired if jax.process_index() == 0 else bytes))
+        content = _from_first(run_on_all_hosts(self._repaired if jax.process_index() == 0 else bytes))
         self._answers: dict[str, dict[str, Any]] = {}
         for line in content.splitlines() if resume else []:
             answer = _parsed(line)
@@ -71,7 +71,7 @@ class AnswerLog:
         """
         lines = {id: {"id": id, **answer} for id, answer in answers.items()}
         content = to_lines(lines.values())
-        together(lambda: self._write(content) if jax.process_index() == 0 else None)
+        run_on_all_hosts(lambda: self._write(content) if jax.process_index() == 0 else None)
         self._answers |= lines
 
     def final(self, ids: Iterable[str]) -> bytes:
@@ -135,7 +135,7 @@ def _from_first(content: bytes) -> bytes:
     """The first process's bytes, on all processes."""
     if jax.process_count() == 1:
         return content
-    size = int(everyone(np.int32(len(content)))[0])
+    size = int(all_gather_hosts(np.int32(len(content)))[0])
     if not size:
         return b""
     mine = np.zeros(size, np.uint8)

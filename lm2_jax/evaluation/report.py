@@ -106,7 +106,7 @@ def heat_map(panels: Mapping[str, tuple[Cells, Cells]], title: str, note: str, a
 
     sizes = [tuple(map(len, names_of(cells))) for cells, _ in panels.values()]
     width = 1.2 + sum(1.2 + 0.95 * max(columns, 3) for _, columns in sizes)
-    figure = _figure(max(width, 5.0), 2.5 + 0.55 * max(max(rows for rows, _ in sizes), 2))
+    figure = new_figure(max(width, 5.0), 2.5 + 0.55 * max(max(rows for rows, _ in sizes), 2))
     colours = ["#c0392b", "#e67e5a", "#f6d98b", "#a8d08d", "#2e8b57"]
     stops = [0.0, POOR / 100, (POOR + GOOD) / 200, GOOD / 100, 1.0]
     scale = LinearSegmentedColormap.from_list("verdict", list(zip(stops, colours, strict=True)))
@@ -121,7 +121,7 @@ def heat_map(panels: Mapping[str, tuple[Cells, Cells]], title: str, note: str, a
     bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(_wrapped(note, max(width, 5.0)), fontsize=7.5, color="#555555")
-    return _png(figure)
+    return to_png(figure)
 
 
 class Curve(NamedTuple):
@@ -142,7 +142,13 @@ class Marks(NamedTuple):
 
 
 def accuracy_plot(
-    curves: Mapping[str, Curve], marks: Marks, title: str, labels: tuple[str, str], note: str = ""
+    curves: Mapping[str, Curve],
+    marks: Marks,
+    title: str,
+    labels: tuple[str, str],
+    note: str = "",
+    *,
+    log_x: bool = False,
 ) -> bytes:
     """A PNG of accuracy curves with their 95% confidence intervals.
 
@@ -152,8 +158,9 @@ def accuracy_plot(
       title: above the picture.
       labels: of the x and the y axis.
       note: the caption.
+      log_x: whether the x axis is logarithmic.
     """
-    figure = _figure(7.6, 4.9)
+    figure = new_figure(7.6, 4.9)
     plot = figure.add_subplot()
     for name, (x, correct, asked) in curves.items():
         if not len(x):
@@ -167,6 +174,8 @@ def accuracy_plot(
     if marks.trained is not None:
         plot.axvline(marks.trained, color="#777777", linestyle="--", linewidth=1.0, label=marks.trained_name)
     plot.set_ylim(0, 102)
+    if log_x:
+        plot.set_xscale("log")
     plot.grid(alpha=0.3)
     plot.spines[["top", "right"]].set_visible(False)
     plot.set_xlabel(labels[0])
@@ -174,10 +183,10 @@ def accuracy_plot(
     plot.set_title(title, fontsize=11)
     plot.legend(frameon=False, fontsize=8)
     figure.supxlabel(_wrapped(note, 7.6), fontsize=7.5, color="#555555")
-    return _png(figure)
+    return to_png(figure)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure with its own canvas instead of pyplot's: no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -187,7 +196,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """A figure as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=160)
     return content.getvalue()

@@ -11,7 +11,7 @@ from lm2_jax import atomic
 from lm2_jax.evaluation.answerer import LayoutOf, RunAnswerer
 from lm2_jax.folders import prepare_folder
 from lm2_jax.registry import Family
-from lm2_jax.training.hosts import together
+from lm2_jax.training.hosts import run_on_all_hosts
 
 
 class Output:
@@ -83,11 +83,11 @@ class Suite(Family):
         evaluation = self.plan(answerers)
         folder = epath.Path(self.evaluated()[0]) / "eval" if self.out is None else epath.Path(self.out)
         is_first = jax.process_index() == 0
-        together(lambda: prepare_folder(folder) if is_first else folder)
+        run_on_all_hosts(lambda: prepare_folder(folder) if is_first else folder)
         output = Output(folder)
         contents: dict[epath.PathLike, bytes | str] = {
             folder / name: content for name, content in evaluation(output).items()
         }
-        together(lambda: atomic.write_files(contents) if is_first else [])
+        run_on_all_hosts(lambda: atomic.write_files(contents) if is_first else [])
         for path in contents:
             output.show(f"wrote {path}")

@@ -21,6 +21,7 @@ from lm2_jax.inference.sampling import Sampling, SamplingRows, choose, sampling_
 from lm2_jax.inference.snapshot import MemorySnapshot, empty_memory
 from lm2_jax.inference.texts import AnswerText
 from lm2_jax.layout import Layout, replicated
+from lm2_jax.length import check_tokens
 from lm2_jax.model import LanguageModel, ModelState, StreamState
 from lm2_jax.state import select_rows
 from lm2_jax.types import Array, Bool, Float, Int
@@ -40,6 +41,7 @@ class Request:
     max_new_tokens: int = 64
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()  # the text ends before the first of these strings
+    end_ids: tuple[int, ...] = ()  # tokens that end the answer, besides the one that ends a document
 
 
 class Piece(NamedTuple):
@@ -99,7 +101,8 @@ class Engine:
         Yields:
           Text as it is known, and with the last piece of an answer the answer.
         Raises:
-          UserError: an empty prompt after an empty memory, or a token outside the vocabulary.
+          UserError: an empty prompt after an empty memory, a token outside the vocabulary, or a text that would be
+            longer than `decoder.max_tokens`.
         """
         waiting = iter(requests)
         rows: list[_Row | None] = [None] * self._rows
@@ -141,6 +144,8 @@ class Engine:
         size = self._run.config.model.vocab_size
         if len(row.rest) and (row.rest.min() < 0 or row.rest.max() >= size):
             raise UserError(f"prompt {request.index} has tokens outside the model's vocabulary of {size}")
+        # The last token that is generated is not read.
+        check_tokens(self._run.config.model, self._memory.state, len(row.rest) + request.max_new_tokens - 1)
 
     def _read(self, rows: list[_Row | None], cells: Cells) -> Cells:
         """One full segment of the rows that have one to read; the rest of the prompt where there is none."""
@@ -192,7 +197,7 @@ class Engine:
             if row is None or token < 0:
                 continue
             answer, request = row.answer, row.request
-            is_end = token == self._run.tokenizer.eos_id
+            is_end = token == self._run.tokenizer.eos_id or token in request.end_ids
             text = "" if is_end else answer.push(int(token))
             if is_end or answer.is_stopped or len(answer.ids) == request.max_new_tokens:
                 rows[index] = None

@@ -15,6 +15,7 @@ from lm2_jax import streaming
 from lm2_jax.errors import UserError
 from lm2_jax.inference.snapshot import MemorySnapshot, Source, empty_memory
 from lm2_jax.inference.texts import token_pieces
+from lm2_jax.length import check_segments
 
 if TYPE_CHECKING:
     from lm2_jax.runs import Run
@@ -67,6 +68,7 @@ class Reader:
         state, logits_V = memory.state, memory.logits_V
         if len(open_tokens) == T:
             is_fed_B = np.ones(1, bool)
+            check_segments(run.config.model, state, (1, T))
             logits_BV, state = streaming.read_segment(run.model, run.params, state, open_tokens[None], is_fed_B)
             logits_V, open_tokens = logits_BV[0], open_tokens[:0]
         # Replaced at once, so that an interrupt leaves a memory that is consistent.
@@ -121,9 +123,10 @@ class TextFile:
     size: int
     sha256: str
     modified: str
+    flag: str = "--read"  # what the user calls it, for messages
 
     @classmethod
-    def open(cls, path: epath.PathLike) -> "TextFile":
+    def open(cls, path: epath.PathLike, flag: str = "--read") -> "TextFile":
         """Reads the file once to check it.
 
         Raises:
@@ -132,22 +135,22 @@ class TextFile:
         file = epath.Path(path)
         try:
             if file.is_dir():
-                raise UserError(f"--read {path}: expected a text file, this is a folder; name its files")
+                raise UserError(f"{flag} {path}: expected a text file, this is a folder; name its files")
             if not file.exists():
-                raise UserError(f"--read {path}: no such file")
+                raise UserError(f"{flag} {path}: no such file")
             if not file.is_file():
-                raise UserError(f"--read {path}: expected a file, which can be read twice; this is a device or a pipe")
+                raise UserError(f"{flag} {path}: expected a file, which can be read twice; this is a device or a pipe")
             digest, size = hashlib.sha256(), 0
-            for raw, _ in _decoded(file):
+            for raw, _ in _decoded(file, flag):
                 digest.update(raw)
                 size += len(raw)
             mtime = file.stat().mtime
         except OSError as error:
-            raise UserError(f"--read {path}: cannot be read: {error}", status=1) from error
+            raise UserError(f"{flag} {path}: cannot be read: {error}", status=1) from error
         if not size:
-            raise UserError(f"--read {path}: the file is empty; expected text")
+            raise UserError(f"{flag} {path}: the file is empty; expected text")
         modified = datetime.datetime.fromtimestamp(int(mtime), datetime.UTC).isoformat()
-        return cls(file, size, digest.hexdigest(), modified)
+        return cls(file, size, digest.hexdigest(), modified, flag)
 
     def chunks(self, at_byte: Callable[[int], None] = lambda byte: None) -> Iterator[str]:
         """The text in chunks; `at_byte` is called with the bytes read so far.
@@ -157,15 +160,15 @@ class TextFile:
         """
         digest, size = hashlib.sha256(), 0
         try:
-            for raw, text in _decoded(self.path):
+            for raw, text in _decoded(self.path, self.flag):
                 digest.update(raw)
                 size += len(raw)
                 at_byte(size)
                 yield text
         except OSError as error:
-            raise UserError(f"--read {self.path}: cannot be read: {error}", status=1) from error
+            raise UserError(f"{self.flag} {self.path}: cannot be read: {error}", status=1) from error
         if digest.hexdigest() != self.sha256:
-            raise UserError(f"--read {self.path}: the file was changed while it was read; read it again", status=1)
+            raise UserError(f"{self.flag} {self.path}: the file was changed while it was read; read it again", status=1)
 
     @property
     def source(self) -> Source:
@@ -173,7 +176,7 @@ class TextFile:
         return Source(self.path.name, self.sha256, 0, False, self.modified)
 
 
-def _decoded(path: epath.Path) -> Iterator[tuple[bytes, str]]:
+def _decoded(path: epath.Path, flag: str) -> Iterator[tuple[bytes, str]]:
     """The bytes of a file and their text, chunk by chunk; a mark of the byte order is left out."""
     decoder, start = codecs.getincrementaldecoder("utf-8-sig")(), 0
     with path.open("rb") as file:
@@ -183,11 +186,11 @@ def _decoded(path: epath.Path) -> Iterator[tuple[bytes, str]]:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"--read {path}: expected UTF-8 text, but near byte {start + error.start:,} it is none "
+                    f"{flag} {path}: expected UTF-8 text, but near byte {start + error.start:,} it is none "
                     f"({error.reason}); convert the file to UTF-8 or choose another"
                 ) from error
             if "\0" in text:
-                raise UserError(f"--read {path}: expected text, but it contains zero bytes; it is a binary file")
+                raise UserError(f"{flag} {path}: expected text, but it contains zero bytes; it is a binary file")
             start += len(raw)
             if not raw:
                 if text:

@@ -11,7 +11,7 @@ import numpy as np
 from lm2_jax.interop.names import from_hf, hf_name
 from lm2_jax.interop.source import Source
 from lm2_jax.params import Entry, entries, without_layers
-from lm2_jax.training.state import Plan, _first_params, _unbox
+from lm2_jax.training.state import Plan
 from lm2_jax.types import PyTree
 
 
@@ -61,7 +61,7 @@ def load_params(plan: Plan, shardings: PyTree, reader: Reader, zeros: Iterable[s
     missing = [index for index in range(len(found)) if not read[index]]
 
     def initial() -> list[Any]:
-        values = jax.tree.leaves(_unbox(_first_params(plan.config, plan.model)))
+        values = jax.tree.leaves(plan.first_params())
         return [jnp.zeros_like(values[i]) if i in at_zero else values[i] for i in missing]
 
     if missing:  # what is not returned is not computed

@@ -148,7 +148,7 @@ def _write_checkpoint(
     workdirs.check_space(epath.Path(folder), config, plan.shapes)
     with layout.context(), Checkpoints(folder, config, encoder.fingerprint) as checkpoints:
         params = load_params(plan, shardings.params, source_reader(source), start.zeros)
-        state = jax.jit(plan._first_state, out_shardings=shardings, donate_argnums=0)(params)
+        state = jax.jit(plan.first_state, out_shardings=shardings, donate_argnums=0)(params)
         checkpoints.save(0, state, None)
         checkpoints.finish()
 

@@ -1,5 +1,7 @@
 """Memories; importing a module here registers it."""
 
+from lm2_jax.memory import associative as associative
+from lm2_jax.memory import compressive as compressive
 from lm2_jax.memory import gated_bank as gated_bank
 from lm2_jax.memory import gated_delta as gated_delta
 from lm2_jax.memory import none as none

@@ -12,11 +12,13 @@ Whole segments, streams of pieces, resets, padding and packed documents are deri
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.parameters import MEMORY
 from lm2_jax.precision import Precision
 from lm2_jax.registry import Family
@@ -24,6 +26,8 @@ from lm2_jax.state import check_state
 from lm2_jax.types import Array, Bool, Float, Int, State
 
 Metrics = dict[str, Array]  # scalars by name, to which a call adds
+INSIGHT = "insight"  # the collection of what `reveal` keeps: arrays per token, for `lm2_jax.inspect`
+READ_WEIGHTS = "read_weights"  # [B T H N]: the share of each slot in what a token reads; only where there are slots
 
 
 class Capability(enum.Flag):
@@ -37,6 +41,8 @@ class Capability(enum.Flag):
     RUNNING = enum.auto()  # `advance`: a token sees what the tokens of its segment up to it have written
     SHAREABLE = enum.auto()  # one state may serve all layers: what a document begins with is no parameter of a layer
     PACKED = enum.auto()  # `read` depends on its own token alone, and `advance` honours a reset at any token
+    HEADS = enum.auto()  # `reader`, `read_heads`, `write_heads`: takes attention's own queries, keys and values
+    LAYER_TOKENS = enum.auto()  # `reader`, `look_up`: answers tokens; `write`: takes a layer's output at memory tokens
     STACK_TOKENS = enum.auto()  # `rows` travel through the decoder with each segment, `write` takes their outputs
 
 
@@ -67,12 +73,16 @@ class MemoryConfig(Family):
 
     @property
     def stack_tokens(self) -> int:
-        """With STACK_TOKENS, how many rows travel with a segment."""
+        """With STACK_TOKENS and LAYER_TOKENS, how many rows travel with a segment."""
         return 0
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
         """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
         raise NotImplementedError
+
+    def build_for(self, decoder: DecoderConfig, precision: Precision, **linen: Any) -> "Memory":
+        """The module for a decoder; overridden where more of it counts than its width."""
+        return self.build(decoder.width, precision, **linen)
 
     def check_segment(self, segment_tokens: int) -> None:
         """Raises ValueError, naming the field to change, where the memory cannot work in such segments."""
@@ -133,6 +143,25 @@ class Memory(nn.Module):
         """
         raise NotImplementedError
 
+    def read_heads(self, q_BTHK: Float[Array, "B T H K"], reader: Any) -> Float[Array, "B T H V"]:
+        """Answers each unrotated query of attention, with HEADS."""
+        raise NotImplementedError
+
+    def write_heads(
+        self,
+        k_BTGK: Float[Array, "B T G K"],
+        v_BTGK: Float[Array, "B T G V"],
+        valid_BT: Bool[Array, "B T"],
+        state: State,
+        metrics: Metrics | None = None,
+    ) -> State:
+        """The state after the unrotated keys and the values of a full segment, with HEADS."""
+        raise NotImplementedError
+
+    def look_up(self, x_BTD: Float[Array, "B T D"], reader: Any) -> Float[Array, "B T D"]:
+        """Answers each row, of the text or of the memory tokens, independently of the others, with LAYER_TOKENS."""
+        raise NotImplementedError
+
     def rows(self, state: State) -> Float[Array, "B N D"]:
         """The memory as rows in the compute dtype."""
         raise NotImplementedError
@@ -183,6 +212,8 @@ _METHODS = {
     Capability.WRITE: ("write",),
     Capability.WRITE_THROUGH_BLOCK: ("query_rows", "write"),
     Capability.RUNNING: ("advance",),
+    Capability.HEADS: ("reader", "read_heads", "write_heads"),
+    Capability.LAYER_TOKENS: ("reader", "look_up", "write"),
     Capability.STACK_TOKENS: ("rows", "write"),
 }
 
@@ -191,3 +222,17 @@ def record(metrics: Metrics | None, **values: Array) -> None:
     """Adds means to the diagnostics, where somebody collects them."""
     if metrics is not None:
         metrics.update({name: jnp.mean(value.astype(jnp.float32)) for name, value in values.items()})
+
+
+def reveal(module: nn.Module, name: str, compute: Callable[[], Array]) -> None:
+    """Keeps an array in the collection `INSIGHT`, if the caller of the model asks for that collection.
+
+    Without `mutable=[INSIGHT]` nothing is computed, so programs for training and answering stay the same.
+
+    Args:
+      module: the bound module whose data flow makes the array.
+      name: of the array.
+      compute: makes it.
+    """
+    if module.is_mutable_collection(INSIGHT) and not module.is_initializing():
+        module.sow(INSIGHT, name, compute())

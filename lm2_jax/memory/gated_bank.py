@@ -8,9 +8,9 @@ import numpy as np
 
 from lm2_jax.attention.softmax import ExtraKV
 from lm2_jax.layers import Einsum, RMSNorm, constrain, fsdp_gather, named
-from lm2_jax.memory.bank_reads import attend_slots
+from lm2_jax.memory.bank_reads import attend_slots, slot_weights
 from lm2_jax.memory.bank_writes import BlockWrite, WriteConfig
-from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
+from lm2_jax.memory.base import READ_WEIGHTS, Capability, Memory, MemoryConfig, Metrics, record, reveal
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
 from lm2_jax.types import Array, Bool, Float
@@ -142,7 +142,9 @@ class GatedBank(Memory):
 
         See `Memory.read`. Differs from the paper: no causal mask over slots, as all of them hold past segments.
         """
-        y_BTHK = attend_slots(self.q("btd,dhk->bthk", q_BTD), reader, self.config.top_k, metrics)
+        q_BTHK = self.q("btd,dhk->bthk", q_BTD)
+        y_BTHK = attend_slots(q_BTHK, reader, self.config.top_k, metrics)
+        reveal(self, READ_WEIGHTS, lambda: slot_weights(q_BTHK, reader.k, self.config.top_k))
         return y_BTHK.reshape(q_BTD.shape), reader
 
     def write(

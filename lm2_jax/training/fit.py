@@ -30,11 +30,18 @@ from lm2_jax.training.metrics import MetricsLog
 from lm2_jax.training.objective import batch_shapes, evaluate_batch
 from lm2_jax.training.profile import ProfileConfig, Profiler
 from lm2_jax.training.progress import ProgressLine, Throughput, flops_per_token
+from lm2_jax.training.replace import replacement
 from lm2_jax.training.signals import StopSignals
 from lm2_jax.training.state import Plan, TrainState, evaluation_params, make_plan, refusals
 from lm2_jax.training.step import jit_train_step
 from lm2_jax.training.watch import Watch
 from lm2_jax.types import PyTree
+
+FINISHED = (
+    "This run is finished: step {steps} is the last of optim.steps={steps}. To train further, add "
+    "`--optim.steps {more}` to the same command. The learning-rate schedule is then computed again for the new number "
+    "of steps: from the next step on, the rate is that of a run of that length."
+)
 
 
 class FitResult(NamedTuple):
@@ -50,15 +57,13 @@ class FitResult(NamedTuple):
         return 130 if self.stopped_by == signal.SIGINT else 0
 
 
-Outcome = FitResult  # the name of older versions
-
-
 def fit(
     config: RunConfig,
     workdir: epath.PathLike,
     layout: Layout,
     profile: ProfileConfig = ProfileConfig(),
     init_from: epath.PathLike | None = None,
+    overwrite: bool = False,
 ) -> FitResult:
     """Trains a run to its last step, or resumes the one that the workdir holds.
 
@@ -69,14 +74,15 @@ def fit(
       profile: steps of which a trace is written, if any.
       init_from: workdir of another run, or a pretrained model, whose parameters a new run starts with as far as names
         agree; a run that is resumed ignores it.
+      overwrite: whether a run that is in the workdir is replaced, see `lm2_jax.training.replace`.
     Raises:
       UserError: before anything is trained or changed, a workdir of another config or another process, one that cannot
         be written to or has no room, or no usable checkpoint among those there; later, a loss that is not finite or
         diverges, or a file that cannot be written.
     """
     prepare_jax(config)
-    with StopSignals() as stop, workdirs.owned(workdir) as lock:
-        workdir = open_path(workdir, "--workdir")
+    workdir = open_path(workdir, "--workdir")
+    with StopSignals() as stop, workdirs.owned(workdir) as lock, replacement(workdir, lock, overwrite):
         run = prepare(config, workdir, layout)
         evaluate = hosts.run_on_all_hosts(lambda: make_evaluate(run.plan, run.source, layout))
         check_hosts(run.plan, workdir, layout, run.tokenizer)
@@ -104,6 +110,8 @@ def _train(
     with ProgressLine(steps) as progress, _as_user_error(workdir, checkpoints):
         state, start, first_loss = begin(plan, layout, checkpoints)
         progress.say(describe(plan, layout, workdir, start) + replicated_arrays(state, layout))
+        if start >= steps:
+            progress.say(FINISHED.format(steps=steps, more=2 * steps))
         if init_from is not None and start == 0:
             state, report = start_from(init_from, state, plan, layout)
             progress.say(report)
@@ -261,7 +269,7 @@ def start_from(source: epath.PathLike, state: TrainState, plan: Plan, layout: La
 
     run = from_pretrained(source, layout=layout)
     loaded = load_by_name(to_canonical(run.params), state.params)
-    state = jax.jit(plan._first_state, out_shardings=plan.shardings(layout))(loaded.params)
+    state = jax.jit(plan.first_state, out_shardings=plan.shardings(layout))(loaded.params)
     return state, loaded.report(f"step {run.step} of {os.fspath(source)}")
 
 
@@ -287,6 +295,7 @@ def describe(plan: Plan, layout: Layout, workdir: epath.Path, start: int) -> str
     )
     devices = sorted(shardings[0].device_set, key=lambda device: device.id)
     verb = f"resuming after step {start}" if start else "starting"
+    verb = "finished" if start >= plan.config.optim.steps else verb
     return (
         f"{plan.config.name}: {count:,} parameters, {on_device / 2**20:,.1f} MiB of train state on each of "
         f"{len(devices)} {devices[0].device_kind} devices; {verb} in {os.fspath(workdir)}"

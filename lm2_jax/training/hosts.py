@@ -1,6 +1,7 @@
 """Several processes as one job: how they find each other, and how they agree on control flow."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -78,6 +79,22 @@ def run_on_all_hosts(make: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
+def from_first_process(make: Callable[[], T]) -> T:
+    """What the first process makes, on all processes; all must call this.
+
+    Args:
+      make: gives JSON types; called on the first process only.
+    Raises:
+      UserError: it failed on the first process. There, what it raised.
+    """
+    if jax.process_count() == 1:
+        return make()
+    is_first = jax.process_index() == 0
+    content = np.frombuffer(run_on_all_hosts(lambda: json.dumps(make()).encode() if is_first else b""), np.uint8)
+    size = int(all_gather_hosts(np.int32(content.size))[0])
+    return json.loads(all_gather_hosts(content if is_first else np.zeros(size, np.uint8))[0].tobytes())
+
+
 def check_same(**texts: str) -> None:
     """Refuses processes that were started differently.
 
@@ -96,9 +113,6 @@ def check_same(**texts: str) -> None:
                 f"--distributed: process {_listed(others)} of the job has another {name} than the first one. Run the "
                 "same version with the same options on all hosts."
             )
-
-
-everyone, together = all_gather_hosts, run_on_all_hosts  # the names of older versions
 
 
 def _listed(processes: np.ndarray) -> str:

@@ -19,6 +19,12 @@ from lm2_jax.errors import UserError
 FILE = "run.lock"
 BEAT_SECONDS = 20.0  # between two signs of life
 GONE_SECONDS = 120.0  # without one, an owner on another host is taken for dead
+SETTLE_SECONDS = 1.0  # in which two processes that take over at the same time see each other
+FILE_BYTES = 512  # one block, so that no reader sees half an owner
+
+
+class TakenOver(UserError):
+    """Another process owns the workdir now: this one must not write to it any more."""
 
 
 class WorkdirLock:
@@ -36,7 +42,10 @@ class WorkdirLock:
 
     def __init__(self, workdir: epath.Path):
         self._workdir, self._path = workdir, workdir / FILE
-        self._token, self._descriptor = uuid.uuid4().hex, None
+        self._token = uuid.uuid4().hex
+        self._descriptor: int | None = None
+        self._kernel = True  # whether the file system has locks of the kernel
+        self._created = False  # whether the file was not there before
         self.lost = False
         try:
             if is_remote(workdir):
@@ -44,19 +53,25 @@ class WorkdirLock:
             else:
                 self._acquire_local()
         except OSError as error:
+            self._close()
             raise UserError(f"{self._path} cannot be written: {error}", status=1) from error
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="workdir-lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises a `UserError` where another process has taken the workdir over, as after a long pause of this one."""
-        if self.lost:
-            raise UserError(
+        """Raises `TakenOver` where another process has taken the workdir over, as after a long pause of this one."""
+        if not self.owns():
+            raise TakenOver(
                 f"{self._workdir}: another process has taken this run over, because this one gave no sign of life for "
                 f"{GONE_SECONDS:.0f} seconds. This process stops and has changed nothing since.",
                 status=1,
             )
+
+    def owns(self) -> bool:
+        """Whether the workdir is still this process's, as its file says now; a file that cannot be read says yes."""
+        self.lost = self.lost or (self._read() or {}).get("token", self._token) != self._token
+        return not self.lost
 
     def __enter__(self) -> Self:
         return self
@@ -67,32 +82,65 @@ class WorkdirLock:
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(Exception):  # the workdir may be gone; the lock then is gone too
-            if not self.lost and (self._read() or {}).get("token") == self._token:
+            if self.owns():
                 self._path.unlink()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        self._close()
 
     def _acquire_local(self) -> None:
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise self._refusal(self._read()) from None
-            except OSError:  # a file system without such locks
-                pass
-            if not self._path.exists() or os.fstat(descriptor).st_ino != os.stat(self._path).st_ino:
-                os.close(descriptor)  # its owner has removed it in between
-                continue
+        while not self._open_and_lock():
+            pass
+        owner = self._read()
+        if owner is None and not self._created:
+            time.sleep(SETTLE_SECONDS)  # another host may have made the file at this moment
             owner = self._read()
-            # The kernel says that no process of this machine owns it; one of another machine is judged by its age.
-            if owner is not None and owner.get("boot") != _boot() and _age(owner) < GONE_SECONDS:
-                os.close(descriptor)
-                raise self._refusal(owner)
-            self._descriptor = descriptor
-            self._write()
-            return
+        # With a kernel's lock no process of this machine owns it; else its process shows whether it lives.
+        here = owner is not None and owner.get("boot") == _boot()
+        gone = owner is None or _age(owner) >= GONE_SECONDS or (here and (self._kernel or _is_gone_here(owner)))
+        if not gone:
+            self._close()
+            raise self._refusal(owner)
+        self._write()
+        if not self._created and not (self._kernel and here):  # where the kernel's lock may not reach all others
+            self._confirm()
+
+    def _open_and_lock(self) -> bool:
+        """Opens the file and takes the kernel's lock of it; False where the file was removed in between.
+
+        Raises:
+          UserError: another process has the lock.
+        """
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            self._descriptor = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            self._created = True  # on one of two hosts that start at the same time
+        except FileExistsError:
+            try:
+                self._descriptor, self._created = os.open(self._path, flags), False
+            except FileNotFoundError:
+                return False
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close()
+            raise self._refusal(self._named_owner()) from None
+        except OSError:  # a file system without such locks
+            self._kernel = False
+        try:  # the last owner removes the file before it releases its lock
+            if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
+                return True
+        except FileNotFoundError:
+            pass
+        self._close()
+        return False
+
+    def _named_owner(self) -> dict[str, Any] | None:
+        """The owner, which takes a moment to write its name after it has locked the file."""
+        for _ in range(20):
+            owner = self._read()
+            if owner is not None and not _is_gone_here(owner):
+                return owner
+            time.sleep(0.05)
+        return self._read()
 
     def _acquire_remote(self) -> None:
         owner = self._read()
@@ -107,15 +155,30 @@ class WorkdirLock:
                 self._write()
         else:
             self._write()
-        time.sleep(1.0)  # of two that took over at the same time, the last one to write stays
-        if (self._read() or {}).get("token") != self._token:
-            raise self._refusal(self._read())
+        self._confirm()
+
+    def _confirm(self) -> None:
+        """Of two processes that took over at the same time, the last one to write stays."""
+        time.sleep(SETTLE_SECONDS)
+        owner = self._read() or {}
+        if owner.get("token") != self._token:
+            self._close()
+            raise self._refusal(owner)
+
+    @property
+    def _file(self) -> int:
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             try:
-                if (self._read() or {}).get("token", self._token) != self._token:
-                    self.lost = True
+                if not self.owns():
                     return
                 self._write()
             except Exception:  # of a bucket without network, say: the next beat tries again
@@ -130,15 +193,16 @@ class WorkdirLock:
             "token": self._token,
             "time": time.time(),
         }
-        return (json.dumps(owner) + "\n").encode()
+        return (json.dumps(owner) + "\n").encode().rjust(FILE_BYTES)  # blanks first: a file cut short is not read
 
     def _write(self) -> None:
         if self._descriptor is None:
             self._path.write_bytes(self._content())
-        else:  # in place: the kernel's lock belongs to this file; shorter than a block
+        else:  # in place, as the kernel's lock belongs to this file, and in one call
             content = self._content()
             os.pwrite(self._descriptor, content, 0)
-            os.ftruncate(self._descriptor, len(content))
+            if os.fstat(self._descriptor).st_size != len(content):
+                os.ftruncate(self._descriptor, len(content))
 
     def _read(self) -> dict[str, Any] | None:
         """The owner that the file names; None where there is none, or it was killed before it wrote its name."""

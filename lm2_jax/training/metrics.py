@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from lm2_jax.atomic import is_remote, write_file
+from lm2_jax.training.lock import TakenOver
 from lm2_jax.training.trackers import NoTracker, TrackerConfig, open_tracker
 
 FILE, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
@@ -129,6 +130,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, TakenOver):  # a bucket's file would be replaced, and it is another process's
+            return
         try:
             self.flush()
         except OSError:

@@ -220,7 +220,8 @@ class OptimConfig(Checked):
     """
 
     steps: Annotated[int, Range(1, 10**9), GROWS] = 1000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. A resumed run may have more: the learning-rate schedule is then computed again for
+    the new number, so the rate rises to where a run of that length would be."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     final_fraction: float = 0.1

@@ -96,8 +96,11 @@ class Watch:
             )
 
     def _wrong(self, what: str) -> UserError:
+        max_tokens = self._config.model.decoder.max_tokens
+        is_counted = max_tokens is None or not self._config.data.carry_state
+        too_long = "" if is_counted else f"A document may be longer than model.decoder.max_tokens={max_tokens}. "
         return UserError(
-            f"Training stopped: {what}. {self._checkpoints.last_good()} Nothing after it was saved. A lower "
+            f"Training stopped: {what}. {self._checkpoints.last_good()} Nothing after it was saved. {too_long}A lower "
             "optim.learning_rate, a longer optim.warmup_steps or a lower optim.clip_norm may help, in a new --workdir.",
             status=1,
         )

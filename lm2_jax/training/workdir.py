@@ -21,10 +21,14 @@ from lm2_jax.training import lock, metrics, trackers
 from lm2_jax.training.hosts import all_gather_hosts, run_on_all_hosts
 from lm2_jax.training.lock import WorkdirLock
 from lm2_jax.training.state import TrainState
+from lm2_jax.types import PyTree
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-OURS = {CONFIG, *TOKENIZERS, FOLDER, lock.FILE, metrics.FILE, metrics.DAMAGED, metrics.BOARD, trackers.FILE, "eval"}
+# What a run consists of, and what else is in a workdir and stays there where the run is replaced.
+RUN_FILES = (CONFIG, *TOKENIZERS, FOLDER, metrics.FILE, metrics.DAMAGED, metrics.BOARD, trackers.FILE)
+EXTRA_FILES = (lock.FILE, "eval")
+ASIDE, MOVING, REMOVING = ".replaced", ".replaced-moving", ".replaced-removing"  # see lm2_jax/training/replace.py
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
@@ -35,7 +39,9 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
-        raise UserError(f"{workdir}: no run there; expected a folder with {CONFIG}, as train.py writes it")
+        raise UserError(
+            f"{workdir}: no run there; expected a folder with {CONFIG}, as training writes it{_hidden_run(workdir)}"
+        )
     try:
         plain = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -49,9 +55,16 @@ def config_of(plain: Any, what: str) -> RunConfig:
     """The config in a table that this or an older version wrote; `what` names the file in messages."""
     formats.check_format(plain, what)
     if isinstance(plain, dict):
-        hidden = {"version"} if hasattr(RunConfig, "format") else {"format", "version"}
-        plain = {name: value for name, value in plain.items() if name not in hidden}
+        plain = {name: value for name, value in plain.items() if name != "version"}
     return from_dict(RunConfig, plain, f"{what}: config")
+
+
+def _hidden_run(workdir: epath.PathLike) -> str:
+    """Says where the run is if `--overwrite` was interrupted."""
+    hidden = [name for name in (ASIDE, MOVING) if (epath.Path(workdir) / name).exists()]
+    if not hidden:
+        return ""
+    return f". {hidden[0]} has a run that --overwrite was replacing: the next training in this workdir restores it"
 
 
 def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
@@ -63,8 +76,8 @@ def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
     Raises:
       UserError: it is another config's, with the fields that differ.
     """
+    check_foreign(workdir)
     if not saved_steps(workdir):
-        _check_strange(workdir)
         return False
     if not (workdir / CONFIG).exists():
         raise UserError(f"{workdir} has {FOLDER}/ but no {CONFIG} that says whose they are; choose another --workdir")
@@ -72,16 +85,40 @@ def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
     return True
 
 
-def _check_strange(workdir: epath.Path) -> None:
-    """Refuses a folder that is full of something else, such as a home folder or a repository."""
-    if (workdir / CONFIG).exists() or not workdir.exists():
+def check_foreign(workdir: epath.Path) -> None:
+    """Refuses a folder of something else, such as a home folder, a repository or a model of another program.
+
+    A workdir is a missing or empty folder, or one with files of a run. Hidden files and logs (`*.log`) are ignored, and
+    where there is a config of a run so are all other files.
+
+    Raises:
+      UserError: it is something else, or a file.
+    """
+    if not workdir.exists():
         return
-    names = sorted(path.name for path in workdir.iterdir())
-    strange = [name for name in names if name not in OURS and not name.startswith(".") and not name.endswith(".log")]
-    if len(strange) > 3:
+    if not workdir.is_dir():
+        raise UserError(f"--workdir {workdir}: expected a folder, this is a file")
+    table = _table(workdir / CONFIG)
+    if table is not None and {"model", "data", "optim", "train"} <= table.keys():
+        return
+    ours = RUN_FILES + EXTRA_FILES
+    names = [path.name for path in workdir.iterdir() if not path.name.startswith(".") and path.suffix != ".log"]
+    others = sorted(name for name in names if name not in ours or (name == CONFIG and table is not None))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
-            f"--workdir {workdir} holds no run but other files ({', '.join(strange[:3])} ...); choose a new folder"
+            f"--workdir {workdir} holds other files ({', '.join(others[:3])}{more}) and no run; choose a new folder, "
+            "or one of a run to resume it"
         )
+
+
+def _table(path: epath.Path) -> dict[str, Any] | None:
+    """The table in a JSON file; None where there is none, as in a damaged file."""
+    try:
+        plain = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return plain if isinstance(plain, dict) else None
 
 
 def _compare(theirs: RunConfig, ours: RunConfig, what: str) -> None:
@@ -157,19 +194,27 @@ def check_space(workdir: epath.Path, config: RunConfig, shapes: TrainState) -> N
     """Refuses a disk on which the run's checkpoints have no room; of a bucket nothing is known."""
     if atomic.is_remote(workdir):
         return
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    there = len(saved_steps(workdir))
+    keep, memory = config.checkpoint.keep, _bytes(shapes.memory)
+    there = saved_steps(workdir)
+    with_memory = [step for step in there if (workdir / FOLDER / str(step) / "memory").exists()] if memory else there
     # One more than is kept, because an old checkpoint is removed only when the new one is complete.
-    missing = max(1, config.checkpoint.keep + 1 - there)
+    missing = max(1, keep + 1 - len(with_memory))
+    needed, words = missing * _bytes(shapes), f"{missing} checkpoints of {_bytes(shapes) / 2**20:,.1f} MiB"
+    if memory and config.checkpoint.memory_every > 1:  # the newest `keep` are kept, and the newest `keep` with memory
+        light, one = max(0, keep - (len(there) - len(with_memory))), _bytes(shapes) - memory
+        needed, words = needed + light * one, f"{words} and {light} without memory of {one / 2**20:,.1f} MiB"
     place = next(place for place in (workdir, *workdir.absolute().parents) if place.exists())
     free = shutil.disk_usage(place).free
-    if free < missing * one:
+    if free < needed:
         raise UserError(
-            f"--workdir {workdir} has {free / 2**20:,.1f} MiB free, but {missing} checkpoints of {one / 2**20:,.1f} "
-            "MiB are still to be written; training has not begun. Free some space, lower checkpoint.keep, or choose "
-            "another --workdir.",
+            f"--workdir {workdir} has {free / 2**20:,.1f} MiB free, but {words} are still to be written; training has "
+            "not begun. Free some space, lower checkpoint.keep, or choose another --workdir.",
             status=1,
         )
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @contextlib.contextmanager

@@ -260,6 +260,7 @@ _LONG_TINY = (
     "titans_mag_tiny",
     "titans_mal_tiny",
     "titans_residual_tiny",
+    "window_tiny",
 )
 
 _DECODER = DecoderConfig(width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
@@ -363,6 +364,10 @@ VARIANTS: dict[str, ModelConfig] = {
         ),
         _decoder(num_layers=4),
     ),
+    "full_persistent": _variant(NoMemory(), PlainJoin(num_persistent=2), _decoder(max_tokens=40)),
+    "full_gate": _variant(
+        _bank(write=PaperWrite()), GateJoin(layers=(1,), num_persistent=1), _decoder(max_tokens=37, num_kv_heads=1)
+    ),
     "rmt_untied": _variant(TokensConfig(num_tokens=2), TokensJoin(), _decoder(tie_head=False, num_kv_heads=1)),
 }
 
@@ -371,6 +376,8 @@ _SLOW = (
     "block_write_own_no_gates",
     "block_write_window",
     "context_queries",
+    "full_gate",
+    "full_persistent",
     "middle_layer_learned_window",
     "more_slots_than_width",
     "no_gates",

@@ -65,6 +65,7 @@ def packed(case: Subject, starts: list[int]):
         "block_write_window",
         pytest.param("window_scaled_rope_untied", marks=pytest.mark.slow),
         pytest.param("paper_shared", marks=pytest.mark.slow),
+        pytest.param("full_persistent", marks=pytest.mark.slow),
         pytest.param("more_slots_than_width", marks=pytest.mark.slow),
     ],
 )

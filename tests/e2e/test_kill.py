@@ -74,3 +74,29 @@ def test_five_kills_two_of_them_inside_a_save_change_no_bit(tmp_path, model):
     forgetful = differing(undisturbed, finish(tmp_path / "forgetful", documents, "--model", model, "--zero-memory"))
     assert any("params" in name for name in forgetful)
     assert any("memory" in name for name in forgetful)
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_run_is_replaced_loses_none(tmp_path):
+    """Before the new run's first checkpoint the old one comes back; after it the new one resumes."""
+    documents = write_documents(tmp_path / "documents")
+    workdir = tmp_path / "workdir"
+    old = finish(workdir, documents)
+    killed = run(workdir, documents, "--overwrite", "--die-at-step", str(SAVE_EVERY - 1))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in (workdir / ".replaced" / "checkpoints").iterdir()) == ["16", "20"]
+    assert not list((workdir / "checkpoints").glob("[0-9]"))
+    again = run(workdir, documents, "--out", str(tmp_path / "again.npz"))
+    assert again.returncode == 0, again.stderr
+    assert "the run that --overwrite was replacing is back" in again.stderr
+    assert "This run is finished" in again.stdout
+    with np.load(tmp_path / "again.npz") as arrays:
+        assert differing(old, dict(arrays)) == []
+    assert not (workdir / ".replaced").exists()
+
+    killed = run(workdir, documents, "--overwrite", "--die-at-step", str(SAVE_EVERY + 2))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (workdir / ".replaced" / "checkpoints" / "20").exists()
+    resumed = run(workdir, documents)
+    assert f"resuming after step {SAVE_EVERY}" in resumed.stdout, resumed.stderr
+    assert not (workdir / ".replaced").exists()

@@ -1,7 +1,7 @@
 """A tiny run that carries its memory from step to step; as a program it can kill itself at a given moment.
 
 python tests/e2e/tiny_run.py WORKDIR DOCUMENTS [--model {lm2,titans}] [--die-at-step N | --die-while-saving N]
-    [--zero-memory] [--out FILE]
+    [--zero-memory] [--overwrite] [--out FILE]
 """
 
 import signal
@@ -26,7 +26,7 @@ from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.data.tokenizers import TokenizerConfig
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
-from lm2_jax.training.fit import Outcome, fit
+from lm2_jax.training.fit import FitResult, fit
 from lm2_jax.training.watch import Watch
 
 STEPS, SAVE_EVERY = 20, 4
@@ -63,12 +63,12 @@ def tiny_config(documents: pathlib.Path, model: str = "lm2", **checkpoint: objec
     )
 
 
-def train(config: RunConfig, workdir: pathlib.Path) -> Outcome:
+def train(config: RunConfig, workdir: pathlib.Path, overwrite: bool = False) -> FitResult:
     """`fit` on one device."""
-    return fit(config, workdir, Layout(make_mesh(MeshConfig(), jax.devices()[:1])))
+    return fit(config, workdir, Layout(make_mesh(MeshConfig(), jax.devices()[:1])), overwrite=overwrite)
 
 
-def arrays(outcome: Outcome) -> dict[str, np.ndarray]:
+def arrays(outcome: FitResult) -> dict[str, np.ndarray]:
     """Every array of the train state by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(outcome.state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--die-at-step", type=int)
     parser.add_argument("--die-while-saving", type=int)
     parser.add_argument("--zero-memory", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
     if args.die_at_step:
@@ -133,7 +134,7 @@ def main() -> None:
         die_while_saving(args.die_while_saving, args.workdir / "checkpoints")
     if args.zero_memory:
         zero_memory()
-    outcome = train(tiny_config(args.documents, args.model), args.workdir)
+    outcome = train(tiny_config(args.documents, args.model), args.workdir, args.overwrite)
     if args.out:
         np.savez(args.out, **arrays(outcome))
     sys.exit(outcome.status)

@@ -179,26 +179,33 @@ def run_program(*words: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
 
-@pytest.mark.slow
-def test_kills_while_reading_change_no_bit(tmp_path):
+@pytest.mark.parametrize(
+    "kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)], ids=str
+)
+def test_kills_while_reading_change_no_bit(tmp_path, kills):
     book = tmp_path / "book.txt"
     book.write_text(text_of(30_000))
     words = ["--read", str(book), "--every", "320", "--save-memory"]
-    undisturbed = run_program(*words, str(tmp_path / "undisturbed"))
-    assert undisturbed.wait(300) == 0, undisturbed.stderr and undisturbed.stderr.read()
-    killed, sizes = tmp_path / "killed", set()
-    for pause in (0.0, 0.1, 0.3):
-        process = run_program(*words, str(killed))
-        written, before = 0, killed.stat().st_ino if killed.exists() else 0
-        while process.poll() is None and written < 3:
-            now = killed.stat().st_ino if killed.exists() else 0
-            written, before = written + (now != before), now
-            time.sleep(0.001)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        sizes.add(killed.read_bytes())
-    assert len(sizes) > 1
-    last = run_program(*words, str(killed))
-    assert last.wait(300) == 0, last.stderr and last.stderr.read()
-    assert killed.read_bytes() == (tmp_path / "undisturbed").read_bytes()
+
+    def finish(path: pathlib.Path) -> bytes:
+        with run_program(*words, str(path)) as process:
+            _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        return path.read_bytes()
+
+    undisturbed = finish(tmp_path / "undisturbed")
+    killed, contents = tmp_path / "killed", set()
+    for number in range(kills):
+        with run_program(*words, str(killed)) as process:
+            written, before = 0, killed.stat().st_ino if killed.exists() else 0
+            while process.poll() is None and written < 1 + number % 3:
+                now = killed.stat().st_ino if killed.exists() else 0
+                written, before = written + (now != before), now
+                time.sleep(0.001)
+            time.sleep(0.01 * (number % 7))
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, "it ended before the kill"
+        contents.add(killed.read_bytes())
+    assert len(contents) == kills, "each start reads further"
+    assert undisturbed not in contents
+    assert finish(killed) == undisturbed

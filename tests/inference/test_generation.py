@@ -8,13 +8,17 @@ import pytest
 import lm2_jax
 from lm2_jax import UserError, streaming
 from lm2_jax.inference import Engine, Request, Sampling, engine
+from tests.contract.subjects import quick_compilation
 from tests.inference.subjects import text_of, tiny_run
 
-FAST = ("lm2_tiny", "titans_mac_tiny")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+__all__ = ["quick_compilation"]
+
+# A model has about twenty programs to compile; the lane `long` has all of them.
+LANES = {"lm2_tiny": (), "titans_mac_tiny": (), "rmt_tiny": pytest.mark.slow, "gated_delta_tiny": pytest.mark.slow}
 TINY = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in lm2_jax.PRESETS
-    if name.endswith("_tiny")
+    pytest.param(name, marks=LANES.get(name, pytest.mark.long)) for name in lm2_jax.PRESETS if name.endswith("_tiny")
 ]
 # Empty, inside a segment, to a border, over several borders.
 PROMPTS = ["", "who?", text_of(31), text_of(32), text_of(33) + "x", text_of(70), "z", text_of(129)]

@@ -88,16 +88,18 @@ class JoinsReference(Reference):
     ) -> np.ndarray:
         """Each token sees `always`, which stands at the segment's start, the window, and `own` up to itself."""
         a, window, out = p["attention"], self.config.decoder.window_tokens, []
+        full = self.config.decoder.max_tokens is not None
 
         def keys_values(row_D: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
             return rotated(heads(row_D, a["k_proj"]["w"]), place, self.frequencies), heads(row_D, a["v_proj"]["w"])
 
-        beside = [keys_values(row, begin) for row in always]
+        beside = [keys_values(row, 0 if full else begin) for row in always]
         retrieved = [] if own is None else [keys_values(row, begin + j) for j, row in enumerate(own)]
         for t, x_D in enumerate(n_TD):
             for kept, new in zip(past, keys_values(x_D, begin + t), strict=True):
                 kept.append(new)
             first = begin if window is None else max(0, begin + t - window + 1)
+            first = 0 if full else first
             seen = beside + retrieved[max(first - begin, 0) : t + 1] + list(zip(*past, strict=True))[first:]
             q_HK = rotated(heads(x_D, a["q_proj"]["w"]), begin + t, self.frequencies)
             keys, values = ([pair[i] for pair in seen] for i in (0, 1))

@@ -189,6 +189,7 @@ class Reference:
         found, queries = [], []
         for t, x_D in enumerate(x_TD):
             first = begin if window is None else max(0, begin + t - window + 1)
+            first = 0 if self.config.decoder.max_tokens is not None else first
             normed = rms_norm(x_D, p["attention_norm"]["scale"], epsilon)
             y_D, q_HK = self.self_attention(p["attention"], normed, begin + t, past, first)
             found.append(y_D)

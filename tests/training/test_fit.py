@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -16,13 +17,15 @@ from etils import epath
 
 from lm2_jax import formats, load_run, preset
 from lm2_jax.checkpoint import Checkpoints, saved_steps
+from lm2_jax.commands.files import check_workdir
 from lm2_jax.config import OptimConfig, TrainConfig, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.params import to_canonical
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.fit import fit
-from lm2_jax.training.metrics import MetricsLog
+from lm2_jax.training.metrics import MetricsLog, read_lines
+from lm2_jax.training.state import TrainState
 from lm2_jax.training.watch import Watch
 from lm2_jax.training.workdir import read_config
 from tests.e2e.tiny_run import arrays, tiny_config, train, write_documents
@@ -127,12 +130,22 @@ def test_ctrl_c_saves_and_leaves_with_130(documents, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "3").exists()
 
 
-def test_a_finished_run_stays_as_it_is(undisturbed, documents, tmp_path):
+def test_a_finished_run_stays_as_it_is_and_says_how_to_train_further(undisturbed, documents, tmp_path, capsys):
     workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
     before = files_of(workdir / "checkpoints")
-    assert train(short(documents), workdir).step == STEPS
+    result = train(short(documents), workdir)
+    assert (result.step, result.status) == (STEPS, 0)
     assert files_of(workdir / "checkpoints") == before
     assert steps_of(workdir) == list(range(1, STEPS + 1))
+    said = capsys.readouterr().out
+    assert f"This run is finished: step {STEPS} is the last of optim.steps={STEPS}." in said
+    assert "schedule is then computed again" in said
+    (advice,) = re.findall(r"`--optim\.steps (\d+)`", said)
+    more = train(short(documents, steps=int(advice)), workdir)
+    assert more.step == int(advice)
+    assert "This run is finished" not in capsys.readouterr().out
+    rates = [line["learning_rate"] for line in read_lines(workdir)]
+    assert rates[STEPS] > rates[STEPS - 1], "the schedule is that of the longer run"
 
 
 def test_lines_written_before_a_crash_do_not_appear_twice(undisturbed, documents, tmp_path):
@@ -254,6 +267,22 @@ def test_a_full_disk_is_refused_before_training(documents, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == [], "a refused run leaves no folder"
 
 
+@pytest.mark.parametrize(("free", "enough"), [(3 * 100 + 2 * 60, True), (3 * 100 + 2 * 60 - 1, False)])
+def test_checkpoints_without_memory_are_counted_too(documents, tmp_path, monkeypatch, free, enough):
+    """Of the newest two none may have memory; then two older ones are kept, and one is being written."""
+    config = tiny_config(documents, memory_every=3)
+    assert config.checkpoint.keep == 2
+    byte = np.dtype(np.uint8)
+    shapes = TrainState(*(jax.ShapeDtypeStruct((size,), byte) for size in (10, 20, 30, 40)))
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(workdirs.shutil, "disk_usage", lambda path: usage(10**9, 0, free))
+    if enough:
+        workdirs.check_space(epath.Path(tmp_path), config, shapes)
+    else:
+        with pytest.raises(UserError, match=r"3 checkpoints of .* and 2 without memory"):
+            workdirs.check_space(epath.Path(tmp_path), config, shapes)
+
+
 def test_a_source_without_held_out_documents_is_found_out_before_training(documents, tmp_path):
     config = short(documents)
     source = dataclasses.replace(config.data.source, held_out_fraction=0.0)
@@ -284,12 +313,40 @@ def test_a_config_without_a_checkpoint_locks_nothing(documents, tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
 
 
-def test_a_workdir_full_of_other_files_is_refused(documents, tmp_path):
-    for name in ("a.py", "b.txt", "c.bin", "d"):
-        (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match="holds no run but other files"):
+FOREIGN = {
+    "one file": {"a.py": "x"},
+    "a model of another program": {"config.json": '{"hidden_size": 64}', "tokenizer.json": "{}"},
+    "a repository": {"a.py": "x", "b.txt": "x", "checkpoints": "x", "README.md": "x", "e": "x"},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_workdir_of_something_else_is_refused(documents, tmp_path, name):
+    """By one rule and one message, whether the library or the program is called."""
+    for file, content in FOREIGN[name].items():
+        (tmp_path / file).write_text(content)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"holds other files \(.*\) and no run; choose a new folder") as caught:
         train(short(documents), tmp_path)
-    assert len(os.listdir(tmp_path)) == 4
+    assert files_of(tmp_path) == before
+    with pytest.raises(UserError) as by_program:
+        check_workdir(str(tmp_path))
+    assert str(by_program.value) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer.json": "", "run.lock": "", "out.log": "", ".hidden": ""},  # of a start that was killed
+        {"config.json": "", "metrics.jsonl": ""},
+        {"config.json": '{"model": {}, "data": {}, "optim": {}, "train": {}}', "my_notes.txt": ""},
+    ],
+)
+def test_a_workdir_of_a_run_is_taken(tmp_path, files):
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    workdirs.check_foreign(epath.Path(tmp_path))
 
 
 def test_the_number_of_steps_may_grow_and_not_shrink(undisturbed, documents, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from lm2_jax.errors import UserError
 from lm2_jax.training import hosts
-from lm2_jax.training.hosts import all_gather_hosts, check_same, join_hosts, run_on_all_hosts
+from lm2_jax.training.hosts import all_gather_hosts, check_same, from_first_process, join_hosts, run_on_all_hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
@@ -81,6 +81,23 @@ def test_processes_that_were_started_otherwise_are_refused(monkeypatch):
     with pytest.raises(UserError, match="process 2 of the job has another mesh than the first one") as caught:
         check_same(config="a", mesh="b")
     assert caught.value.status == 2
+
+
+def test_the_first_process_decides_for_all(monkeypatch):
+    """Whatever the second would see: it is not asked."""
+    sent = []
+
+    def gather_as_first(own):
+        sent.append(np.asarray(own))
+        return np.stack([own, own])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "all_gather_hosts", gather_as_first)
+    assert from_first_process(lambda: {"steps": [4, 8]}) == {"steps": [4, 8]}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts, "all_gather_hosts", lambda own: np.stack([sent.pop(0), own]))
+    assert from_first_process(lambda: 1 // 0) == {"steps": [4, 8]}
+    assert not sent
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """One run at a time writes to a workdir."""
 
+import errno
 import json
 import os
 import signal
@@ -99,6 +100,78 @@ def test_a_lock_file_never_follows_a_link(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         WorkdirLock(epath.Path(tmp_path / "workdir"))
     assert (tmp_path / "stranger").read_text() == "precious"
+
+
+def no_kernel_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_of_the_kernel_a_living_process_is_seen(tmp_path, other, monkeypatch):
+    monkeypatch.setattr(lock.fcntl, "flock", no_kernel_locks)
+    with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+        WorkdirLock(epath.Path(tmp_path))
+    other.kill()
+    other.wait()
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_an_owner_that_leaves_at_this_moment_is_followed(tmp_path, other, monkeypatch):
+    """It removes the file after we have opened it."""
+    calls = []
+
+    def flock(descriptor, how):
+        if not calls:
+            (tmp_path / lock.FILE).unlink()
+        calls.append(descriptor)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+    assert len(calls) == 2
+
+
+ELSEWHERE = {"user": "u", "host": "elsewhere", "boot": "another", "pid": 1, "token": "t"}
+
+
+@pytest.mark.parametrize("before", ["", json.dumps(ELSEWHERE | {"time": 0.0})], ids=["new", "dead"])
+def test_a_host_that_starts_at_the_same_moment_is_seen(tmp_path, monkeypatch, before):
+    """The file is there and names nobody, or a dead owner; the other host writes its name a moment later."""
+    (tmp_path / lock.FILE).write_text(before)
+    alive = json.dumps(ELSEWHERE | {"token": "theirs", "time": time.time()})
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: (tmp_path / lock.FILE).write_text(alive))
+    with pytest.raises(UserError, match="in use by process 1 of u on host elsewhere"):
+        WorkdirLock(epath.Path(tmp_path))
+    assert (tmp_path / lock.FILE).read_text() == alive
+    monkeypatch.undo()
+    (tmp_path / lock.FILE).unlink()
+    with WorkdirLock(epath.Path(tmp_path)):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_no_reader_sees_half_an_owner(tmp_path, monkeypatch):
+    """The file always has one length, and is written by one call."""
+    written = []
+    write = os.pwrite
+    monkeypatch.setattr(lock.os, "pwrite", lambda *words: written.append(len(words[1])) or write(*words))
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    (tmp_path / lock.FILE).write_text("x" * 2000)
+    with WorkdirLock(epath.Path(tmp_path)):
+        deadline = time.monotonic() + 10
+        while len(written) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert (tmp_path / lock.FILE).stat().st_size == lock.FILE_BYTES
+    assert set(written) == {lock.FILE_BYTES}
+
+
+def test_a_lost_lock_is_noticed_when_it_matters(tmp_path):
+    """Not only at the next sign of life."""
+    with WorkdirLock(epath.Path(tmp_path)) as mine:
+        (tmp_path / lock.FILE).write_text(json.dumps(ELSEWHERE | {"time": time.time()}))
+        with pytest.raises(UserError, match="another process has taken this run over"):
+            mine.check()
+    assert owner_of(tmp_path)["host"] == "elsewhere"
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 import lm2_jax
+from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
 from lm2_jax.training import metrics, progress
+from lm2_jax.training.lock import TakenOver
 from lm2_jax.training.metrics import MetricsLog, diagnostics, read_lines
 from lm2_jax.training.progress import ProgressLine, Throughput, clock, flops_per_token
 from lm2_jax.training.state import make_plan
@@ -59,6 +61,21 @@ def events(file):
         found.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
     return found
+
+
+@pytest.mark.parametrize(("error", "written"), [(TakenOver("gone"), False), (UserError("diverged"), True)])
+def test_a_process_that_lost_its_workdir_writes_no_more(tmp_path, monkeypatch, error, written):
+    """As in a bucket, where lines are kept for a while and then the file is replaced."""
+
+    def fail():
+        with MetricsLog(tmp_path, 0) as log:
+            monkeypatch.setattr(log, "flush", lambda: flushed.append(True))
+            raise error
+
+    flushed = []
+    with pytest.raises(UserError):
+        fail()
+    assert flushed == [True] * written
 
 
 GOOD = b'{"step": 1, "loss": 1.0}'

@@ -1,6 +1,7 @@
 """Language models with a recurrent memory, in JAX and Flax linen.
 
     run = lm2_jax.load_run("runs/quickstart")            # .config .model .params .tokenizer .step
+    run = lm2_jax.from_pretrained("folder")              # the same, from a Hugging Face folder or an export
     config = lm2_jax.preset("lm2_tiny")                  # a RunConfig
     model = lm2_jax.build_model(config.model)            # a flax.linen.Module
     state = model.init_state(batch=2)
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lm2_jax.config import ModelConfig as ModelConfig
     from lm2_jax.config import RunConfig as RunConfig
     from lm2_jax.errors import UserError as UserError
+    from lm2_jax.interop.pretrained import from_pretrained as from_pretrained
     from lm2_jax.memory_file import load_memory as load_memory
     from lm2_jax.model import LanguageModel as LanguageModel
     from lm2_jax.presets import PRESETS as PRESETS
@@ -39,6 +41,7 @@ _NAMES = {
     "RunConfig": "lm2_jax.config",
     "UserError": "lm2_jax.errors",
     "absorb": "lm2_jax.streaming",
+    "from_pretrained": "lm2_jax.interop.pretrained",
     "load_memory": "lm2_jax.memory_file",
     "load_run": "lm2_jax.runs",
     "preset": "lm2_jax.presets",

@@ -1,7 +1,8 @@
 """Sizes of the decoder that a memory is joined to."""
 
 import dataclasses
-from typing import Annotated, Literal
+import fnmatch
+from typing import Annotated, Literal, NamedTuple
 
 from lm2_jax.fields import Checked, Range, Since
 
@@ -27,6 +28,49 @@ class RopeScaling(Checked):
                 f"model.decoder.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be below "
                 f"high_frequency_factor={self.high_frequency_factor}"
             )
+
+
+PROJECTIONS = (
+    *("attention/q_proj", "attention/k_proj", "attention/v_proj", "attention/o_proj"),
+    *("mlp/gated", "mlp/up", "mlp/down"),
+)
+
+
+class Adapter(NamedTuple):
+    """A low-rank addition to one kernel."""
+
+    rank: int
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(Checked):
+    """Low-rank adapters of the decoder's projections, y = x W + (alpha / r) x A B (LoRA, arXiv:2106.09685).
+
+    B starts at zero, so the first outputs are those without adapters. `optim.freeze=('decoder',)` trains the adapters
+    and the memory alone; `export_hf` adds the products to the kernels.
+    """
+
+    rank: Annotated[int, Range(0, 2**16)] = 0
+    """Rank r of every adapter; 0: there are none."""
+    alpha: Annotated[float, Range(0, 1e6, above=True)] = 16.0
+    """The product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("attention/q_proj", "attention/v_proj")
+    """Patterns of the projections with an adapter, such as attention/* and mlp/*, in all blocks."""
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if not fnmatch.filter(PROJECTIONS, target):
+                raise ValueError(
+                    f"model.decoder.lora.targets: {target!r} matches no projection; there are {', '.join(PROJECTIONS)}"
+                )
+        if self.rank and not self.targets:
+            raise ValueError("model.decoder.lora.targets is empty; name projections, or set model.decoder.lora.rank=0")
+
+    def adapter(self, projection: str) -> Adapter | None:
+        """The adapter of one of `PROJECTIONS`, if it has one."""
+        chosen = self.rank > 0 and any(fnmatch.fnmatchcase(projection, target) for target in self.targets)
+        return Adapter(self.rank, self.alpha / self.rank) if chosen else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +104,8 @@ class DecoderConfig(Checked):
     norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5
     """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; norms inside a
     memory and in join.combine always add 1e-5."""
+    lora: Annotated[LoraConfig, Since(3)] = LoraConfig()
+    """Low-rank adapters, to fine-tune a pretrained decoder."""
     attention_kernel: Literal["auto", "plain", "splash", "cudnn"] = "auto"
     """Implementation of attention within a segment: plain operations, the TPU kernel (splash attention), cuDNN's fused
     kernel (NVIDIA GPUs, bfloat16), or auto: splash on TPUs wherever it supports the model, else plain. A kernel that is

@@ -9,7 +9,7 @@ from lm2_jax.errors import UserError
 
 # 1: stacked layers, an order-independent checksum, no number in the files.
 # 2: one array for each layer, checksums by name and place, config and tokenizer tied to every checkpoint.
-# 3: fields that are newer than the golden workdirs, see `lm2_jax.fields.Since`.
+# 3: a config with fields that came later; the files are as in 2.
 FORMAT = 3
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lm2_jax.decoder import RopeScaling
-from lm2_jax.parameters import Role
+from lm2_jax.decoder import Adapter, LoraConfig, RopeScaling
+from lm2_jax.parameters import LORA, Role
 from lm2_jax.parameters import named as named
 from lm2_jax.partition import constrain as constrain
 from lm2_jax.partition import constrain_last, is_split
@@ -33,6 +33,7 @@ class Einsum(nn.Module):
       scale: initial standard deviation times the root of the fan-in.
       role: what the kernel does; `Role.GATE` if its product is a gate.
       group: see `named`.
+      adapter: a low-rank addition to the kernel, if any.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class Einsum(nn.Module):
     scale: float = 1.0
     role: Role = Role.WEIGHT
     group: str | None = None
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, equation: str, x: Array) -> Array:
@@ -57,7 +59,29 @@ class Einsum(nn.Module):
         )
         if kernel_axes != axes:  # each device sums over its shard of the input; without this, each would do it all
             x = constrain_last(x, kernel_axes[: self.in_dims])
-        return constrain_last(_flat_einsum(equation, x, w, self.in_dims), axes[self.in_dims :])
+        y = _flat_einsum(equation, x, w, self.in_dims)
+        if self.adapter is not None:
+            y = y + self._low_rank(equation, x, self.adapter)
+        return constrain_last(y, axes[self.in_dims :])
+
+    def _low_rank(self, equation: str, x: Array, adapter: Adapter) -> Array:
+        """The output of the adapter, scale * x A B; A is drawn as a kernel is, B starts at zero."""
+        n, std = self.in_dims, 1 / math.sqrt(math.prod(self.shape[: self.in_dims]))
+        a_axes, b_axes = (*self.axes[:n], "rank"), ("rank", *self.axes[n:])
+        a_init = named(nn.initializers.normal(std), a_axes, Role.WEIGHT, n, LORA)
+        b_init = named(nn.initializers.zeros, b_axes, Role.WEIGHT, 1, LORA)
+        dtype = jnp.dtype(self.precision.params)
+        a = self.param("lora_a", a_init, (*self.shape[:n], adapter.rank), dtype)
+        b = self.param("lora_b", b_init, (adapter.rank, *self.shape[n:]), dtype)
+        a, b = (
+            fsdp_gather(part.astype(x.dtype), part_axes, _without(GATHERED, part_axes))
+            for part, part_axes in ((a, a_axes), (b, b_axes))
+        )
+        inputs, output = equation.split("->")
+        x_names, w_names = inputs.split(",")
+        low = f"{x_names[:-n]}R"  # no equation of a kernel uses this letter
+        inner = _flat_einsum(f"{x_names},{w_names[:n]}R->{low}", x, a, n)
+        return _flat_einsum(f"{low},R{w_names[n:]}->{output}", inner, b, 1) * adapter.scale
 
 
 def fsdp_gather(w: Array, axes: Axes, kernel_axes: Axes) -> Array:
@@ -142,12 +166,14 @@ class SwiGLU(nn.Module):
     width: int
     hidden: int
     precision: Precision
+    lora: LoraConfig = LoraConfig()
 
     def setup(self) -> None:
         shape, axes = (self.width, self.hidden), ("embed", "mlp")
-        self.gated = Einsum(shape, axes, self.precision)
-        self.up = Einsum(shape, axes, self.precision)
-        self.down = Einsum((self.hidden, self.width), ("mlp", "embed"), self.precision)
+        self.gated = Einsum(shape, axes, self.precision, adapter=self.lora.adapter("mlp/gated"))
+        self.up = Einsum(shape, axes, self.precision, adapter=self.lora.adapter("mlp/up"))
+        back = (shape[::-1], axes[::-1], self.precision)
+        self.down = Einsum(*back, adapter=self.lora.adapter("mlp/down"))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to the last dimension."""

@@ -22,6 +22,7 @@ from flax.core import meta
 from lm2_jax.types import Axes, PyTree
 
 MEMORY = "memory"  # the group of all parameters that only a memory uses
+LORA = "lora"  # the group of all low-rank adapters
 LAYERS = "layers"  # axis over equal blocks whose parameters are stacked; no dimension of one parameter
 
 
@@ -69,7 +70,7 @@ class Parameter:
       axes: logical axes, "layers" included.
       role: what it does.
       in_dims: leading dimensions of a weight that are summed over, "layers" not counted.
-      group: "memory" or None.
+      group: "memory", "lora" or None.
     """
 
     path: str

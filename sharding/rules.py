@@ -30,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     ("window", None),  # tokens of an attention window: few, and every token of the next segment needs them
     ("layers", None),  # stacked layers: processed one after the other
     ("head", None),  # width of a head: too small to split, and contracted in every score
+    ("rank", None),  # rank of a low-rank adapter: small
     ("chunk", None),  # chunks of an inner memory: processed one after the other
     ("hidden", "slots"),  # hidden width of an inner memory, whose tokens are processed one after the other
     ("inner", None),  # width of an inner memory's rows: its heads are split instead

@@ -39,7 +39,7 @@ jaxtyping.install_import_hook("lm2_jax", "tests.annotations.check")
 MOST_MAPS = 30_000
 
 # Where programs run on several devices.
-SPLIT = ("sharding", "aot", "parity", "e2e/test_elastic.py", "training/test_step.py")
+SPLIT = ("sharding", "aot", "interop", "parity", "e2e/test_elastic.py", "training/test_step.py")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -383,7 +383,7 @@ def test_a_newer_format_is_refused_with_both_versions(plan, workdir):
     path = workdir / "checkpoints" / "8" / "position" / "metadata"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"format": 99, "version": "7.5"}))
-    with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*formats 1 to 2"):
+    with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*formats 1 to 3"):
         restore(plan, workdir)
 
 

@@ -288,8 +288,10 @@ def test_init_from_is_passed_on(monkeypatch, tmp_path):
         raise UserError("stop")
 
     monkeypatch.setattr(train, "fit", record)
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    other = str(tmp_path / "a")
     for words, expected in (
-        (["--init.from", "runs/a"], {"init_from": "runs/a", "overwrite": False}),
+        (["--init.from", other], {"init_from": other, "overwrite": False}),
         (["--overwrite"], {"init_from": None, "overwrite": True}),
     ):
         with pytest.raises(UserError, match="stop"):

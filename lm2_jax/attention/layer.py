@@ -83,10 +83,11 @@ class Attention(nn.Module):
     def setup(self) -> None:
         d = self.decoder
         D, H, G, K = d.width, d.num_heads, d.num_kv_heads, d.head_dim
-        self.q_proj = Einsum((D, H, K), ("embed", "heads", "head"), self.precision)
-        self.k_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), self.precision)
-        self.v_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), self.precision)
-        self.o_proj = Einsum((H, K, D), ("heads", "head", "embed"), self.precision, in_dims=2)
+        q, k, v, o = (d.lora.adapter(f"attention/{name}_proj") for name in "qkvo")
+        self.q_proj = Einsum((D, H, K), ("embed", "heads", "head"), self.precision, adapter=q)
+        self.k_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), self.precision, adapter=k)
+        self.v_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), self.precision, adapter=v)
+        self.o_proj = Einsum((H, K, D), ("heads", "head", "embed"), self.precision, in_dims=2, adapter=o)
 
     @functools.cached_property
     def frequencies(self) -> np.ndarray:

@@ -165,7 +165,7 @@ class Block(nn.Module):
             self.attention_norm = RMSNorm(precision, d.norm_epsilon)
             self.attention = Attention(d, precision, self.spec.join.mutual_rows(self.spec))
         self.mlp_norm = RMSNorm(precision, d.norm_epsilon)
-        self.mlp = SwiGLU(d.width, d.mlp_width, precision)
+        self.mlp = SwiGLU(d.width, d.mlp_width, precision, d.lora)
         rows = self.spec.join.persistent_tokens()
         self.persistent = PersistentTokens(rows, d.width, precision) if rows else None
         self.setup_memory()

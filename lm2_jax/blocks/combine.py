@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, Vector
@@ -45,6 +46,20 @@ class Mix(CombineConfig):
     def build(self, width: int, precision: Precision) -> "MixModule":
         """The module."""
         return MixModule(width, self.bias, precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Add(CombineConfig):
+    """o = y + s * m with a scale s per channel that starts at 0 (as in ReZero): at first, attention's output alone.
+
+    Titans does not have this form. It serves a memory that is added to a trained decoder.
+    """
+
+    kind: ClassVar[str] = "add"
+
+    def build(self, width: int, precision: Precision) -> "AddModule":
+        """The module."""
+        return AddModule(width, precision)
 
 
 class ProductModule(nn.Module):
@@ -94,3 +109,18 @@ class MixModule(nn.Module):
         gate = jax.nn.sigmoid(logit + bias)
         record(metrics, gate_memory=1 - gate)
         return (gate * y.astype(gate.dtype) + (1 - gate) * m.astype(gate.dtype)).astype(y.dtype)
+
+
+class AddModule(nn.Module):
+    """See `Add`."""
+
+    width: int
+    precision: Precision
+
+    def setup(self) -> None:
+        self.loudness = Vector((self.width,), ("state_embed",), self.precision, role=Role.GATE)
+
+    def __call__(self, y: Float[Array, "*lead D"], m: Float[Array, "*lead D"], metrics: Metrics) -> Array:
+        """See `Add`; arguments as of `ProductModule`."""
+        scale = jnp.expand_dims(self.loudness(), range(m.ndim - 1))
+        return y + (m * scale.astype(m.dtype)).astype(y.dtype)

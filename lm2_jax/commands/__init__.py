@@ -18,6 +18,8 @@ PROGRAMS = {
     "train": ("lm2_jax.commands.train", "trains a preset, or resumes a run"),
     "eval": ("lm2_jax.commands.eval", "evaluates a trained run"),
     "generate": ("lm2_jax.commands.generate", "reads texts into a memory, and continues prompts"),
+    "import": ("lm2_jax.commands.import_hf", "turns a Llama checkpoint into a run, with a memory if wanted"),
+    "export": ("lm2_jax.interop.export_hf", "turns a run into a folder for transformers or from_pretrained"),
     "inspect": ("lm2_jax.inspect.program", "shows what a memory reads, writes and forgets of a text"),
     "compare": ("lm2_jax.compare.program", "trains and evaluates presets under one protocol"),
     "convert": ("lm2_jax.data.convert", "turns text into token shards"),

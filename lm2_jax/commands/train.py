@@ -13,11 +13,13 @@ from etils import epath
 
 from lm2_jax import cli
 from lm2_jax.aot.compile_only import CompileConfig, compile_and_report
+from lm2_jax.checkpoint import saved_steps
 from lm2_jax.commands import files, flags, joins
 from lm2_jax.commands.flags import Bare, Flag, Flat
 from lm2_jax.config import RunConfig, from_dict, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.footprint import check_memory
+from lm2_jax.interop.first_weights import check_first_weights
 from lm2_jax.presets import PRESETS, mesh_for
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.sharding.mesh import spare_threads
@@ -46,7 +48,8 @@ class InitConfig:
     """Where a new run takes its first weights from."""
 
     from_: str | None = None
-    """Workdir of another run, whose weights a new run starts from; step, optimizer and data start anew."""
+    """Where a new run takes its first weights from: the workdir of another run, a Hugging Face folder or name, a GGUF
+    or llama2.c file. Step, optimizer and data start anew; a run that is resumed ignores it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +208,9 @@ def train(run: RunConfig, options: TrainOptions, mesh: Any) -> None:
         join_hosts()
     check_memory(run, jax.devices())
     layout = Layout(make_mesh(mesh(jax.device_count())), config=run)
+    source = options.init.from_
+    if source is not None and (options.overwrite or not saved_steps(workdir)):
+        check_first_weights(source, run)
     if options.overwrite:
         files.confirm_overwrite(workdir, options.yes, options.distributed)
     outcome = fit(run, workdir, layout, options.profiling, options.init.from_, options.overwrite)

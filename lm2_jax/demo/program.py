@@ -181,7 +181,7 @@ def _show_distance(counts: dict[str, np.ndarray], tokens: int) -> bytes:
     from lm2_jax.evaluation import report
 
     asked = next(iter(counts.values()))[:, 1]
-    shown = np.flatnonzero(asked >= LEAST_ASKED)
+    shown = np.flatnonzero(asked >= LEAST_ASKED).tolist()
     print(f"\nAnother text of {tokens:,} tokens, asked about all persons again and again: accuracy by distance")
     print(f"{'tokens since the fact':<26}" + "".join(f"{_group(i):>12}" for i in shown))
     for name, found in counts.items():

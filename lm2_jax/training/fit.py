@@ -22,7 +22,6 @@ from lm2_jax.layout import Layout, sharded_shapes
 from lm2_jax.model import LanguageModel
 from lm2_jax.params import load_by_name, to_canonical
 from lm2_jax.precision import prepare_numbers
-from lm2_jax.runs import load_run
 from lm2_jax.training import hosts
 from lm2_jax.training import workdir as workdirs
 from lm2_jax.training.evaluate import host_batches, make_evaluate
@@ -73,8 +72,8 @@ def fit(
       workdir: folder or bucket.
       layout: where arrays are placed.
       profile: steps of which a trace is written, if any.
-      init_from: workdir of another run, whose parameters a new run starts with as far as names agree; a run that is
-        resumed ignores it.
+      init_from: workdir of another run, or a pretrained model, whose parameters a new run starts with as far as names
+        agree; a run that is resumed ignores it.
       overwrite: whether a run that is in the workdir is replaced, see `lm2_jax.training.replace`.
     Raises:
       UserError: before anything is trained or changed, a workdir of another config or another process, one that cannot
@@ -252,11 +251,12 @@ def begin(plan: Plan, layout: Layout, checkpoints: Checkpoints) -> tuple[TrainSt
     return restored.state, int(restored.state.step), restored.first_loss
 
 
-def start_from(workdir: epath.PathLike, state: TrainState, plan: Plan, layout: Layout) -> tuple[TrainState, str]:
-    """A new run's state with the parameters of another run, as far as names agree.
+def start_from(source: epath.PathLike, state: TrainState, plan: Plan, layout: Layout) -> tuple[TrainState, str]:
+    """A new run's state with the parameters of another run or of a pretrained model, as far as names agree.
 
     Args:
-      workdir: of the other run; its memory and number of layers may be different.
+      source: workdir of the other run, whose memory and number of layers may be different, or a checkpoint as
+        `lm2_jax.from_pretrained` reads it.
       state: initial state.
       plan: of the new run.
       layout: where arrays are placed.
@@ -265,10 +265,12 @@ def start_from(workdir: epath.PathLike, state: TrainState, plan: Plan, layout: L
     Raises:
       UserError: the other run cannot be read, or parameters of one name have other shapes.
     """
-    run = load_run(workdir, layout)
+    from lm2_jax.interop.pretrained import from_pretrained  # loads what only other projects' files need
+
+    run = from_pretrained(source, layout=layout)
     loaded = load_by_name(to_canonical(run.params), state.params)
     state = jax.jit(plan.first_state, out_shardings=plan.shardings(layout))(loaded.params)
-    return state, loaded.report(f"step {run.step} of {os.fspath(workdir)}")
+    return state, loaded.report(f"step {run.step} of {os.fspath(source)}")
 
 
 def replicated_arrays(state: PyTree, layout: Layout) -> str:

@@ -9,19 +9,25 @@ import jax.numpy as jnp
 import optax
 
 from lm2_jax.errors import UserError
-from lm2_jax.parameters import MEMORY, ROLES, Parameter
+from lm2_jax.parameters import LORA, MEMORY, ROLES, Parameter
 from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.registry import near_misses
 from lm2_jax.training.optim_config import OptimConfig
 from lm2_jax.types import PyTree
+
+GROUPS = (MEMORY, LORA)
+DECODER = "decoder"  # all parameters of the same decoder without memory and adapters
+_DECODER_MODULES = {"embed", "head", "final_norm", "attention_norm", "attention", "mlp_norm", "mlp"}
 
 
 def selects(selector: str, parameter: Parameter) -> bool:
     """Whether a role, a group, a module or a path pattern selects a parameter; see `optim_config`."""
     if selector in ROLES:
         return parameter.role == selector
-    if selector == MEMORY:
-        return parameter.group == MEMORY
+    if selector in GROUPS:
+        return parameter.group == selector
+    if selector == DECODER:
+        return parameter.group is None and not _DECODER_MODULES.isdisjoint(parameter.path.split("/"))
     return any(fnmatch.fnmatchcase(parameter.path, pattern) for pattern in (selector, f"{selector}/*"))
 
 
@@ -59,7 +65,7 @@ def trainable(parameters: PyTree, config: OptimConfig) -> PyTree:
 
 def _check_selectors(field: str, selectors: Iterable[str], parameters: list[Parameter]) -> None:
     """Refuses a selector that is no role and no group and matches no path."""
-    names = [*sorted(ROLES), MEMORY]
+    names = [*sorted(ROLES), *GROUPS, DECODER]
     for selector in selectors:
         if selector not in names and not any(selects(selector, p) for p in parameters):
             paths = sorted({p.path for p in parameters})

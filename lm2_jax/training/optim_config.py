@@ -1,8 +1,9 @@
 """What a run minimises and how: loss, optimizer and learning-rate schedule as frozen dataclasses.
 
-A selector chooses parameters by role (`gate`), by group (`memory`), by module (`blocks_0/mlp`) or by a pattern of the
-path (`*/attention/*`, where `*` stands for any characters). Roles are those of `lm2_jax.parameters.Role`. Blocks of
-equal form are stacked into one array, so a path chooses all of them together.
+A selector chooses parameters by role (`gate`), by group (`memory`, `lora`, or `decoder`: all that the decoder has
+without memory and adapters), by module (`blocks_0/mlp`) or by a pattern of the path (`*/attention/*`, where `*` stands
+for any characters). Roles are those of `lm2_jax.parameters.Role`. Blocks of equal form are stacked into one array, so a
+path chooses all of them together.
 """
 
 import dataclasses

@@ -70,9 +70,13 @@ class Plan:
         """The state before the first step, created in its sharding; to be called in the layout's context."""
 
         def first() -> TrainState:
-            return self.first_state(_unbox(_first_params(self.config, self.model)))
+            return self.first_state(self.first_params())
 
         return jax.jit(first, out_shardings=self.shardings(layout))()
+
+    def first_params(self) -> PyTree:
+        """The initial parameters, which follow from `train.seed`."""
+        return _unbox(_first_params(self.config, self.model))
 
     def first_state(self, params: PyTree) -> TrainState:
         """The state before the first step with these parameters; optimizer and memory are at their start."""

@@ -8,6 +8,7 @@ def test_the_table_holds_the_names_of_the_project():
     assert {name for name, _ in check_rules(RULES)} == {
         *("batch", "copies", "time", "embed", "heads", "kv_heads", "head", "mlp", "vocab", "layers"),
         *("slots", "chunk", "inner", "hidden", "segments", "norm", "state_embed", "window", "gate_width", "row_width"),
+        "rank",
     }
 
 

@@ -396,7 +396,7 @@ def test_a_newer_format_is_refused_with_both_versions(undisturbed, tmp_path):
     plain = json.loads((workdir / "config.json").read_text())
     assert plain["format"] == formats.FORMAT
     (workdir / "config.json").write_text(json.dumps(plain | {"format": 99, "version": "7.5"}))
-    with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*1 to 2\."):
+    with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*1 to 3\."):
         load_run(workdir)
 
 

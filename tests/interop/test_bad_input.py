@@ -1,0 +1,157 @@
+"""What cannot be imported is refused with one message that says what was expected."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from lm2_jax.errors import UserError
+from lm2_jax.interop import hub
+from lm2_jax.interop.open_source import open_source
+from lm2_jax.interop.pretrained import from_pretrained
+from tests.interop.folders import TINY, hf_folder, random_weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*not supported"),
+        ({"architectures": None, "model_type": "gemma"}, "gemma.*not supported"),
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "never run"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"use_qk_norm": True}, "use_qk_norm=True"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE type 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a number"),
+        ({"hidden_size": "32"}, "hidden_size: expected a positive integer"),
+        ({"num_key_value_heads": 3}, "num_kv_heads"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"intermediate_size": 48}, "expected shape"),
+        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: missing"),
+        ({"num_hidden_layers": 1}, "no such parameter"),
+        ({"tie_word_embeddings": False}, "lm_head.weight: missing"),
+    ],
+)
+def test_a_config_that_does_not_fit(changes, message, tmp_path):
+    folder = hf_folder(tmp_path)
+    (folder / "config.json").write_text(json.dumps({**TINY, **changes}))
+    with pytest.raises(UserError, match=message):
+        open_source(folder)
+
+
+def test_tensors_the_decoder_lacks(tmp_path):
+    weights = random_weights(TINY) | {"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32)}
+    with pytest.raises(UserError, match=r"q_norm.weight: the decoder has no such parameter"):
+        open_source(hf_folder(tmp_path, weights=weights))
+
+
+def test_a_missing_shard(tmp_path):
+    folder = hf_folder(tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 shards are missing: model-00002-of-00003"):
+        open_source(folder)
+
+
+def test_an_index_that_leaves_the_folder(tmp_path):
+    folder = hf_folder(tmp_path, shards=2)
+    index = folder / "model.safetensors.index.json"
+    plain = json.loads(index.read_text())
+    plain["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    index.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="outside the folder"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, 5000, -1])
+def test_a_truncated_file(cut, tmp_path):
+    file = hf_folder(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"truncated|damaged|not a safetensors file"):
+        open_source(tmp_path)
+
+
+def test_random_damage_of_a_header_is_one_message(tmp_path):
+    file = hf_folder(tmp_path, tokenizer=False) / "model.safetensors"
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    length = int.from_bytes(content[:8], "little")
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[int(rng.integers(0, 8 + length))] = int(rng.integers(0, 256))
+        file.write_bytes(damaged)
+        try:
+            open_source(tmp_path)
+        except UserError as error:
+            assert str(tmp_path) in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_refused(name, tmp_path):
+    folder = hf_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match="Convert to safetensors"):
+        open_source(folder)
+    (tmp_path / "checkpoint.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UserError, match="Convert to safetensors"):
+        open_source(tmp_path / "checkpoint.bin")
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    for name, content in {
+        "a.bin": struct.pack("<7i", 1, 2, 3, -4, 5, 6, 7),
+        "b.bin": b"1234",
+        "c.txt": b"text",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"llama2\.c|not a checkpoint"):
+            open_source(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no such file"):
+        open_source(tmp_path / "empty")
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_source(tmp_path / "absent")
+
+
+def test_a_damaged_gguf_file(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(30))
+    with pytest.raises(UserError, match="not a GGUF file"):
+        open_source(tmp_path / "a.gguf")
+
+
+def test_a_llama2c_file_of_another_length(data_dir, tmp_path):
+    file = data_dir / "checkpoints" / "stories260K" / "stories260K.bin"
+    if not file.exists():
+        pytest.skip(f"no checkpoint: {file} does not exist")
+    (tmp_path / "a.bin").write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match="truncated"):
+        open_source(tmp_path / "a.bin")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path):
+    folder = hf_folder(tmp_path, {**TINY, "vocab_size": 200})
+    with pytest.raises(UserError, match=r"tokenizer has 259 tokens, but the model has a vocabulary of 200"):
+        from_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer"):
+        from_pretrained(folder)
+
+
+def test_a_hub_name_without_a_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("We couldn't connect to the hub")
+
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"'owner/model' is no path .* cannot be fetched: We couldn't connect"):
+        open_source("owner/model")
+    assert not hub.is_hub_name("runs/a/b")
+
+
+def test_a_segment_longer_than_the_training(tmp_path):
+    with pytest.raises(UserError, match="at most 64 tokens"):
+        from_pretrained(hf_folder(tmp_path), segment_tokens=65)

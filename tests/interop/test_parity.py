@@ -1,0 +1,114 @@
+"""Logits equal those of `transformers`, and what is exported is what was imported."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from lm2_jax.interop.export import _write_shards
+from lm2_jax.interop.load import _stack_programs, array_reader
+from lm2_jax.interop.names import hf_name, to_hf
+from lm2_jax.interop.open_source import open_source
+from lm2_jax.interop.pretrained import from_pretrained, read_decoder
+from lm2_jax.interop.safetensors_file import SafetensorsFile
+from lm2_jax.params import to_canonical, without_layers
+from lm2_jax.sharding import Layout, MeshConfig, make_mesh
+from tests.interop.folders import GOLDEN, TINY, hf_folder, random_weights
+
+
+def golden_folder(path: Path, folder: Path, shards: int = 1) -> tuple[Path, np.ndarray, np.ndarray]:
+    with np.load(path) as arrays:
+        weights = {name.removeprefix("w:"): arrays[name] for name in arrays.files if name.startswith("w:")}
+        config = json.loads(str(arrays["config"]))
+        return hf_folder(folder, config, weights, shards, tokenizer=False), arrays["tokens"], arrays["logits"]
+
+
+def logits_of(decoder, tokens: np.ndarray) -> np.ndarray:
+    state = decoder.model.init_state(len(tokens))
+    return np.asarray(jax.jit(decoder.model.apply)({"params": decoder.params}, tokens, state)[0])
+
+
+def test_there_are_enough_goldens():
+    assert len(GOLDEN) >= 8
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_logits_equal_those_of_transformers_and_every_weight_comes_back(path, tmp_path):
+    folder, tokens, logits = golden_folder(path, tmp_path / "hf", shards=3)
+    source = open_source(folder)
+    decoder = read_decoder(source, segment_tokens=tokens.shape[1])
+    np.testing.assert_allclose(logits_of(decoder, tokens), logits, atol=1e-4, rtol=1e-4)
+    read, shapes = array_reader(decoder.params), source.shapes()
+    ours = {hf_name(name): name for name in to_canonical(decoder.params)}
+    assert ours.keys() == shapes.keys()
+    for name, shape in shapes.items():  # bit for bit
+        np.testing.assert_array_equal(to_hf(ours[name], read(ours[name]), shape), source.read(name))
+
+
+def test_bfloat16_files_and_models(tmp_path):
+    weights = {name: array.astype("bfloat16") for name, array in random_weights(TINY).items()}
+    folder = hf_folder(tmp_path, weights=weights)
+    narrow, wide = from_pretrained(folder, dtype="bfloat16"), from_pretrained(folder)
+    for a, b in zip(jax.tree.leaves(narrow.params), jax.tree.leaves(wide.params), strict=True):
+        assert (a.dtype, b.dtype) == ("bfloat16", "float32")
+        np.testing.assert_array_equal(np.asarray(a, np.float32), b)
+
+
+def test_files_are_those_of_the_safetensors_package(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    weights = random_weights(TINY)
+    shapes = {name: array.shape for name, array in weights.items()}
+    _write_shards(tmp_path, shapes, np.dtype(np.float32), weights.__getitem__, 10_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    for name, file in index["weight_map"].items():
+        np.testing.assert_array_equal(safetensors.load_file(tmp_path / file)[name], weights[name])
+    safetensors.save_file(weights, tmp_path / "theirs.safetensors")
+    theirs = SafetensorsFile(tmp_path / "theirs.safetensors")
+    for name, array in weights.items():
+        np.testing.assert_array_equal(theirs.read(name), array)
+
+
+def test_no_device_holds_more_than_its_shard(tmp_path):
+    """Not even on the way: at each read of a tensor, every array on the devices is split."""
+    source = open_source(hf_folder(tmp_path))
+    layout = Layout(make_mesh(MeshConfig(data=1, fsdp=4, model=2)))
+    single, read, seen = read_decoder(source), source.read, set()
+    older = jax.live_arrays()  # held, so that no new array gets the id of one
+    matrices = [leaf.shape for leaf in jax.tree.leaves(single.params) if leaf.ndim >= 2 and min(leaf.shape[-2:]) > 2]
+    full = {*matrices, *(shape[1:] for shape in matrices if len(shape) > 2)}
+
+    def watched(name):
+        ids = set(map(id, older))
+        for array in jax.live_arrays():
+            if array.shape in full and id(array) not in ids:
+                assert max(shard.data.size for shard in array.addressable_shards) < array.size, array.shape
+                seen.add(array.shape)
+        return read(name)
+
+    source.read = watched
+    split = read_decoder(source, layout=layout)
+    assert {(300, 32), (2, 32, 4, 8), (2, 32, 40)} <= seen
+    for a, b in zip(jax.tree.leaves(split.params), jax.tree.leaves(single.params), strict=True):
+        assert isinstance(a.sharding, NamedSharding)
+        assert len(a.sharding.device_set) == 8
+        np.testing.assert_array_equal(a, b)
+    table = split.params["embed"]["table"]
+    assert max(shard.data.size for shard in table.addressable_shards) < table.size
+
+
+def test_a_layer_is_put_into_its_stack_without_copies():
+    """The program that does it has no temporary arrays and works in place, on each device's shard."""
+    layout = Layout(make_mesh(MeshConfig(data=1, fsdp=4, model=2)))
+    shape = jax.ShapeDtypeStruct((3, 32, 40), np.float32)
+    sharding = layout.shardings(("layers", "embed", "mlp"), shape)
+    _, put = _stack_programs(shape.shape, np.dtype(np.float32), sharding)
+    stack = jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=sharding)
+    layer = jax.ShapeDtypeStruct(shape.shape[1:], np.float32, sharding=without_layers(sharding))
+    memory = put.lower(stack, layer, jax.ShapeDtypeStruct((), np.int32)).compile().memory_analysis()
+    shard = 4 * 3 * 32 * 40 // 8
+    assert memory.output_size_in_bytes == memory.alias_size_in_bytes == shard
+    assert memory.temp_size_in_bytes < shard

@@ -183,7 +183,7 @@ def _show_distance(counts: dict[str, np.ndarray], tokens: int) -> bytes:
     asked = next(iter(counts.values()))[:, 1]
     shown = np.flatnonzero(asked >= LEAST_ASKED).tolist()
     print(f"\nAnother text of {tokens:,} tokens, asked about all persons again and again: accuracy by distance")
-    print(f"{'tokens since the fact':<26}" + "".join(f"{_group(i):>12}" for i in shown))
+    print(f"{'tokens since the fact':<26}" + "".join(f"{_group(int(i)):>12}" for i in shown))
     for name, found in counts.items():
         print(f"{MODELS[name]:<26}" + "".join(f"{100 * found[i, 0] / found[i, 1]:11.0f}%" for i in shown))
     print(f"{'questions':<26}" + "".join(f"{asked[i]:>12,}" for i in shown))

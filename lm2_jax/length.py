@@ -79,7 +79,7 @@ def _segments(config: "ModelConfig", state: "ModelState") -> np.ndarray | None:
     if config.decoder.max_tokens is None:
         return None
     caches = [group.window for group in state.groups if isinstance(group.window, Cache)]
-    if not caches or _is_traced(caches[0].segments) or not caches[0].segments.is_fully_addressable:
+    if not caches or _is_traced(caches[0].segments) or not getattr(caches[0].segments, "is_fully_addressable", True):
         return None
     return np.where(np.asarray(caches[0].is_start)[0], 0, np.asarray(caches[0].segments)[0])
 

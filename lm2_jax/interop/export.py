@@ -87,7 +87,7 @@ def _write_hf(run: Run, folder: pathlib.Path, origin: Mapping[str, Any], shard_b
         return to_hf(canonical, read(canonical), shapes[name])
 
     _write_shards(folder, shapes, dtype, tensor, shard_bytes)
-    longest = origin.get("max_tokens") or model.segment_tokens
+    longest = origin.get("max_tokens") or model.decoder.max_tokens or model.segment_tokens
     spec = LlamaSpec(model.decoder, model.vocab_size, longest, run.tokenizer.eos_id)
     _write_json(folder / CONFIG, write_hf_config(spec, dtype.name))
     _write_json(folder / "generation_config.json", {"eos_token_id": spec.eos_id, "pad_token_id": run.tokenizer.pad_id})

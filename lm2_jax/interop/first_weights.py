@@ -16,7 +16,12 @@ from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.pretrained import locate, own_config
 from lm2_jax.interop.workdir import parse_tokenizer, tokenizer_files
 
-_FREE = {"attention_kernel", "lora", "window_tokens"}  # fields of a decoder that change no weight of a checkpoint
+_FREE = {
+    "attention_kernel",
+    "lora",
+    "max_tokens",
+    "window_tokens",
+}  # fields of a decoder that change no weight of a checkpoint
 
 
 class _Found(NamedTuple):

@@ -61,7 +61,10 @@ def decoder_model(
             vocab_size=source.spec.vocab_size,
             segment_tokens=segment_tokens or min(_SEGMENT, longest or _SEGMENT),
             decoder=dataclasses.replace(
-                source.spec.decoder, attention_kernel=like.decoder.attention_kernel, lora=like.decoder.lora
+                source.spec.decoder,
+                attention_kernel=like.decoder.attention_kernel,
+                lora=like.decoder.lora,
+                max_tokens=like.decoder.max_tokens,
             ),
             memory=NoMemory(),
             join=PlainJoin(),

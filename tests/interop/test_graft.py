@@ -105,7 +105,7 @@ def test_every_memory_and_join_is_here():
     assert {name for name, grafted in GRAFTS.items() if not grafted.start.is_silent} >= MEASURED.keys()
 
 
-@pytest.mark.parametrize("name", GRAFTS)
+@pytest.mark.parametrize("name", list(GRAFTS))
 def test_a_start_that_is_not_silent_has_a_reason(name):
     assert GRAFTS[name].start.is_silent != bool(GRAFTS[name].start.reason)
 
@@ -116,7 +116,7 @@ def marked(name: str):
     return name if name in fast else pytest.param(name, marks=pytest.mark.slow if name in slow else pytest.mark.long)
 
 
-@pytest.mark.parametrize("name", map(marked, GRAFTS))
+@pytest.mark.parametrize("name", [marked(name) for name in GRAFTS])
 def test_the_first_logits(name, source, decoder):
     grafted = GRAFTS[name]
     has_stack = grafted.model.join.stack(grafted.model.block_spec, parent=None) is not None

@@ -103,7 +103,7 @@ PURPOSES = {
     "none_window_tiny": "baseline: sliding-window attention, no memory",
     "rmt_tiny": "RMT: memory tokens that pass through the decoder",
     "armt_tiny": "ARMT: an associative memory per layer, written by memory tokens",
-    "infini_tiny": "Infini-attention: linear attention over past segments inside the heads",
+    "infini_tiny": "Infini-attention: linear attention over the past, inside the heads",
     "titans_mac_tiny": "Titans, memory as context (MAC)",
     "titans_mag_tiny": "Titans, memory as gate (MAG)",
     "titans_mal_tiny": "Titans, memory as layer (MAL)",

@@ -28,7 +28,7 @@ TRAIN = [
     ("lm2_tiny --data.batch-size 3", 2, ["Did you mean --data.rows"]),
     ("lm2_tiny --work-dir x", 2, ["Did you mean --workdir"]),
     ("lm2_tiny --model.memory.num-slot 3", 2, ["--model.memory.num-slots"]),
-    ("lm2_tiny --model.memory.num-tokens 3", 2, ["field of 'tokens'", "add --model.memory tokens"]),
+    ("lm2_tiny --model.memory.num-tokens 3", 2, ["field of 'associative', 'tokens'", "add --model.memory associative"]),
     ("lm2_tiny --zzz", 2, ["--zzz: no such option", "--help"]),
     ("lm2_tiny --model.decoder 3", 2, ["--model.decoder is a group", "--model.decoder.width"]),
     ("lm2_tiny --no-optim.steps", 2, ["no such option"]),

@@ -21,7 +21,7 @@ PROGRAMS = {
     "import": ("lm2_jax.commands.import_hf", "turns a Llama checkpoint into a run, with a memory if wanted"),
     "export": ("lm2_jax.interop.export_hf", "turns a run into a folder for transformers or from_pretrained"),
     "inspect": ("lm2_jax.inspect.program", "shows what a memory reads, writes and forgets of a text"),
-    "compare": ("lm2_jax.compare.program", "trains and evaluates presets under one protocol"),
+    "compare": ("lm2_jax.commands.compare", "trains and evaluates presets under one protocol"),
     "convert": ("lm2_jax.data.convert", "turns text into token shards"),
     "list": ("lm2_jax.commands.overview", "lists the presets by family"),
     "demo": ("lm2_jax.demo.program", "reads a long text once and answers from the saved memory"),

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from lm2_jax import cli
 from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.interop.open_source import open_source
@@ -75,13 +76,13 @@ def report(imported: Imported, workdir: str, seconds: float) -> str:
     if imported.origin["memory"] is not None:
         silent = "the first logits are the decoder's" if start.is_silent else f"the first logits change: {start.reason}"
         lines.append(f"memory {model.memory.kind!r} with join {model.join.kind!r}: {silent}")
-    train = f"python train.py --config {workdir}/config.json"
+    train = f"{cli.program('train')} --config {workdir}/config.json"
     if imported.refusal:
         lines.append(f"It cannot be trained on the data of this config: {imported.refusal}")
     else:
         lines.append(f"train:    {train} --workdir {workdir}")
     lines.append(f"on your own text: {train} --text PATH --workdir NEW --init.from {workdir}")
-    lines.append(f"evaluate: python eval.py SUITE --workdir {workdir}")
+    lines.append(f"evaluate: {cli.program('eval')} SUITE --workdir {workdir}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ import pathlib
 import pytest
 
 import lm2_jax
-from lm2_jax.compare import jobs, program, table
+from lm2_jax.commands import compare as program
+from lm2_jax.compare import jobs, table
 from lm2_jax.compare.protocol import Protocol, choose_rates, inequalities
 from lm2_jax.errors import UserError
 

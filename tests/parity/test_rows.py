@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -136,6 +137,6 @@ def test_infini_attention_equals_the_reference(update):
     expected, memories = InfiniReference(case.config, case.params).run(case.tokens[row])
     np.testing.assert_allclose(logits[row], expected, rtol=1e-9, atol=1e-9)
     for layer, (matrix, norm) in enumerate(memories):
-        got = state.groups[0].memory
+        got = jax.tree.map(np.asarray, state.groups[0].memory)
         np.testing.assert_allclose(case.S * got.matrix[layer, row], matrix, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(case.S * got.norm[layer, row], norm, rtol=1e-9, atol=1e-9)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
@@ -215,7 +216,23 @@ def train(run: RunConfig, options: TrainOptions, mesh: Any) -> None:
         files.confirm_overwrite(workdir, options.yes, options.distributed)
     outcome = fit(run, workdir, layout, options.profiling, options.init.from_, options.overwrite)
     _report_missing_trace(options.profiling)
+    if jax.process_index() == 0:
+        print(what_next(run, os.fspath(workdir), outcome.stopped_by is None))
     sys.exit(outcome.status)
+
+
+def what_next(run: RunConfig, workdir: str, is_finished: bool) -> str:
+    """What was saved, and the commands that use it, as they can be typed."""
+    if not is_finished:
+        return f"Saved in {workdir}. The same command again resumes the run."
+    where, program = shlex.quote(workdir), cli.program("eval")
+    calls = [
+        f"{program} {suite} --{'workdirs' if suite == 'recall' else 'workdir'} {where}"
+        for suite in run.data.source.suites
+    ]
+    if run.loss.text_weight > 0:
+        calls.append(f'{cli.program("generate")} --workdir {where} --prompt "The"')
+    return "\n".join([f"Saved in {workdir}. To use it:", *(f"    {call}" for call in calls)])
 
 
 def _check_profile(run: RunConfig, profiling: ProfileConfig) -> None:

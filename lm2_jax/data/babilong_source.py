@@ -121,6 +121,11 @@ class BabilongSource(SourceConfig):
         """Least and most background in a row."""
         return self.noise_fraction, self.noise_fraction if self.noise_up_to is None else self.noise_up_to
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """Recall by distance for questions throughout a row, BABILong for one at its end."""
+        return ("recall",) if self.layout == "interleaved" else ("babilong",)
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
         """Opens the files; arguments and errors as in the base class."""
         encode = Encoder(tokenizer)

@@ -95,6 +95,11 @@ class SourceConfig(Family):
         """Whether a segment can hold several documents, which `Example.document` numbers."""
         return False
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """Suites of evaluation that fit what a run learns here, the closest first."""
+        return ("perplexity",)
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> "Source":
         """Opens the source; a missing folder or file is a `UserError`."""
         raise NotImplementedError

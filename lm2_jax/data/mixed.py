@@ -38,6 +38,11 @@ class MixedSource(SourceConfig):
         """Whether any part's segments can hold several documents."""
         return any(part.packs for part in self.parts)
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(dict.fromkeys(suite for part in self.parts for suite in part.suites))
+
     def build(self, tokenizer: Tokenizer, segment_tokens: int, seed: int) -> Source:
         """Opens all parts, each with its own seed, so that equal parts write different rows."""
         sources = [

@@ -119,6 +119,8 @@ def _train(
             flops_per_token(config.model, plan.shapes.params), steps, state.step.sharding.device_set
         )
         data = host_batches(plan, run.source, layout, start)
+        if start < steps:
+            progress.compiling()
         step, pending, last = start, None, start >= steps or stop.requested(start)
         with (
             MetricsLog(workdir, start, config.train.tracker, to_dict(config)) as log,

@@ -54,14 +54,16 @@ class Throughput:
         self._last += seconds
 
     def measure(self, step: int) -> dict[str, float]:
-        """Rates since the last call, and `seconds_left`; the first result includes the compilation."""
+        """Rates since the last call, and `seconds_left`; the first result includes the compilation and says no time left."""
         now = time.monotonic()
         rate = self._tokens / max(now - self._last, 1e-9)
-        since, first = self._base or (self._last, step - 1)
-        pace = (now - since) / max(step - first, 1)
-        self._base = self._base or (now, step)
+        values = {"tokens_per_second": rate}
+        if self._base is None:
+            self._base = (now, step)
+        else:
+            since, first = self._base
+            values["seconds_left"] = (now - since) / max(step - first, 1) * (self._steps - step)
         self._last, self._tokens = now, 0
-        values = {"tokens_per_second": rate, "seconds_left": pace * (self._steps - step)}
         if self._peak is not None:
             values["mfu"] = rate * self._flops / self._peak
         return values
@@ -108,6 +110,11 @@ class ProgressLine:
         """Moves the bar."""
         if self._live is not None:
             self._live.update(self._task, completed=step)
+
+    def compiling(self) -> None:
+        """Says what the time before the first step is for; a live line says it already."""
+        if self._live is None:
+            self.say("compiling the first step")
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Shows the numbers of a logged step."""

@@ -63,7 +63,7 @@ class Watch:
         values = means(self._sums) | self._throughput.measure(step)
         self._sums = {}
         self._progress.show(step, values)
-        del values["seconds_left"]
+        values.pop("seconds_left", None)
         values |= {"grad_norm": float(report.grad_norm), "learning_rate": float(report.learning_rate)}
         values |= diagnostics(report.aux) | (more or {})
         wrong = [name for name, value in values.items() if not math.isfinite(value)]

@@ -149,6 +149,10 @@ def test_a_hundred_segments_stay_finite(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(state)] == types
 
 
+# ARMT answers with the quotient of two sums, both rounded to bfloat16 after each segment.
+ROUNDED = {"associative": 0.1}
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("lm2_tiny", "rmt_tiny") else slow) for name in TINY]
 )
@@ -161,7 +165,7 @@ def test_bfloat16_is_close(name):
     assert types == {leaf.dtype for leaf in jax.tree.leaves(narrow.start())}
     assert np.dtype(jnp.bfloat16) in types or not case.remembers
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
-    assert error < 0.05, error
+    assert error < ROUNDED.get(case.config.memory.kind, 0.05), error
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -225,11 +225,10 @@ def what_next(run: RunConfig, workdir: str, is_finished: bool) -> str:
     """What was saved, and the commands that use it, as they can be typed."""
     if not is_finished:
         return f"Saved in {workdir}. The same command again resumes the run."
-    where, program = shlex.quote(workdir), cli.program("eval")
-    calls = [
-        f"{program} {suite} --{'workdirs' if suite == 'recall' else 'workdir'} {where}"
-        for suite in run.data.source.suites
-    ]
+    where, calls = shlex.quote(workdir), []
+    for suite in run.data.source.suites:
+        option = "--workdirs" if suite == "recall" else "--workdir"
+        calls.append(f"{cli.program('eval')} {suite} {option} {where}")
     if run.loss.text_weight > 0:
         calls.append(f'{cli.program("generate")} --workdir {where} --prompt "The"')
     return "\n".join([f"Saved in {workdir}. To use it:", *(f"    {call}" for call in calls)])

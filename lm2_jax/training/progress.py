@@ -54,7 +54,7 @@ class Throughput:
         self._last += seconds
 
     def measure(self, step: int) -> dict[str, float]:
-        """Rates since the last call, and `seconds_left`; the first result includes the compilation and says no time left."""
+        """Rates since the last call, and `seconds_left`; the first result includes the compilation, so it has none."""
         now = time.monotonic()
         rate = self._tokens / max(now - self._last, 1e-9)
         values = {"tokens_per_second": rate}

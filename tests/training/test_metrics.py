@@ -175,7 +175,7 @@ def test_throughput_by_hand(monkeypatch):
     throughput = Throughput(flops=31.2e6, steps=11, devices=[Device(), Device()])
     throughput.count(1000)
     now[0] += 50  # compilation
-    assert throughput.measure(1)["tokens_per_second"] == pytest.approx(20)
+    assert throughput.measure(1) == {"tokens_per_second": pytest.approx(20), "mfu": pytest.approx(20 * 31.2e6 / 624e12)}
     for _ in range(5):
         throughput.count(1000)
     now[0] += 14

@@ -109,7 +109,15 @@ def test_a_wheel_installs_one_package(installed):
     assert {path.name for path in installed.iterdir()} == {"lm2_jax", f"lm2_jax-{version}.dist-info"}
     metadata = (installed / f"lm2_jax-{version}.dist-info" / "METADATA").read_text()
     assert f"\nVersion: {version}\n" in metadata
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"tpu", "cuda", "dev", "hf"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {
+        "tpu",
+        "cuda",
+        "dev",
+        "gguf",
+        "hf",
+        "wandb",
+        "trackio",
+    }
     assert "\nRequires-Dist: flax>=" in metadata
     files = {path.relative_to(ROOT) for path in (ROOT / "lm2_jax").rglob("*.py")}
     files |= {Path("lm2_jax/sharding") / path.name for path in (ROOT / "sharding").glob("*.py")}

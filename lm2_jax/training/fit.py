@@ -110,8 +110,7 @@ def _train(
     with ProgressLine(steps) as progress, _as_user_error(workdir, checkpoints):
         state, start, first_loss = begin(plan, layout, checkpoints)
         progress.say(describe(plan, layout, workdir, start) + replicated_arrays(state, layout))
-        if start >= steps:
-            progress.say(FINISHED.format(steps=steps, more=2 * steps))
+        _say_start(progress, start, steps)
         if init_from is not None and start == 0:
             state, report = start_from(init_from, state, plan, layout)
             progress.say(report)
@@ -119,8 +118,6 @@ def _train(
             flops_per_token(config.model, plan.shapes.params), steps, state.step.sharding.device_set
         )
         data = host_batches(plan, run.source, layout, start)
-        if start < steps:
-            progress.compiling()
         step, pending, last = start, None, start >= steps or stop.requested(start)
         with (
             MetricsLog(workdir, start, config.train.tracker, to_dict(config)) as log,
@@ -155,6 +152,13 @@ def _train(
             stop.finishing = True
             progress.say(f"step {step}/{steps}: {checkpoints.finish()}")
     return FitResult(state, step, stop.caught if step < steps else None)
+
+
+def _say_start(progress: ProgressLine, start: int, steps: int) -> None:
+    if start < steps:
+        progress.compiling()
+    else:
+        progress.say(FINISHED.format(steps=steps, more=2 * steps))
 
 
 @contextlib.contextmanager

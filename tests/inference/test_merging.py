@@ -44,8 +44,8 @@ def random_states(module, count=2, rows=3):
 
 
 def merged(module, states, start):
-    """`module.merged`, which needs no parameters."""
-    return module.apply({}, states, start, method="merged")
+    """`module.merged`, whose result depends on no parameter."""
+    return module.init_with_output(jax.random.key(0), states, start, method="merged")[0]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_titans_weights_and_momentum_add_up_as_changes_from_the_start():
 @in_float64
 def test_compressive_memories_of_two_texts_are_that_of_both_in_a_row():
     module = Compressive(CompressiveConfig(update="linear"), 2, 4, FLOAT64)
-    rng, valid_BT = np.random.default_rng(1), np.ones((2, 5), bool)
+    rng, valid_BT = np.random.default_rng(1), jnp.ones((2, 5), bool)
     k, v = (jnp.asarray(rng.standard_normal((5, 2, 5, 2, 4))) for _ in range(2))  # five segments
 
     def read(segments, state):

@@ -1,7 +1,7 @@
 """Merged memories: what answers from a sum of two memories know, compared with reading both texts in a row.
 
     python -m benchmarks.merge_memories                             # both arms, one run of each
-    python -m benchmarks.merge_memories --arms gated_delta --steps 400
+    python -m benchmarks.merge_memories --arms gated_delta --no-train   # with the newest checkpoint
 
 Two small models learn the recall task of configs/probe.py: who is where, with questions throughout the text. Then each
 row of the experiment has two texts of held-out prose and statements: A about two of the four persons, B about the other
@@ -29,11 +29,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from etils import epath
 
 from benchmarks import origin
 from lm2_jax import cli, streaming
-from lm2_jax.config import RunConfig
 from lm2_jax.data.babi import PLACES, Query, write_question
 from lm2_jax.data.background import open_background
 from lm2_jax.data.philox import Draws
@@ -44,7 +42,6 @@ from lm2_jax.evaluation.names import model_name
 from lm2_jax.inference.merging import merge_states
 from lm2_jax.model import ModelState
 from lm2_jax.runs import Run, load_run
-from lm2_jax.training.workdir import read_config
 
 RUNS = pathlib.Path("runs/merge")
 RESULTS = pathlib.Path("benchmarks/results/merge_memories")
@@ -71,8 +68,10 @@ class Command:
 
     arms: tuple[str, ...] = tuple(MEMORIES)
     """Memories to compare, of `gated_delta` and `titans`; each alone mixes the tokens of its decoder (join `mixer`)."""
-    steps: int = 800
-    """Steps of training, with 32 rows of 4 segments of 32 tokens each."""
+    steps: int = 600
+    """Steps of training, with 16 rows of 4 segments of 32 tokens each."""
+    train: bool = True
+    """Whether to train what is missing first; else the newest checkpoint is evaluated, whatever its step."""
     segments: tuple[int, ...] = (1, 2, 4)
     """Lengths of each text, in segments."""
     rows: int = 512
@@ -96,8 +95,8 @@ def words(arm: str, steps: int) -> list[str]:
     return [
         "train.py", "probe_lmm", "--workdir", str(workdir(arm, steps)), "--model.memory", *MEMORIES[arm],
         "--model.remat", "none", "--optim.steps", str(steps), "--data.source.asked", "1", "2", "4",
-        "--data.source.asked-steps", str(steps * 3 // 16), str(steps * 7 // 16), "--train.eval-every", "100",
-        "--checkpoint.every-steps", "100",
+        "--data.source.asked-steps", str(steps * 3 // 16), str(steps * 7 // 16), "--data.rows", "16",
+        "--train.eval-every", "0", "--checkpoint.every-steps", "50",
     ]  # fmt: skip
 
 
@@ -106,9 +105,9 @@ def workdir(arm: str, steps: int) -> pathlib.Path:
     return RUNS / f"{arm}_{steps}"
 
 
-def train(arm: str, steps: int) -> Run:
-    """Trains a run, unless it is trained already."""
-    if not (workdir(arm, steps) / "checkpoints" / str(steps)).is_dir():
+def trained(arm: str, steps: int, may_train: bool) -> Run:
+    """The run of an arm; it is trained unless it is already, or unless `may_train` is false."""
+    if may_train and not (workdir(arm, steps) / "checkpoints" / str(steps)).is_dir():
         command = words(arm, steps)
         print(f"$ python {' '.join(command)}", flush=True)
         if status := cli.run_program(*command):
@@ -189,12 +188,9 @@ def count_right(run: Run, state: ModelState, texts: Texts) -> int:
 def evaluate(run: Run, arm: str, segments: int, command: Command) -> Row:
     """One arm at one length."""
     a, b = (
-        make_texts(run, persons, segments, command.rows, command.seed, stream)
-        for stream, persons in enumerate(PERSONS)
+        make_texts(run, persons, segments, command.rows, command.seed, stream) for stream, persons in enumerate(PERSONS)
     )
-    found = {
-        name: [count_right(run, state, texts) for texts in (a, b)] for name, state in states(run, a, b).items()
-    }
+    found = {name: [count_right(run, state, texts) for texts in (a, b)] for name, state in states(run, a, b).items()}
     return {
         "arm": arm,
         "steps": int(run.step),
@@ -227,7 +223,8 @@ def shown(right: int, asked: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row per arm, length and condition."""
-    lines = ["| memory | steps | segments of each text | state | questions about A | questions about B |", "|---" * 6 + "|"]
+    names = ("memory", "steps", "segments of each text", "state", "questions about A", "questions about B")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row, (name, right) in itertools.chain.from_iterable(
         ((row, item) for item in row["right"].items()) for row in rows
     ):
@@ -260,7 +257,7 @@ def main() -> None:
     held = json.loads(file.read_text())["results"] if file.exists() else []
     rows = {(row["arm"], row["steps"], row["segments"]): row for row in held}
     for arm in command.arms:
-        run = train(arm, command.steps)
+        run = trained(arm, command.steps, command.train)
         for segments in command.segments:
             rows[arm, int(run.step), segments] = evaluate(run, arm, segments, command)
             write([rows[key] for key in sorted(rows)], command.out)

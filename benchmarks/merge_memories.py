@@ -20,18 +20,20 @@ continues. Rows of other arms, steps and lengths in the table's .json are kept.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from benchmarks import origin
-from lm2_jax import cli, streaming
+from lm2_jax import cli
 from lm2_jax.data.babi import PLACES, Query, write_question
 from lm2_jax.data.background import open_background
 from lm2_jax.data.philox import Draws
@@ -40,7 +42,7 @@ from lm2_jax.data.worlds import World, word
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation.names import model_name
 from lm2_jax.inference.merging import merge_states
-from lm2_jax.model import ModelState
+from lm2_jax.model import LanguageModel, ModelState
 from lm2_jax.runs import Run, load_run
 
 RUNS = pathlib.Path("runs/merge")
@@ -148,12 +150,23 @@ def _text(encode: Encoder, persons: tuple[str, ...], size: int, draws: Draws) ->
     return tokens, Query("where_person", (person,)), mentioned[person]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _segment(
+    model: LanguageModel, params: Any, state: ModelState, tokens_BT: Any, count: Any
+) -> tuple[Any, ModelState]:
+    """Logits after the first `count` tokens of a segment, the rest of which is padding, and the state."""
+    valid_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) < count, tokens_BT.shape)
+    out = model.apply({"params": params}, tokens_BT, state, None, valid_BT, method="forward")
+    last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden, count - 1, 1, axis=1)  # pyright: ignore
+    logits_B1V = model.apply({"params": params}, last_B1D, method="logits")
+    return logits_B1V[:, 0], out.state  # pyright: ignore
+
+
 def read(run: Run, tokens_BS: np.ndarray, state: ModelState) -> ModelState:
     """The state after a text of full segments."""
-    rows, T = len(tokens_BS), run.config.model.segment_tokens
+    T = run.config.model.segment_tokens
     for first in range(0, tokens_BS.shape[1], T):
-        segment_BT = tokens_BS[:, first : first + T]
-        _, state = streaming.read_segment(run.model, run.params, state, segment_BT, np.ones(rows, bool))
+        _, state = _segment(run.model, run.params, state, tokens_BS[:, first : first + T], T)
     return state
 
 
@@ -181,7 +194,9 @@ def _without_momentum(group: Any) -> Any:
 
 def count_right(run: Run, state: ModelState, texts: Texts) -> int:
     """Questions that the state answers with the right token."""
-    logits_BV, _ = streaming.absorb(run.model, run.params, texts.question_BQ, state)
+    size = texts.question_BQ.shape[1]
+    padded_BT = np.pad(texts.question_BQ, ((0, 0), (0, run.config.model.segment_tokens - size)))
+    logits_BV, _ = _segment(run.model, run.params, state, padded_BT, size)
     return int((np.asarray(logits_BV).argmax(axis=-1) == texts.answer_B).sum())
 
 

@@ -205,8 +205,8 @@ def write(held: dict[str, Any], out: pathlib.Path) -> None:
     text = (
         "# Key-value pairs in merged memories\n\nNo trained model: the update rules alone "
         f"(benchmarks/merge_pairs.py). Right answers in per cent with 95% intervals over {held['trials']} trials of "
-        f"{held['pairs']} pairs per text; a guess among all values is right in {50 / held['pairs']:.1f}%. The delta rule "
-        "finds zeros for 'nothing', for which the first value counts as chosen.\n\n"
+        f"{held['pairs']} pairs per text; a guess among all values is right in {50 / held['pairs']:.1f}%. "
+        "The delta rule finds zeros for 'nothing', for which the first value counts as chosen.\n\n"
     )
     table = "\n".join(lines)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 
 Two small models learn the recall task of configs/probe.py: who is where, with questions throughout the text. Then each
 row of the experiment has two texts of held-out prose and statements: A about two of the four persons, B about the other
-two. Both are read into memories of their own, and a question about one person of each text is asked after
+two. Both are read into memories of their own, and a question about John (text A) or Daniel (text B) is asked after
 
 - memory A, and memory B;
 - the merged memory (`lm2_jax.inference.merging`); for Titans also with the momentum set to 0 after the merge;
@@ -13,7 +13,7 @@ two. Both are read into memories of their own, and a question about one person o
 - nothing.
 
 Texts end at a segment border, so no answer is in the segment of the question. Training questions are about one person
-first, then two, then four.
+(Daniel) first, then two (John), then four, so that a run that was stopped in the second stage can be evaluated.
 
 Runs are in runs/merge/<arm>_<steps>. The same command resumes: a finished run is not trained again, an interrupted one
 continues. Rows of other arms, steps and lengths in the table's .json are kept.
@@ -47,7 +47,7 @@ from lm2_jax.runs import Run, load_run
 
 RUNS = pathlib.Path("runs/merge")
 RESULTS = pathlib.Path("benchmarks/results/merge_memories")
-PERSONS = (("Mary", "John"), ("Daniel", "Sandra"))  # of text A and of text B
+PERSONS = (("John", "Mary"), ("Daniel", "Sandra"))  # of text A and of text B; the first is asked about
 NOISE_SHARE = 0.2  # as in training
 MEMORIES = {
     "gated_delta": ("gated_delta", "--model.memory.num-heads", "4", "--model.memory.chunk-tokens", "32"),
@@ -134,10 +134,10 @@ def _text(encode: Encoder, persons: tuple[str, ...], size: int, draws: Draws) ->
     world, tokens, mentioned = World(draws, persons, (), ("move",)), [], {}
     prose = noise(open_background(None), encode, draws, True, (1, size // 2))
     while True:
-        if draws.chance(NOISE_SHARE):
+        if mentioned and draws.chance(NOISE_SHARE):
             tokens += next(prose)[1][: size - len(tokens)]
             continue
-        event = world.act(persons, PLACES)
+        event = world.act(persons if persons[0] in mentioned else persons[:1], PLACES)
         ids = encode(word(event, 0.0, draws))
         if len(tokens) + len(ids) > size:
             break
@@ -146,7 +146,7 @@ def _text(encode: Encoder, persons: tuple[str, ...], size: int, draws: Draws) ->
         mentioned[person] = place
     while len(tokens) < size:
         tokens += next(prose)[1][: size - len(tokens)]
-    person = draws.choice(sorted(mentioned))
+    person = persons[0]
     return tokens, Query("where_person", (person,)), mentioned[person]
 
 

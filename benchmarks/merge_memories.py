@@ -132,7 +132,7 @@ def make_texts(run: Run, persons: tuple[str, ...], segments: int, rows: int, see
 def _text(encode: Encoder, persons: tuple[str, ...], size: int, draws: Draws) -> tuple[list[int], Query, str]:
     """Statements about the persons with prose in between; where somebody is whom it mentions."""
     world, tokens, mentioned = World(draws, persons, (), ("move",)), [], {}
-    prose = noise(open_background(None), encode, draws, True, (1, size // 2))
+    prose = noise(open_background(None), encode, draws, True, (1, None))
     while True:
         if mentioned and draws.chance(NOISE_SHARE):
             tokens += next(prose)[1][: size - len(tokens)]

@@ -1,8 +1,9 @@
-"""Memory files: what a model remembers of a text, as one safetensors file; inspect, diff and export.
+"""Memory files: what a model remembers of a text, as one safetensors file; inspect, diff, export and merge.
 
 python -m lm2_jax.memory_file inspect book.memory
 python -m lm2_jax.memory_file diff before.memory after.memory
 python -m lm2_jax.memory_file export book.memory --out book.npz
+python -m lm2_jax.memory_file merge a.memory b.memory --workdir runs/W --out both.memory
 
 The file holds arrays and one JSON text of metadata; reading it runs no code. `tensors` of the metadata names the axes
 of each array. The same text read by the same model gives the same bytes.
@@ -27,6 +28,7 @@ from safetensors.numpy import save as to_safetensors
 from lm2_jax import atomic, cli
 from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_file
+from lm2_jax.inference.merging import merge as merge
 from lm2_jax.inference.snapshot import MemorySnapshot, Source, empty_memory, model_fingerprint
 from lm2_jax.state import map_axes
 
@@ -100,6 +102,8 @@ def encode(memory: MemorySnapshot, fingerprint: str | None = None) -> bytes:
         "tensors": {name: list(axes[name].names) for name in sorted(axes)},
         "content": _content_hash(arrays),
     }
+    if memory.merged_from:
+        metadata["merged_from"] = list(memory.merged_from)
     return to_safetensors(arrays, {METADATA: json.dumps(metadata)})
 
 
@@ -181,20 +185,28 @@ def load_memory(path: epath.PathLike, run: "Run") -> MemorySnapshot:
         file.arrays[_OPEN],
         found["tokens_read"],
         tuple(Source(**source) for source in found["sources"]),
+        tuple(found.get("merged_from", ())),
     )
 
 
-def merge(*paths: epath.PathLike) -> NoReturn:
-    """Refuses: what two memories hold cannot be added up.
+def merge_files(paths: Sequence[epath.PathLike], workdir: epath.PathLike, out: epath.PathLike) -> None:
+    """Writes the memory that `merge` makes of memory files.
 
+    Args:
+      paths: the memory files.
+      workdir: of the run that made them.
+      out: the file to write, which must not exist yet.
     Raises:
-      UserError: always.
+      UserError: as `load_run`, `load_memory` and `merge`; or `out` exists or cannot be written.
     """
-    raise UserError(
-        f"merging {' and '.join(map(str, paths))} is not supported: a memory is written depending on what it holds, so "
-        "no sum of two memories is the memory of both texts. Read the second text into the first memory instead: "
-        f"{cli.program('generate')} --memory FIRST --read SECOND_TEXT --save-memory BOTH"
-    )
+    from lm2_jax.runs import load_run
+
+    if prepare_file(out, "--out").exists():
+        raise UserError(f"--out {out} exists and is not overwritten; choose another file or remove it first")
+    for path in paths:
+        read_memory_file(path)
+    run = load_run(workdir)
+    merge(run, [load_memory(path, run) for path in paths]).save(out)
 
 
 class _Axes(NamedTuple):
@@ -231,6 +243,9 @@ def _checked(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
             raise TypeError(f"{name} is {metadata[name]!r}")
     for source in metadata["sources"]:
         Source(**source)
+    counts = metadata.get("merged_from", [])
+    if any(type(count) is not int or count < 1 for count in counts) or sum(counts) > len(metadata["sources"]):
+        raise ValueError(f"merged_from is {counts!r}")
     if arrays[_OPEN].shape != (metadata["position"],) or arrays[_OPEN].dtype != np.int32:
         raise ValueError(f"{_OPEN} does not have {metadata['position']} tokens")
     for name, axes in metadata["tensors"].items():
@@ -271,6 +286,8 @@ def describe(file: MemoryFile) -> str:
         "",
         "read:",
     ]
+    if merged := m.get("merged_from"):
+        lines[-2:-1] = [f"merged from memories of {' and '.join(map(str, merged))} texts", ""]
     for source in (Source(**source) for source in m["sources"]):
         part = "" if source.is_complete else ", unfinished"
         changed = f", file of {source.modified}" if source.modified else ""
@@ -302,9 +319,10 @@ def _usage(axes: Sequence[str | None], array: np.ndarray) -> str:
 def compare(a: MemoryFile, b: MemoryFile) -> str:
     """How two memory files differ, as text."""
     lines = []
-    for name in ("preset", "step", "model", "tokenizer", "tokens_read", "position"):
-        if a.metadata[name] != b.metadata[name]:
-            lines.append(f"{name}: {a.metadata[name]} and {b.metadata[name]}")
+    for name in ("preset", "step", "model", "tokenizer", "tokens_read", "position", "merged_from"):
+        found = [file.metadata.get(name, "-") for file in (a, b)]
+        if found[0] != found[1]:
+            lines.append(f"{name}: {found[0]} and {found[1]}")
     sources = [[(source["sha256"], source["tokens"]) for source in file.metadata["sources"]] for file in (a, b)]
     if sources[0] != sources[1]:
         names = [", ".join(source["name"] for source in file.metadata["sources"]) or "nothing" for file in (a, b)]
@@ -350,8 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exported = commands.add_parser("export", help="the arrays as a .npz file")
     exported.add_argument("file")
     exported.add_argument("--out", help="the .npz file; default: FILE.npz")
-    merged = commands.add_parser("merge", help="not supported; says what to do instead")
-    merged.add_argument("files", nargs="+")
+    merged = commands.add_parser("merge", help="one memory for texts that were read independently (an experiment)")
+    merged.add_argument("files", nargs="+", metavar="FILE", help="two memory files or more, the latest text last")
+    merged.add_argument("--workdir", required=True, help="of the run that made them")
+    merged.add_argument("--out", required=True, help="the memory file to write")
     options = parser.parse_args(arguments)
     if options.command == "inspect":
         print(describe(read_memory_file(options.file)))
@@ -362,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         export(read_memory_file(options.file), out)
         print(f"wrote {out}")
     else:
-        merge(*options.files)
+        merge_files(options.files, options.workdir, options.out)
+        print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every block shares: its modules, its state, and how its data flow is run; see `ports`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -212,6 +213,10 @@ class Block(nn.Module):
     def state_axes(self) -> LayerState:
         """Logical axes of `init_state`."""
         return LayerState(window_axes(self.spec.decoder) if self.has_attention else None, None)
+
+    def merged(self, states: Sequence[LayerState]) -> LayerState:
+        """One state of this layer for several texts; attention sees the end of the last one. See `Memory.merged`."""
+        return states[-1]
 
     def init_buffers(self, batch: int, tokens: int) -> Buffers:
         """Buffers of a segment of so many tokens, a stack's prefix and suffix included; needs no parameters."""

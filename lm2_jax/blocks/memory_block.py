@@ -1,6 +1,7 @@
 """What joins share whose blocks have a memory."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -109,6 +110,13 @@ class MemoryBlock(Block):
         """Logical axes of `init_state`."""
         axes = super().state_axes()
         return axes if self.is_shared else axes._replace(memory=self.memory_axes)
+
+    def merged(self, states: Sequence[LayerState]) -> LayerState:
+        """Merges the memory too, unless it is the stack's."""
+        if self.is_shared:
+            return super().merged(states)
+        memory = self.memory.merged([state.memory for state in states], self.begin_document()[1])
+        return super().merged(states)._replace(memory=memory)
 
     def init_buffers(self, batch: int, tokens: int) -> Buffers:
         """Adds a buffer for a memory that is written at the segment's end."""

@@ -1,5 +1,6 @@
 """State of the stack of all blocks: memory tokens that travel with a segment, or one memory for all layers."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -73,6 +74,10 @@ class StackMemory(nn.Module):
         """
         raise NotImplementedError
 
+    def merged(self, states: Sequence[State]) -> State:
+        """One state for several texts; see `Memory.merged`."""
+        return self.memory.merged(states, self.start_state())
+
 
 class SharedMemory(StackMemory):
     """One memory that every block writes in turn, as in LM2's released code, but read as it was before the segment.
@@ -133,6 +138,10 @@ class ConstantTokens(StackMemory):
     def update(self, state: State, shared: State, suffix_BND: Array | None, metrics: Metrics | None) -> State:
         """Nothing."""
         return state
+
+    def merged(self, states: Sequence[State]) -> State:
+        """Nothing; what was read is in the blocks."""
+        return states[-1]
 
 
 class MemoryTokens(StackMemory):

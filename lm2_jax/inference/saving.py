@@ -164,8 +164,10 @@ def _saved_part(
     old = [source.sha256 for source in before.sources if source.is_complete]
     wanted = old + [file.sha256 for file in files]
     found = [source.sha256 for source in saved.sources]
-    if found != wanted[: len(found)] or len(found) < len(before.sources):
+    is_other_merge = saved.merged_from != before.merged_from
+    if is_other_merge or found != wanted[: len(found)] or len(found) < len(before.sources):
         names = ", ".join(source.name for source in saved.sources) or "nothing"
+        names += ", merged" * bool(saved.merged_from)
         raise UserError(
             f"--save-memory {save_to} exists and holds the memory of another text ({names}); it is not overwritten. "
             f"Choose another file, or add to it with --memory {save_to}"

@@ -45,6 +45,7 @@ class MemorySnapshot:
     open_tokens: np.ndarray = dataclasses.field(repr=False)  # [position] int32: tokens since the border
     tokens_read: int = 0
     sources: tuple[Source, ...] = ()
+    merged_from: tuple[int, ...] = ()  # after a merge, the number of sources that came from each memory
 
     @property
     def position(self) -> int:

@@ -19,6 +19,7 @@ first segment.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, Vector, named
-from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record, sum_of_changes
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Bool, Float
@@ -66,7 +67,7 @@ class AssociativeConfig(MemoryConfig):
     @property
     def capabilities(self) -> Capability:
         """Every token reads; memory tokens write."""
-        return Capability.LAYER_TOKENS
+        return Capability.LAYER_TOKENS | Capability.MERGE
 
     @property
     def stack_tokens(self) -> int:
@@ -169,3 +170,10 @@ class Associative(Memory):
         norm_BP = state.norm.astype(inner) + jnp.sum(new_BN1 * k_BNP, axis=1)
         record(metrics, rate=rate_BN1, new=new_BN1, state_norm=jnp.linalg.norm(matrix_BPD, axis=(1, 2)))
         return state._replace(matrix=matrix_BPD.astype(state.matrix.dtype), norm=norm_BP.astype(state.norm.dtype))
+
+    def merged(self, states: Sequence[AssociativeState], start: AssociativeState) -> AssociativeState:
+        """The sums of A and of z, as if no later key were in A yet; see `Memory.merged`."""
+        return states[-1]._replace(
+            matrix=sum_of_changes([state.matrix for state in states], start.matrix),
+            norm=sum_of_changes([state.norm for state in states], start.norm),
+        )

@@ -12,7 +12,7 @@ Whole segments, streams of pieces, resets, padding and packed documents are deri
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.parameters import MEMORY
-from lm2_jax.precision import Precision
+from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.registry import Family
 from lm2_jax.state import check_state
 from lm2_jax.types import Array, Bool, Float, Int, State
@@ -44,6 +44,7 @@ class Capability(enum.Flag):
     HEADS = enum.auto()  # `reader`, `read_heads`, `write_heads`: takes attention's own queries, keys and values
     LAYER_TOKENS = enum.auto()  # `reader`, `look_up`: answers tokens; `write`: takes a layer's output at memory tokens
     STACK_TOKENS = enum.auto()  # `rows` travel through the decoder with each segment, `write` takes their outputs
+    MERGE = enum.auto()  # `merged`: the states after different texts can be added up
 
 
 class TokenInputs(NamedTuple):
@@ -75,6 +76,11 @@ class MemoryConfig(Family):
     def stack_tokens(self) -> int:
         """With STACK_TOKENS and LAYER_TOKENS, how many rows travel with a segment."""
         return 0
+
+    @property
+    def merge_obstacle(self) -> str:
+        """Without MERGE, why states cannot be added up, for messages."""
+        return "this kind of memory does not define a sum of two states"
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "Memory":
         """The module for a decoder of this width; `linen` passes on `name` or `parent`."""
@@ -205,6 +211,17 @@ class Memory(nn.Module):
         """The state at a border, from the one inside a full segment that began with `state`; the same by default."""
         return opened
 
+    def merged(self, states: Sequence[State], start: State) -> State:
+        """One state for several texts that were read independently, with MERGE; an experiment, see docs/generate.md.
+
+        Args:
+          states: after each text, at a segment border; every row has read at least a segment.
+          start: what each of them began with, one row for all.
+        Returns:
+          A state from which reading can resume after the last of the texts.
+        """
+        raise NotImplementedError
+
 
 _METHODS = {
     Capability.READ: ("reader", "read"),
@@ -215,7 +232,16 @@ _METHODS = {
     Capability.HEADS: ("reader", "read_heads", "write_heads"),
     Capability.LAYER_TOKENS: ("reader", "look_up", "write"),
     Capability.STACK_TOKENS: ("rows", "write"),
+    Capability.MERGE: ("merged",),
 }
+
+
+def sum_of_changes(states: Sequence[Float[Array, "*state"]], start: Float[Array, "*start"]) -> Float[Array, "*state"]:
+    """start + sum_i (states_i - start), in float32 at least; the result has the type of the states."""
+    wide = at_least_float32(states[0].dtype)
+    begin = start.astype(wide)
+    changes = [state.astype(wide) - begin for state in states]
+    return (begin + sum(changes[1:], changes[0])).astype(states[0].dtype)
 
 
 def record(metrics: Metrics | None, **values: Array) -> None:

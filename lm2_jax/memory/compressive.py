@@ -16,6 +16,7 @@ With fewer key/value groups than heads, the heads of a group share M and z.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class CompressiveConfig(MemoryConfig):
     @property
     def capabilities(self) -> Capability:
         """Lives inside the heads of attention."""
-        return Capability.HEADS | Capability.PACKED
+        return Capability.HEADS | Capability.PACKED | Capability.MERGE
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "Compressive":
         """The module for one head of this width."""
@@ -132,6 +133,23 @@ class Compressive(Memory):
         return state._replace(
             matrix=matrix.astype(state.matrix.dtype), norm=norm.astype(state.norm.dtype), segments=state.segments + 1
         )
+
+    def merged(self, states: Sequence[CompressiveState], start: CompressiveState) -> CompressiveState:
+        """The means over the tokens of all texts: sums of M and z, as if no later key were in M yet.
+
+        With `update` 'linear' this is the memory of all texts read in a row. See `Memory.merged`.
+        """
+        segments_B = sum((state.segments for state in states[1:]), states[0].segments)
+
+        def mean(name: str) -> Array:
+            leaves = [getattr(state, name) for state in states]
+            count_shape = (-1, *[1] * (leaves[0].ndim - 1))
+            total = jnp.zeros(leaves[0].shape, self.inner_dtype)
+            for state, leaf in zip(states, leaves, strict=True):
+                total = total + state.segments.astype(self.inner_dtype).reshape(count_shape) * leaf
+            return (total / segments_B.astype(self.inner_dtype).reshape(count_shape)).astype(leaves[0].dtype)
+
+        return states[-1]._replace(matrix=mean("matrix"), norm=mean("norm"), segments=segments_B)
 
 
 def _sigma(x: Array) -> Array:

@@ -53,6 +53,14 @@ class GatedBankConfig(MemoryConfig):
         shareable = Capability.SHAREABLE if self.start == "identity" else Capability.NONE
         return Capability.READ | Capability.ROWS | Capability.PACKED | write | shareable
 
+    @property
+    def merge_obstacle(self) -> str:
+        """The number of slots is a property of the model."""
+        return (
+            "slots do not add up, and the banks of two texts side by side have more slots than this model's "
+            f"memory.num_slots={self.num_slots}, which is part of the model"
+        )
+
     def build(self, width: int, precision: Precision, **linen: Any) -> "GatedBank":
         """The module for a decoder of this width."""
         if width % self.num_heads:

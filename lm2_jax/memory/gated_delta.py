@@ -15,6 +15,7 @@ The triangular systems of all chunks are solved at once; only products with S ru
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.layers import Einsum, RMSNorm, named
-from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record, sum_of_changes
 from lm2_jax.memory.projections import ConvProjection, HeadGate
 from lm2_jax.parameters import Role
 from lm2_jax.partition import logical_shard_map, num_shards
@@ -56,7 +57,7 @@ class GatedDeltaConfig(MemoryConfig):
     def capabilities(self) -> Capability:
         """Runs along; a convolution reaches over the border of packed documents."""
         packed = Capability.PACKED if self.conv_tokens < 2 else Capability.NONE
-        return Capability.READ | Capability.RUNNING | Capability.SHAREABLE | packed
+        return Capability.READ | Capability.RUNNING | Capability.SHAREABLE | Capability.MERGE | packed
 
     def build(self, width: int, precision: Precision, **linen: Any) -> "GatedDelta":
         """The module for a decoder of this width."""
@@ -242,6 +243,14 @@ class GatedDelta(Memory):
             tails = tuple(s.tail(x_BTD, tail, valid_BT) for s, tail in zip(streams, state.tails, strict=True))
             state = state._replace(tails=tails)
         return self._output(y, x_BTD), state._replace(matrix=matrix.astype(state.matrix.dtype))
+
+    def merged(self, states: Sequence[GatedDeltaState], start: GatedDeltaState) -> GatedDeltaState:
+        """The sum of all matrices; convolutions continue the last text.
+
+        This is the matrix of all texts read in a row, if later texts neither decay the earlier ones nor use keys that
+        overlap with theirs. See `Memory.merged`.
+        """
+        return states[-1]._replace(matrix=sum_of_changes([state.matrix for state in states], start.matrix))
 
     def _run(self, tokens: Delta, matrix: Array) -> tuple[Array, Array]:
         """Each device takes its own rows and heads."""

@@ -1,13 +1,14 @@
 """Titans' neural memory: weights that are trained at test time, with momentum and forgetting (arXiv:2501.00663)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lm2_jax.layers import Einsum, RMSNorm, Vector, named
-from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record
+from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, TokenInputs, record, sum_of_changes
 from lm2_jax.memory.projections import ConvProjection, HeadGate, InnerNorm
 from lm2_jax.ops.ttt_chunk.chunk import ChunkInputs, ChunkSpec, FastWeights, Network, Rates
 from lm2_jax.ops.ttt_chunk.networks import InnerLoss, InnerNetwork, MlpNetwork, SquaredError, Weights
@@ -99,7 +100,7 @@ class TitansConfig(MemoryConfig):
     @property
     def capabilities(self) -> Capability:
         """Each token asks the weights after itself; a read asks those of the segment's start."""
-        return Capability.READ | Capability.RUNNING
+        return Capability.READ | Capability.RUNNING | Capability.MERGE
 
     def check_segment(self, segment_tokens: int) -> None:
         """Chunks must not cross a segment border, or decoding would not give what training gave."""
@@ -349,3 +350,20 @@ class Titans(Memory):
             lambda new, old: new.astype(old.dtype), opened.fast, FastWeights(state.weights, state.momentum)
         )
         return TitansState(held.weights, held.momentum, opened.tails, state.is_start)
+
+    def merged(self, states: Sequence[TitansState], start: TitansState) -> TitansState:
+        """Weights as task vectors, W = W_0 + sum_i (W_i - W_0) (arXiv:2212.04089); the same for the momentum.
+
+        The momentum holds surprise that the weights have not taken up yet. Its sum loses none of it: without forgetting
+        and with equal momentum gates, later tokens move the merged weights by the sum of what they would have added to
+        each text's weights. Convolutions continue the last text. Forgetting shrinks W_0 too, and that change is counted
+        once per text, so the sum has a meaning only for texts that are short next to what forgetting keeps. See
+        `Memory.merged`.
+        """
+
+        def added(begin: Array, *leaves: Array) -> Array:
+            return sum_of_changes(leaves, begin)
+
+        weights = jax.tree.map(added, start.weights, *(state.weights for state in states))
+        momentum = jax.tree.map(added, start.momentum, *(state.momentum for state in states))
+        return states[-1]._replace(weights=weights, momentum=momentum)

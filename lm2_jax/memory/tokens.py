@@ -38,6 +38,14 @@ class TokensConfig(MemoryConfig):
         """m."""
         return self.num_tokens
 
+    @property
+    def merge_obstacle(self) -> str:
+        """The rows are no sum over what was read."""
+        return (
+            "memory tokens are what the decoder wrote at their places, which is no sum over texts, and the decoder "
+            "takes no more than memory.num_tokens of them"
+        )
+
     def build(self, width: int, precision: Precision, **linen: Any) -> "Tokens":
         """The module for a decoder of this width."""
         return Tokens(self, width, precision, **linen)

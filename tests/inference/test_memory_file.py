@@ -140,8 +140,10 @@ def test_inspect_diff_and_export(saved, tmp_path, capsys):
 
 
 def test_merging_is_refused_and_says_what_to_do(saved):
+    run = tiny_run(NAME)
+    memory = lm2_jax.load_memory(saved, run)
     with pytest.raises(UserError, match="--read SECOND_TEXT"):
-        memory_file.main(["merge", str(saved), str(saved)])
+        memory_file.merge(run, [memory, memory])
 
 
 def test_effective_rank():

@@ -50,7 +50,6 @@ def test_a_short_demonstration(tmp_path, capsys):
     assert len(found["asked"]) == program.QUESTIONS
     text = capsys.readouterr().out
     for one in found["asked"]:
-        assert one["seconds"] < 5  # a second on a machine that does nothing else
         assert f"{book.question(one['person'])}" in text
     # What was measured on the same texts, wherever this runs: the memory answers, the baseline guesses.
     correct, asked = np.array([[group["correct"], group["asked"]] for group in found["by_distance"]["lm2"][1:6]]).sum(0)

@@ -26,7 +26,7 @@ from tests.inference.subjects import text_of, tiny_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny"))
-WITH_READS = {"lm2_tiny", "lm2_threaded_tiny", "lm2_paper_tiny", "hybrid_tiny"}
+WITH_READS = {"lm2_tiny", "lm2_threaded_tiny", "lm2_paper_tiny", "hybrid_tiny", "lm2_context_tiny", "text_tiny"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -121,7 +121,7 @@ def test_every_preset_has_a_report(inspect, tmp_path, name):
     found = names(tmp_path / "out")
     assert "surprise" in found
     assert ({"reads", "question", "usage"} <= found) == (name in WITH_READS)
-    assert ("forgetting" in found) == (not name.startswith("none"))
+    assert ("forgetting" in found) == tiny_run(name).config.model.has_memory
 
 
 def reading_of(name: str, tokens: int, shown: int | None = None):

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import jax
 from etils import epath
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 
 
 class ReadProgress:
-    """A line on a terminal that is written again; elsewhere a line every ten seconds.
+    """A line on the standard error that is written again on a terminal; elsewhere a line every ten seconds.
 
     Args:
       total_bytes: of all files.
       tokens_before: read before.
-      out: where to write.
     """
 
-    def __init__(self, total_bytes: int, tokens_before: int = 0, out: TextIO | None = None):
-        self._out = sys.stderr if out is None else out
+    def __init__(self, total_bytes: int, tokens_before: int = 0):
+        self._out = sys.stderr
         self._total, self._byte, self._tokens_before = total_bytes, 0, tokens_before
         self._begin = self._shown = time.monotonic()
         self._first_byte: int | None = None

@@ -4,7 +4,6 @@ Writes DIR/report.html, one page with all pictures in it, and the pictures as PN
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +100,7 @@ def _read(run: "Run", text: "TextFile", segment: int | None) -> "Reading":
     from lm2_jax.inference.texts import token_pieces
     from lm2_jax.inspect.collect import read_text
 
-    progress, T = ReadProgress(text.size, out=sys.stderr), run.config.model.segment_tokens
+    progress, T = ReadProgress(text.size), run.config.model.segment_tokens
     read = 0
 
     def pieces() -> Any:

@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
         T = self.config.segment_tokens
         if S == 0 or S % T:
             raise ValueError(
-                f"tokens must be whole segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream"
+                f"tokens must be full segments of model.segment_tokens={T}, got {S} a row; use lm2_jax.stream"
             )
         self._check_state(B, state)
         check_segments(self.config, state, tokens.shape, reset, valid, document)

@@ -45,7 +45,7 @@ class Shards:
     def scale_replicated_grad(self, x: Any) -> Any:
         """Marks a replicated argument of an `fn` that uses `copy_to` and `reduce_from`.
 
-        jax sums the gradients of such an argument over shards, although each shard has the whole gradient already. This
+        jax sums the gradients of such an argument over shards, although each shard has the full gradient already. This
         is the identity forward, and divides the gradient by the number of shards.
         """
         return x

@@ -54,7 +54,7 @@ def load_run(workdir: epath.PathLike, layout: Layout | None = None) -> Run:
     """Reads a run with the parameters of its newest intact checkpoint; the workdir is only read.
 
     If the run keeps a moving average of its parameters (`optim.ema_decay`), the average is read. A run in float64
-    switches float64 on for the whole process.
+    switches float64 on for the process.
 
     Args:
       workdir: folder or bucket that train.py wrote.

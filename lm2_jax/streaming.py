@@ -188,14 +188,14 @@ def advance(
 
         return jax.lax.cond((rest_B > 0).any(), over_border, lambda carry: (hidden_BSD, carry), carry)
 
-    def whole(carry: StreamState) -> tuple[Array, StreamState]:
+    def full(carry: StreamState) -> tuple[Array, StreamState]:
         valid_BS = jnp.broadcast_to((count_B > 0)[:, None], tokens_BS.shape)
         out = _apply(model, variables, tokens_BS, carry.state, None, valid_BS, method="forward")
         return out.hidden, _apply(model, variables, out.state, tokens_BS.shape[0], method="open")
 
     if S == T and T > 1:
         aligned = ((carry.position == 0) & ((count_B == T) | (count_B == 0))).all()
-        hidden_BSD, carry = jax.lax.cond(aligned, whole, in_pieces, carry)
+        hidden_BSD, carry = jax.lax.cond(aligned, full, in_pieces, carry)
     else:
         hidden_BSD, carry = in_pieces(carry)
     if not all_logits:

@@ -44,7 +44,7 @@ def shapes(name: str, *, tokens=(2, 2 * T), rows: int = 2, method: str = "__call
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": (2, T + 1)}, rf"whole segments of model.segment_tokens={T}, got {T + 1} a row; use lm2_jax.stream"),
+        ({"tokens": (2, T + 1)}, rf"full segments of model.segment_tokens={T}, got {T + 1} a row; use lm2_jax.stream"),
         ({"tokens": (2, 0)}, "got 0 a row"),
         ({"reset": ((2, 3), bool)}, r"reset must have shape \[B\]=\[2\] or \[B, K\]=\[2, 2\], got \[2, 3\]"),
         ({"reset": ((3,), bool)}, r"reset must have shape .* got \[3\]"),

@@ -173,11 +173,11 @@ class Attention(nn.Module):
         q, kv = projected
         if isinstance(kv.past, Cache):
             return self._attend_cached(projected, kv.past, prefix, position_BS)
-        lead, whole = q.shape[:-3], position_BS is None
+        lead, is_full = q.shape[:-3], position_BS is None
         q, kv, own = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (q, kv, own))
         (R, S), T = q.shape[:2], kv.k.shape[1]
         q = rotate(q, jnp.arange(S) if position_BS is None else position_BS, self.frequencies)
-        q = constrain(q, ("batch", "time", "heads", "head")) if whole else q
+        q = constrain(q, ("batch", "time", "heads", "head")) if is_full else q
         sets = []
         if prefix is not None:
             k, v = (jnp.broadcast_to(a, (R, *a.shape[1:])) for a in prefix)
@@ -189,14 +189,14 @@ class Attention(nn.Module):
             k = rotate(past.k, jnp.arange(-W, 0), self.frequencies)
             sets.append(Keys(k, past.v, np.arange(-W, 0), past.valid & ~past.is_start[:, None], document))
         for k, v in [(kv.k, kv.v)] + ([tuple(own)] if own is not None else []):
-            k, v = (_on_each_device(k), _on_each_device(v)) if whole else (k, v)
+            k, v = (_on_each_device(k), _on_each_device(v)) if is_full else (k, v)
             sets.append(Keys(k, v, self.order(np.arange(T)), kv.valid, kv.document))
-        kernel = self.decoder.attention_kernel if whole else "plain"
+        kernel = self.decoder.attention_kernel if is_full else "plain"
         if self.mutual:
-            position_BS = jnp.broadcast_to(jnp.arange(S), (R, S)) if whole else position_BS
+            position_BS = jnp.broadcast_to(jnp.arange(S), (R, S)) if is_full else position_BS
             position_BS = self.order(position_BS)
         y = backends.attend(Queries(q, position_BS, kv.document), sets, self.decoder.window_tokens, kernel)
-        y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
+        y = constrain(y, ("batch", "time", "heads", "head")) if is_full else y
         return y.reshape(projected.q.shape)
 
     def _project_cached(
@@ -214,23 +214,24 @@ class Attention(nn.Module):
         self, projected: Projected, past: Cache, prefix: ExtraKV | None, position_BS: Int[Array, "B S"] | None
     ) -> Float[Array, "B *J S H K"]:
         """All segments of a call, or a piece of one, attend to the cache and to what is before them in the call."""
-        kv, whole, max_tokens = projected.kv._replace(past=None, cut=None), position_BS is None, self.decoder.max_tokens
+        kv, is_full = projected.kv._replace(past=None, cut=None), position_BS is None
+        max_tokens = self.decoder.max_tokens
         assert max_tokens is not None
         q = projected.q
-        q, kv = (_flat(q), _flat(kv)) if whole else (q, kv)
+        q, kv = (_flat(q), _flat(kv)) if is_full else (q, kv)
         position = kv.position
         assert position is not None
         q = rotate(q, position, self.frequencies)
-        q = constrain(q, ("batch", "time", "heads", "head")) if whole else q
+        q = constrain(q, ("batch", "time", "heads", "head")) if is_full else q
         (B, places), T = past.valid.shape, projected.kv.k.shape[-3]
         zero_BM = None if kv.document is None else jnp.zeros((B, places), jnp.int32)
         sets = [Keys(*(jnp.broadcast_to(a, (B, *a.shape[1:])) for a in prefix))] if prefix is not None else []
         is_seen_BM = past.valid & ~past.is_start[:, None]
         sets.append(Keys(past.k, past.v, np.arange(-places, 0), is_seen_BM, zero_BM))
-        k, v = (_on_each_device(kv.k), _on_each_device(kv.v)) if whole else (kv.k, kv.v)
+        k, v = (_on_each_device(kv.k), _on_each_device(kv.v)) if is_full else (kv.k, kv.v)
         tokens = Keys(k, v, np.arange(k.shape[1]), kv.valid, kv.document)
-        kernel, cut_J = self.decoder.attention_kernel if whole else "plain", projected.kv.cut
-        if cut_J is None or not whole or len(cut_J) == 1:
+        kernel, cut_J = self.decoder.attention_kernel if is_full else "plain", projected.kv.cut
+        if cut_J is None or not is_full or len(cut_J) == 1:
             sets.append(tokens)
         else:  # a query sees the keys of blocks before its own without a gradient
             kernel = "plain"
@@ -239,7 +240,7 @@ class Attention(nn.Module):
             sets += [tokens._replace(until=until_S), tokens._replace(k=k, v=v, position=until_S)]
         y = backends.attend(Queries(q, position_BS, kv.document), sets, None, kernel)
         y = settle(y, position, kv.valid, max_tokens)
-        y = constrain(y, ("batch", "time", "heads", "head")) if whole else y
+        y = constrain(y, ("batch", "time", "heads", "head")) if is_full else y
         return y.reshape(projected.q.shape)
 
     def first_position(self, window: Window | Cache | None, segment_tokens: int) -> Int[Array, " B"] | int:

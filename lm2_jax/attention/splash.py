@@ -27,7 +27,7 @@ def platform() -> str:
 
 
 def fits(tokens: int) -> bool:
-    """Whether segments are long enough: the kernel takes whole blocks of tokens, on each device that has a part."""
+    """Whether segments are long enough: the kernel takes full blocks of tokens, on each device that has a part."""
     return tokens % (LANES * num_shards("time")) == 0
 
 
@@ -75,11 +75,11 @@ def splash_attend(
     window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R T H K"]:
-    """Causal grouped-query attention; token i stands at key S - T + i.
+    """Causal grouped-query attention; token i is at key S - T + i.
 
     A query sees keys up to its own place that have its number, and with a window the `window` keys before its own at
     most. The forward and the backward pass never hold a T x S array: blocks of scores stay on the chip, and blocks that
-    are masked as a whole are skipped.
+    are masked completely are skipped.
 
     Args:
       q: queries, rotated.
@@ -91,22 +91,22 @@ def splash_attend(
       interpret: runs the kernel as plain operations, on any machine and slowly.
     """
     T, S, K = q.shape[1], k.shape[1], q.shape[-1]
-    behind = -S % LANES  # keys fill whole blocks, with padding in front
-    k, v = (jnp.pad(a, ((0, 0), (behind, 0), (0, 0), (0, 0))) for a in (k, v))
-    key_ids = jnp.pad(key_ids, ((0, 0), (behind, 0)), constant_values=PADDING)
-    shape = (T, S + behind)
-    mask = masks.LocalMask(shape, (window, 0), offset=S + behind - T)
+    padding = -S % LANES  # keys fill full blocks, with padding in front
+    k, v = (jnp.pad(a, ((0, 0), (padding, 0), (0, 0), (0, 0))) for a in (k, v))
+    key_ids = jnp.pad(key_ids, ((0, 0), (padding, 0)), constant_values=PADDING)
+    shape = (T, S + padding)
+    mask = masks.LocalMask(shape, (window, 0), offset=S + padding - T)
     kernel = _kernel(mask, q.shape[2], interpret)
     pieces, structure = jax.tree.flatten(kernel)
     share = _share(mask)
     names = [_piece_axes(piece) for piece in pieces]
 
     def attend(shards: Shards, pieces: Any, q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array) -> Array:
-        whole = jax.tree.unflatten(structure, pieces)
+        attend_part = jax.tree.unflatten(structure, pieces)
 
         def row(q_THK: Array, k_SGK: Array, v_SGK: Array, query_ids_T: Array, key_ids_S: Array) -> Array:
             heads = (a.swapaxes(0, 1) for a in (q_THK, k_SGK, v_SGK))
-            return whole(*heads, kernels.SegmentIds(query_ids_T, key_ids_S)).swapaxes(0, 1)
+            return attend_part(*heads, kernels.SegmentIds(query_ids_T, key_ids_S)).swapaxes(0, 1)
 
         with (
             jax.numpy_dtype_promotion("standard"),  # the kernel mixes types and ranks

@@ -58,7 +58,7 @@ class MixedJoin(JoinConfig):
         return all(part.join.learns_within_segment(part.memory) for part in self.parts)
 
     def check(self, model) -> None:
-        """See the base class; every part is checked as if it were the whole model."""
+        """See the base class; every part is checked as if it were the full model."""
         if not self.parts:
             raise ValueError("join.parts is empty; for a decoder without memory use memory 'none' and join 'plain'")
         super().check(model)

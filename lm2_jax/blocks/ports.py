@@ -1,4 +1,4 @@
-"""How the data flow of a block meets attention and memory: for whole segments, and for pieces of one.
+"""How the data flow of a block meets attention and memory: for full segments, and for pieces of one.
 
 A block describes its data flow once (`Block.flow`), in terms of a port. `SegmentsPort` runs it over J full segments:
 what needs no memory is batched over all of them, and `each_segment` scans over them with the memory as carry.

@@ -61,7 +61,7 @@ def attend_slots(
     Where slots are split, so are the tokens of a segment: each shard gathers the queries, answers them from its own
     slots, and keeps the sum of all answers for its own tokens. No shard ever holds the bank.
     """
-    in_parts = q_BTHK.shape[1] % num_shards("time") == 0  # a piece of a stream may be too short; it stays whole
+    in_parts = q_BTHK.shape[1] % num_shards("time") == 0  # a piece of a stream may be too short; it is not split
 
     def read(shards: Shards, q_BTHK: Array, keys: ExtraKV) -> tuple[Array, Array]:
         q_BTHK = shards.gather(q_BTHK, 1) if in_parts else q_BTHK

@@ -6,7 +6,7 @@ There are two shapes:
 - a *store* answers `read` from its state at the segment's start and takes the segment with `write` at its end;
 - a *running* memory has `advance(inputs, state) -> (outputs, state)` over any number of tokens.
 
-Whole segments, streams of pieces, resets, padding and packed documents are derived from these methods by
+Full segments, streams of pieces, resets, padding and packed documents are derived from these methods by
 `lm2_jax.blocks.ports`.
 """
 

@@ -66,7 +66,7 @@ class TitansConfig(MemoryConfig):
     forget: GateConfig = GateConfig(bias=-6.0)
     """Share alpha of the weights that is lost at each token; -6 halves them in 280 tokens, -4 would in 38."""
     conv_tokens: int = 4
-    """Taps of the causal convolution behind each of the projections q, k and v; 0: none."""
+    """Taps of the causal convolution after each of the projections q, k and v; 0: none."""
     silu: bool = True
     """Whether q, k and v go through SiLU."""
     unit_keys: bool = True
@@ -148,7 +148,7 @@ class Titans(Memory):
         W_t = (1 - alpha_t) W_{t-1} + S_t,   y_t = f(q_t; W_t)
 
     (equations 11-15; gradients at the weights before the token's chunk, equation 16). `read` asks the weights at the
-    segment's start, a running call those behind each token, its own included. q, k and v are projections, then a
+    segment's start, a running call those after each token, its own included. q, k and v are projections, then a
     causal convolution, SiLU, and for q and k a norm (section 4.4). Start weights are learned; momentum starts at 0.
 
     Differs from the paper where it is silent or slips: theta, e and alpha are sigmoids, theta with a maximum; a

@@ -33,7 +33,7 @@ class Throughput:
 
     Args:
       flops: of one token.
-      steps: of the whole run.
+      steps: of the run.
       devices: that share the work.
     """
 
@@ -94,7 +94,7 @@ class ProgressLine:
     """Shows how far a run is, on the first process only.
 
     Args:
-      steps: of the whole run.
+      steps: of the run.
       console: for output; None: the standard output.
     """
 

@@ -65,63 +65,54 @@ class NoTracker(TrackerConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wandb(TrackerConfig):
+class LibraryConfig(TrackerConfig, abstract=True):
+    """Base of trackers that are a library of the name of their kind."""
+
+    project: str = "lm2_jax"
+    """Project of the run."""
+
+    def options(self, run_id: str, name: str) -> dict[str, Any]:
+        """What the library's `init` gets in addition to the project and the config."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """See the base class."""
+        _library(self.kind)
+
+    def open(self, run_id: str, name: str, config: dict[str, Any]) -> Tracker:
+        """See the base class."""
+        library = _library(self.kind)
+        options = {"project": self.project, "resume": "allow", "config": config, **self.options(run_id, name)}
+        started = _started(self.kind, lambda: library.init(**options))
+        return _Sending(lambda step, values: started.log(values, step=step), started.finish)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wandb(LibraryConfig):
     """Weights & Biases (`pip install wandb`)."""
 
     kind: ClassVar[str] = "wandb"
-    project: str = "lm2_jax"
-    """Project of the run."""
     entity: str | None = None
     """User or team; None: the default of the account."""
     mode: Literal["online", "offline"] = "online"
     """Offline: files in the folder `wandb`, which `wandb sync` sends later."""
 
-    def check(self) -> None:
-        """See the base class."""
-        _library(self.kind)
-
-    def open(self, run_id: str, name: str, config: dict[str, Any]) -> Tracker:
-        """A run of wandb."""
-        library = _library("wandb")
-        started = _started(
-            "wandb",
-            lambda: library.init(
-                project=self.project,
-                entity=self.entity,
-                mode=self.mode,
-                id=run_id,
-                name=name,
-                resume="allow",
-                config=config,
-            ),
-        )
-        return _Sending(lambda step, values: started.log(values, step=step), started.finish)
+    def options(self, run_id: str, name: str) -> dict[str, Any]:
+        """The id resumes a run."""
+        return {"entity": self.entity, "mode": self.mode, "id": run_id, "name": name}
 
 
 @dataclasses.dataclass(frozen=True)
-class Trackio(TrackerConfig):
+class Trackio(LibraryConfig):
     """Trackio, with runs on this machine or in a space of the Hugging Face hub (`pip install trackio`)."""
 
     kind: ClassVar[str] = "trackio"
-    project: str = "lm2_jax"
-    """Project of the run."""
     space_id: str | None = None
     """Space `owner/name` of the hub; None: this machine."""
 
-    def check(self) -> None:
-        """See the base class."""
-        _library(self.kind)
-
-    def open(self, run_id: str, name: str, config: dict[str, Any]) -> Tracker:
-        """A run of trackio, which knows runs by their names."""
-        library = _library("trackio")
-        started = _started(
-            "trackio",
-            lambda: library.init(
-                project=self.project, name=f"{name}-{run_id}", space_id=self.space_id, resume="allow", config=config
-            ),
-        )
-        return _Sending(lambda step, values: started.log(values, step=step), started.finish)
+    def options(self, run_id: str, name: str) -> dict[str, Any]:
+        """Runs are known by their names."""
+        return {"space_id": self.space_id, "name": f"{name}-{run_id}"}
 
 
 class _Sending(Tracker):

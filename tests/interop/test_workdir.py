@@ -197,7 +197,13 @@ def killed(arguments: list[str], folder: Path, seconds: float) -> None:
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() in (-signal.SIGKILL, 0), "it failed by itself"
+    assert set(folder.iterdir()) != before, "it was killed before it wrote anything"
+
+
+def temporaries(folder: Path, *known: str) -> bool:
+    """Whether all else in a folder has the names of half-written files."""
+    return all(path.name in known or path.name.startswith(".lm2-tmp-") for path in folder.iterdir())
 
 
 @pytest.mark.slow
@@ -206,6 +212,7 @@ def test_a_killed_import_is_never_taken_for_complete(seconds, tmp_path):
     """There is no workdir, or one that can be used."""
     hf, workdir = hf_folder(tmp_path / "hf"), tmp_path / "w"
     killed(["lm2_jax.interop.import_hf", str(hf), "--workdir", str(workdir)], tmp_path, seconds)
+    assert temporaries(tmp_path, "hf", "w")
     if workdir.exists():
         equal(load_run(workdir).params, from_pretrained(hf).params)
 
@@ -216,6 +223,7 @@ def test_a_killed_export_is_never_taken_for_complete(seconds, imported, tmp_path
     out = tmp_path / "out"
     words = ["--workdir", str(imported / "plain"), "--out", str(out), "--shard-bytes", "1000"]
     killed(["lm2_jax.interop.export_hf", *words], tmp_path, seconds)
+    assert temporaries(tmp_path, "out")
     if out.exists():
         equal(from_pretrained(out).params, load_run(imported / "plain").params)
 

@@ -5,8 +5,9 @@
 
 The decoder has the shape of SmolLM2-135M and random weights, the same on both sides. Ours has LM2's bank in addition,
 and segments of 512 tokens; its output scale is zero, so both sides have equal logits in the first segment, which is
-checked. Both read chunks of 512 tokens. Other programs may run on the machine, so both processes live side by side and
-are measured in turn; ratios matter more than times.
+checked. Both read chunks of 512 tokens. Other programs may run on the machine, so both processes exist at the same time
+and are measured in turn; ratios matter more than times. Reading 131,072 tokens takes the peer hours on a CPU, so its
+reading is measured at that depth only: the next chunk after a cache of random numbers.
 
 Part `tiny`: one reader begins anew every 10,000 tokens, another reads a million tokens; they take turns.
 
@@ -79,6 +80,8 @@ class Command:
     """Tokens that both sides read."""
     ours: tuple[int, ...] = (131072,)
     """Lengths that only ours reads."""
+    deep: tuple[int, ...] = (1024, 16384, 131072)
+    """Lengths after which both sides read one more chunk; the peer's cache is filled with random numbers."""
     repeats: int = 2
     """Measurements of each length on each side, in turn; the faster one counts."""
     decode: int = 16
@@ -132,16 +135,19 @@ def work() -> None:
     model = lm2_jax.build_model(MODEL)
     params = weights(model)
 
-    def read(length: int) -> Any:
-        tokens_1S = np.array([use_worker.text(length, MODEL.vocab_size)], np.int32)
-        return jax.block_until_ready(streaming.absorb(model, params, tokens_1S, model.init_state(1)))[1]
+    def extend(state: Any, tokens: list[int]) -> Any:
+        return jax.block_until_ready(streaming.absorb(model, params, np.array([tokens], np.int32), state))[1]
 
-    def decode(state: Any) -> Any:
-        return jax.block_until_ready(streaming.absorb(model, params, np.ones((1, 1), np.int32), state))[1]
+    def filled(length: int) -> Any:
+        return start()  # the state has one size; its content makes no difference in time
+
+    def start() -> Any:
+        return model.init_state(1)
 
     first = np.array([use_worker.text(32, MODEL.vocab_size)], np.int32)
-    logits_1V, _ = streaming.absorb(model, params, first, model.init_state(1))
-    use_worker.serve(read, decode, np.asarray(logits_1V)[0, :64].tolist())
+    logits_1V, _ = streaming.absorb(model, params, first, start())
+    side = use_worker.Reading(start, extend, lambda state: extend(state, [1]), filled, MODEL.vocab_size)
+    use_worker.serve(side, np.asarray(logits_1V)[0, :64].tolist())
 
 
 class Side:
@@ -151,10 +157,10 @@ class Side:
         self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._answer()
 
-    def measure(self, length: int, decode: int) -> dict[str, float]:
-        """Reads and decodes once."""
+    def measure(self, length: int, decode: int, filled: bool) -> dict[str, float]:
+        """Reads and decodes once; with `filled`, only the chunk after so many tokens is read."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"length": length, "decode": decode}) + "\n")
+        self._process.stdin.write(json.dumps({"length": length, "decode": decode, "filled": filled}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -197,16 +203,20 @@ def compare(command: Command, save: Any) -> None:
                 raise UserError(f"the two sides are not the same model: logits differ by {difference}", status=1)
             figures["logits_differ_by"] = difference
         for name, side in running.items():
-            figures["sides"][name] = {"bytes_before_reading": side.ready["ready"], "lengths": {}}
-        for length in (*command.lengths, *command.ours):
-            chosen = {name: side for name, side in running.items() if name == "lm2_jax" or length in command.lengths}
-            repeats = command.repeats if length in command.lengths else 1
+            figures["sides"][name] = {"bytes_before_reading": side.ready["ready"]}
+        plan = [(length, "lengths", list(running)) for length in command.lengths]
+        plan += [(length, "lengths", ["lm2_jax"]) for length in command.ours]
+        plan += [(length, "next_chunk_after", list(running)) for length in command.deep]
+        for length, kind, names in plan:
+            is_filled = kind != "lengths"
             found = [
-                {name: side.measure(length, command.decode) for name, side in chosen.items()} for _ in range(repeats)
+                {name: running[name].measure(length, command.decode, is_filled) for name in names}
+                for _ in range(command.repeats if len(names) > 1 else 1)
             ]
-            for name in chosen:
-                figures["sides"][name]["lengths"][str(length)] = {
-                    "read_tokens_per_second": length / min(one[name]["read_seconds"] for one in found),
+            for name in names:
+                figures["sides"][name].setdefault(kind, {})[str(length)] = {
+                    "read_tokens_per_second": (use_worker.CHUNK if is_filled else length)
+                    / min(one[name]["read_seconds"] for one in found),
                     "decode_tokens_per_second": 1 / min(one[name]["decode_seconds"] for one in found),
                     "peak_bytes": max(one[name]["peak_bytes"] for one in found),
                 }

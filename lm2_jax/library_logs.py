@@ -58,8 +58,10 @@ def drop_late_work() -> None:
 
 @functools.cache
 def _hide_dropped_work() -> None:
-    """Hides for good what Python says about Orbax's abandoned coroutines, which may live until the process ends."""
+    """Hides for good what is printed about Orbax's abandoned work, which may fail until the process ends."""
     _HiddenWork().__enter__()
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.campaign.cases import KINDS, Bench, run_case
 
-SLICE = {"kill": 2, "signals": 2, "damage": 20, "disk": 1, "two": 1, "fuzz": 200}
+SLICE = {"kill": 1, "signals": 2, "damage": 20, "disk": 1, "two": 1, "fuzz": 200}
 
 
 @pytest.fixture(scope="module")

@@ -82,10 +82,11 @@ def copy_of(workdir, step):
     return copy
 
 
-@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.usefixtures("wide_numbers")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow if name == "lm2" else pytest.mark.long) for name in MODELS]
+)
 def test_a_run_goes_on_on_other_devices(tmp_path, model):
     config = config_of(write_documents(tmp_path / "documents"), model)
     losses, end = train(config, tmp_path / "eight", 8)

@@ -25,6 +25,7 @@ from tests.contract.subjects import generic_params
 from tests.inference.subjects import text_of, tiny_run
 
 ROOT = pathlib.Path(__file__).parents[2]
+SHOWN = ("lm2_tiny", "titans_mac_tiny", "rmt_tiny", "armt_tiny", "none_tiny")
 TINY = sorted(name for name in lm2_jax.PRESETS if name.endswith("_tiny"))
 WITH_READS = {"lm2_tiny", "lm2_threaded_tiny", "lm2_paper_tiny", "hybrid_tiny", "lm2_context_tiny", "text_tiny"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -113,8 +114,11 @@ def test_a_memory_without_slots_says_what_it_has_not(inspect, tmp_path):
     assert "--recall-rows 0" in page.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name",
+    # A report compiles for half a minute; some kinds of memory are enough for each day.
+    [pytest.param(name, marks=pytest.mark.slow if name in SHOWN else pytest.mark.long) for name in TINY],
+)
 def test_every_preset_has_a_report(inspect, tmp_path, name):
     page = inspect(name, text_of(150), "--question", "where is the key?", "--recall-rows", "2")
     check_page(page, tmp_path / "out")

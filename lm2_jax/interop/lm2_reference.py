@@ -77,10 +77,11 @@ def reference_weights(read: Callable[[str], np.ndarray], prefix: str = "") -> Re
         except KeyError as error:
             raise UserError(f"no parameter {prefix + name!r}: expected those of LM2's released module") from error
 
-    fields: dict[str, Any] = {field: array(name) for field, name in _OTHERS.items()}
-    for field, name in _AFFINES.items():  # a layer norm's scale has one axis, which .T leaves as it is
-        fields[field] = Affine(array(f"{name}.weight").T, array(f"{name}.bias"))
-    return ReferenceWeights(**fields)
+    # A layer norm's scale has one axis, which .T leaves as it is.
+    affine: dict[str, Any] = {
+        field: Affine(array(f"{name}.weight").T, array(f"{name}.bias")) for field, name in _AFFINES.items()
+    }
+    return ReferenceWeights(**affine, **{field: array(name) for field, name in _OTHERS.items()})
 
 
 def start_bank(rows: int, slots: int) -> Float[Array, "B N N"]:

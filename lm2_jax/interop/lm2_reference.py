@@ -77,11 +77,12 @@ def reference_weights(read: Callable[[str], np.ndarray], prefix: str = "") -> Re
         except KeyError as error:
             raise UserError(f"no parameter {prefix + name!r}: expected those of LM2's released module") from error
 
-    # A layer norm's scale has one axis, which .T leaves as it is.
-    affine: dict[str, Any] = {
-        field: Affine(array(f"{name}.weight").T, array(f"{name}.bias")) for field, name in _AFFINES.items()
-    }
-    return ReferenceWeights(**affine, **{field: array(name) for field, name in _OTHERS.items()})
+    fields: dict[str, Any] = {}
+    for field, name in _AFFINES.items():  # a layer norm's scale has one axis, which .T leaves as it is
+        fields[field] = Affine(array(f"{name}.weight").T, array(f"{name}.bias"))
+    for field, name in _OTHERS.items():
+        fields[field] = array(name)
+    return ReferenceWeights(**fields)
 
 
 def start_bank(rows: int, slots: int) -> Float[Array, "B N N"]:

@@ -114,6 +114,8 @@ def test_a_wheel_installs_one_package(installed):
         "cuda",
         "dev",
         "gguf",
+        "rag",
+        "embeddings",
         "hf",
         "wandb",
         "trackio",

@@ -74,7 +74,8 @@ def report(imported: Imported, workdir: str, seconds: float) -> str:
         f"{seconds:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind} devices"
     ]
     if imported.origin["memory"] is not None:
-        silent = "the first logits are the decoder's" if start.is_silent else f"the first logits change: {start.reason}"
+        changed = f"the first logits change: {start.reason}" if start.reason else "trained with the decoder"
+        silent = "the first logits are the decoder's" if start.is_silent else changed
         lines.append(f"memory {model.memory.kind!r} with join {model.join.kind!r}: {silent}")
     train = f"{cli.program('train')} --config {workdir}/config.json"
     if imported.refusal:

@@ -35,18 +35,20 @@ class Prompt:
 
     Training text has one blank between words and a blank before each sentence, so line breaks become blanks. The
     marker that precedes an answer in training follows the question. Without a question, the text is taken as it is.
+    The order is instruction (with its examples), context, question.
     """
 
     tokenizer: Tokenizer
     context: str
     question: str | None = None
+    instruction: str = ""
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """[S] token ids."""
         if self.question is None:
-            return token_array(self.tokenizer, self.context).astype(np.int32)
-        context = " ".join(self.context.split())
+            return token_array(self.tokenizer, self.instruction + self.context).astype(np.int32)
+        context = " ".join(f"{self.instruction} {self.context}".split())
         ids = token_array(self.tokenizer, f" {context}" if context else "")
         question = Encoder(self.tokenizer).question(self.question)
         return np.concatenate([ids.astype(np.int32), np.array(question, np.int32)])

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from lm2_jax import babilong
 from lm2_jax.babilong import Sample
+from lm2_jax.config_file import to_dict
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.data.base import Tokenizer
+from lm2_jax.data.files import decode
 from lm2_jax.data.tokenizers import token_array
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import report
 from lm2_jax.evaluation.answerer import Answerer, Prompt, RunAnswerer
+from lm2_jax.evaluation.answerers import AnswererConfig, Direct
 from lm2_jax.evaluation.answers import AnswerLog, identity_of
 from lm2_jax.evaluation.gpt2 import find_gpt2
 from lm2_jax.evaluation.names import distinct_names
@@ -51,6 +55,8 @@ class Asking:
     max_new_tokens: int = 20
     gpt2: Tokenizer | None = None
     """Counts the prompts as the published lengths do."""
+    instructions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of some tasks, the text before the context."""
 
     def ask(self, questions: QuestionSet) -> list[str]:
         """Asks the questions of a set that are not answered yet; returns the ids of all answers.
@@ -64,13 +70,17 @@ class Asking:
         samples = questions.samples()
         if not samples:
             raise UserError(f"babilong: the set {questions.task} at {questions.length} holds no samples", status=1)
+        instruction = self.instructions.get(questions.task, "")
+        more = {"instruction": instruction} if instruction else {}
         ids = [
-            self.log.id(task=questions.task, length=questions.length, number=number, **sample._asdict())
+            self.log.id(task=questions.task, length=questions.length, number=number, **sample._asdict(), **more)
             for number, sample in enumerate(samples)
         ]
         # The longest first, so that no long one is left alone at the end.
         missing = sorted((i for i in range(len(ids)) if ids[i] not in self.log), key=lambda i: -len(samples[i].input))
-        prompts = (Prompt(self.tokenizer, samples[index].input, samples[index].question) for index in missing)
+        prompts = (
+            Prompt(self.tokenizer, samples[index].input, samples[index].question, instruction) for index in missing
+        )
         for number, prompt, output in self.answerer.answers(
             prompts, self.max_new_tokens, min(self.batch_rows, len(samples))
         ):
@@ -136,6 +146,7 @@ class ModelResults(NamedTuple):
     step: int
     segment_tokens: int
     results: list[SetResult]
+    answerer: AnswererConfig = Direct()
 
     def cells(self) -> tuple[report.Cells, report.Cells]:
         """Per cent by (task, length), by the official and by the strict verdict."""
@@ -151,6 +162,7 @@ class ModelResults(NamedTuple):
             "model": self.name,
             "step": self.step,
             "segment_tokens": self.segment_tokens,
+            "answerer": to_dict(self.answerer),
             "results": [result._asdict() for result in self.results],
         }
 
@@ -196,6 +208,16 @@ def _prompt_lengths(model: ModelResults) -> str:
     return "\n".join(lines)
 
 
+class AskedRun(NamedTuple):
+    """A run and how it is asked."""
+
+    run: RunAnswerer
+    name: str
+    config: AnswererConfig
+    answerer: Answerer
+    identity: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Babilong(Suite):
     """BABILong: questions about facts hidden in long text. Writes babilong.json, .md, .png and answers.jsonl.
@@ -209,6 +231,12 @@ class Babilong(Suite):
     """Workdir of the run, a folder or a bucket."""
     baseline: str | None = None
     """Workdir of a second run that is asked the same questions and shown next to the first."""
+    answerer: AnswererConfig = Direct()
+    """How the run is asked: directly, after retrieval, or with a running summary."""
+    baseline_answerer: AnswererConfig = Direct()
+    """How the baseline is asked; the baseline may be the same run."""
+    instructions: str | None = None
+    """Folder of `<task>.txt`: instruction and examples that are put before each context of the task; default: none."""
     tasks: tuple[str, ...] = ()
     """Tasks, qa1 to qa20; default: all in data-dir, or else those of the run's training (qa1 to qa5)."""
     lengths: tuple[str, ...] = ()
@@ -238,6 +266,8 @@ class Babilong(Suite):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("samples", "max_new_tokens")
+        if self.baseline is None and self.baseline_answerer != Direct():
+            raise ValueError("baseline_answerer is how the baseline is asked: set baseline")
         if self.data_dir is not None and (self.babi_dir or self.books_dir or self.count_in):
             raise ValueError(
                 "data_dir holds finished sets: babi_dir, books_dir and count_in are for sets that are built"
@@ -250,7 +280,29 @@ class Babilong(Suite):
         gpt2 = find_gpt2(self.gpt2_dir)
         if self.count_in == "gpt2" and gpt2 is None:
             raise UserError("count_in='gpt2': GPT-2's tokenizer was not found; set gpt2_dir, or count_in to 'own'")
-        return functools.partial(self._evaluate, answerers, self.sets(answerers[0], gpt2), gpt2)
+        sets = self.sets(answerers[0], gpt2)
+        return functools.partial(self._evaluate, self._asked(answerers), sets, gpt2, self._instructions(sets))
+
+    def _asked(self, answerers: Sequence[RunAnswerer]) -> list[AskedRun]:
+        """The runs with how they are asked; packages and files are checked."""
+        configs = (self.answerer, self.baseline_answerer)
+        labels = [config.label for config in configs[: len(answerers)]]
+        names = distinct_names([answerer.run.config for answerer in answerers], self.evaluated(), labels)
+        return [
+            AskedRun(run, name, config, config.build(run), config.identity())
+            for run, name, config in zip(answerers, names, configs, strict=False)
+        ]
+
+    def _instructions(self, sets: Sequence[QuestionSet]) -> dict[str, str]:
+        """By task, the text before its contexts."""
+        if self.instructions is None:
+            return {}
+        folder = epath.Path(self.instructions)
+        tasks = dict.fromkeys(questions.task for questions in sets)
+        missing = [f"{task}.txt" for task in tasks if not (folder / f"{task}.txt").is_file()]
+        if missing:
+            raise UserError(f"instructions={self.instructions!r}: expected a folder with {', '.join(missing)}")
+        return {task: decode((folder / f"{task}.txt").read_bytes(), f"{folder / task}.txt") for task in tasks}
 
     def sets(self, answerer: RunAnswerer, gpt2: Tokenizer | None) -> list[QuestionSet]:
         """The sets to ask; all names, folders and files are checked."""
@@ -279,19 +331,26 @@ class Babilong(Suite):
         return f"{facts} in {background}, seed {self.seed}; lengths in {unit} tokens"
 
     def _evaluate(
-        self, answerers: Sequence[RunAnswerer], sets: Sequence[QuestionSet], gpt2: Tokenizer | None, output: Output
+        self,
+        asked_runs: Sequence[AskedRun],
+        sets: Sequence[QuestionSet],
+        gpt2: Tokenizer | None,
+        instructions: Mapping[str, str],
+        output: Output,
     ) -> Mapping[str, bytes]:
         """Asks each model all questions, one set after the other."""
-        names = distinct_names([answerer.run.config for answerer in answerers], self.evaluated())
         models, files = [], {}
-        for answerer, name, file in zip(answerers, names, ("answers.jsonl", "answers_baseline.jsonl"), strict=False):
-            run = answerer.run
-            identity = identity_of(run, max_new_tokens=self.max_new_tokens)
+        for asked, file in zip(asked_runs, ("answers.jsonl", "answers_baseline.jsonl"), strict=False):
+            run = asked.run.run
+            identity = identity_of(run, max_new_tokens=self.max_new_tokens, **asked.identity)
             log = AnswerLog(output.folder / file, identity, self.resume)
-            asking = Asking(answerer, run.tokenizer, log, self.batch_rows, self.max_new_tokens, gpt2)
-            output.show(f"\n{name} ({run.config.name}, step {run.step})")
+            asking = Asking(
+                asked.answerer, run.tokenizer, log, self.batch_rows, self.max_new_tokens, gpt2, instructions
+            )
+            output.show(f"\n{asked.name} ({run.config.name}, step {run.step})")
             results, ids = evaluate(asking, sets, functools.partial(_show, output))
-            model = ModelResults(name, run.config.name, int(run.step), run.config.model.segment_tokens, results)
+            segment_tokens = run.config.model.segment_tokens
+            model = ModelResults(asked.name, run.config.name, int(run.step), segment_tokens, results, asked.config)
             models.append(model)
             files[file] = log.final(ids)
             for verdict, cells in zip(("official verdict", "strict verdict"), model.cells(), strict=True):

@@ -21,9 +21,18 @@ def model_name(model: ModelConfig) -> str:
     return "hybrid of " + " and ".join(map(_name, parts)) if parts else _name(model)
 
 
-def distinct_names(configs: Sequence[RunConfig], workdirs: Sequence[str]) -> list[str]:
-    """A different name for each run: by its memory, else with its preset, else with its workdir."""
+def distinct_names(
+    configs: Sequence[RunConfig], workdirs: Sequence[str], labels: Sequence[Callable[[str], str]] = ()
+) -> list[str]:
+    """A different name for each run: by its memory, else with its preset, else with its workdir.
+
+    Args:
+      configs: of the runs.
+      workdirs: of the runs.
+      labels: of each run, the name of how it is asked, from its name by its memory; empty: all are asked directly.
+    """
     names = [model_name(config.model) for config in configs]
+    names = [label(name) for label, name in zip(labels, names, strict=True)] if labels else names
     for extra in ([config.name for config in configs], workdirs):
         doubled = {name for name in names if names.count(name) > 1}
         names = [f"{name}, {more}" if name in doubled else name for name, more in zip(names, extra, strict=True)]

@@ -1,6 +1,7 @@
 """Parameters of a model from a checkpoint of another project, one tensor at a time, each placed where it is wanted."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm2_jax.interop.names import from_hf, hf_name
+from lm2_jax.errors import UserError
+from lm2_jax.interop.names import from_hf
 from lm2_jax.interop.source import Source
 from lm2_jax.params import Entry, entries, without_layers
 from lm2_jax.training.state import Plan
@@ -23,15 +25,22 @@ class Reader(NamedTuple):
 
 
 def source_reader(source: Source) -> Reader:
-    """The decoder's parameters in a checkpoint."""
+    """The parameters that a checkpoint has: the decoder's, and those of a memory that it was trained with."""
     names = source.shapes()
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        foreign = hf_name(name)
+        foreign = source.name_of(name)
         assert foreign is not None
-        return from_hf(name, source.read(foreign), shape)
+        array = source.read(foreign)
+        if array.size != math.prod(shape):
+            raise UserError(
+                f"{source.where}: {foreign} has the shape {list(array.shape)}, which does not fit the model's {name} "
+                f"of {list(shape)}; use the sizes of the checkpoint's memory",
+                status=1,
+            )
+        return from_hf(name, array, shape)
 
-    return Reader(lambda name: hf_name(name) in names, read)
+    return Reader(lambda name: source.name_of(name) in names, read)
 
 
 def load_params(plan: Plan, shardings: PyTree, reader: Reader, zeros: Iterable[str] = ()) -> PyTree:

@@ -6,8 +6,8 @@ import pathlib
 from lm2_jax.errors import UserError
 from lm2_jax.interop import hub
 from lm2_jax.interop.gguf_file import GgufFile
-from lm2_jax.interop.hf_folder import HfFolder
 from lm2_jax.interop.llama2c import Llama2cFile
+from lm2_jax.interop.recurrent_folder import open_folder
 from lm2_jax.interop.source import Source
 
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -29,7 +29,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     path = hub.fetch(name) if hub.is_hub_name(name) else pathlib.Path(name)
     if not path.exists():
         raise UserError(f"{name}: no such file or folder; {EXPECTED}")
-    opened = HfFolder(path) if path.is_dir() else _open_file(path)
+    opened = open_folder(path) if path.is_dir() else _open_file(path)
     opened.where = name
     opened.check()
     return opened

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm2_jax.blocks.base import JoinConfig
 from lm2_jax.errors import UserError
 from lm2_jax.interop.hf_config import LlamaSpec
-from lm2_jax.interop.names import Shapes, hf_shapes
+from lm2_jax.interop.names import Shapes, hf_name, hf_shapes
+from lm2_jax.memory.base import MemoryConfig
 
 
 class TokenizerFiles(NamedTuple):
@@ -24,6 +26,7 @@ class Source(abc.ABC):
 
     where: str  # for messages and model cards
     spec: LlamaSpec
+    memory: tuple[MemoryConfig, JoinConfig] | None = None  # that the checkpoint was trained with
 
     @abc.abstractmethod
     def shapes(self) -> Shapes:
@@ -37,13 +40,22 @@ class Source(abc.ABC):
     def tokenizer(self) -> TokenizerFiles | None:
         """The tokenizer, or None where the checkpoint has none."""
 
+    def name_of(self, canonical: str) -> str | None:
+        """The tensor that holds a parameter, by its canonical name; None: no tensor does."""
+        return hf_name(canonical)
+
+    def memory_shapes(self) -> Shapes:
+        """The shapes of the memory's tensors."""
+        return {}
+
     def check(self) -> None:
         """Compares the tensors with what the config says, before any of them is read.
 
         Raises:
           UserError: a tensor is missing, has another shape, or would not be used.
         """
-        wanted, found = hf_shapes(self.spec.decoder, self.spec.vocab_size), self.shapes()
+        wanted = {**hf_shapes(self.spec.decoder, self.spec.vocab_size), **self.memory_shapes()}
+        found = self.shapes()
         problems = [f"{name}: missing" for name in wanted if name not in found]
         problems += [
             f"{name}: expected shape {list(shape)} as the config says, got {list(found[name])}"

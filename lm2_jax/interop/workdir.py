@@ -42,7 +42,7 @@ class Imported(NamedTuple):
 def decoder_model(
     source: Source, segment_tokens: int | None = None, dtype: FloatName = "float32", like: ModelConfig | None = None
 ) -> ModelConfig:
-    """The config of a checkpoint's decoder, without memory.
+    """The config of a checkpoint's decoder, with the memory that it was trained with, if any.
 
     Args:
       source: the checkpoint.
@@ -55,6 +55,7 @@ def decoder_model(
     if segment_tokens is not None and longest is not None and segment_tokens > longest:
         raise UserError(f"--segment-tokens {segment_tokens}: {source.where} was trained for at most {longest} tokens")
     like = ModelConfig() if like is None else like
+    memory, join = source.memory or (NoMemory(), PlainJoin())
     try:
         return dataclasses.replace(
             like,
@@ -66,8 +67,8 @@ def decoder_model(
                 lora=like.decoder.lora,
                 max_tokens=like.decoder.max_tokens,
             ),
-            memory=NoMemory(),
-            join=PlainJoin(),
+            memory=memory,
+            join=join,
             schedule="auto",
             precision=dataclasses.replace(Precision(), params=dtype, compute=dtype),
         )
@@ -104,8 +105,10 @@ def import_source(
       UserError: parts that do not fit together, or a workdir that exists.
     """
     decoder = decoder_model(source, segment_tokens, dtype, base.model)
-    grafted = Grafted(decoder, Graft(PlainJoin(), is_silent=True))
+    grafted = Grafted(decoder, Graft(decoder.join, is_silent=source.memory is None))
     if memory is not None:
+        if source.memory is not None:
+            raise UserError(f"{source.where}: it has a memory of its own, {decoder.memory.kind!r}; leave --memory out")
         grafted = graft(decoder, memory.model.memory, memory.model.join, layers)
     files = tokenizer_files(source, tokenizer)
     final = pathlib.Path(os.path.abspath(workdir)) / _FILES[files.kind]
@@ -122,7 +125,7 @@ def import_source(
     origin = {
         "source": source.where,
         "max_tokens": source.spec.max_tokens,
-        "memory": None if memory is None else memory.name,
+        "memory": memory.name if memory is not None else decoder.memory.kind if source.memory else None,
         "starts_as_the_decoder": grafted.start.is_silent,
     }
     prepare_numbers(config.model.precision)

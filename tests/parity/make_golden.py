@@ -1,0 +1,191 @@
+"""Writes some of tests/parity/golden/*.npz by running other projects' code: see golden/README.md.
+
+    python tests/parity/make_golden.py lm2 CLONE_OF_LM2
+    python tests/parity/make_golden.py titans CLONE_OF_TITANS_PYTORCH
+    python tests/parity/make_golden.py ttt CLONE_OF_TTT_LM_PYTORCH
+
+Needs torch and what the clone needs, which no test needs. Nothing of a clone becomes part of this repository.
+"""
+
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import torch
+from torch import nn
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def randomise(module, scale=0.4, bias=0.3):
+    """Larger weights than a start has, so that errors show."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                p.copy_(1 + 0.2 * torch.randn_like(p))
+            elif p.ndim == 0:
+                p.add_(0.5 * torch.randn_like(p))
+            elif name.endswith("bias"):
+                p.copy_(bias * torch.randn_like(p))
+            elif "embed_tokens" in name:
+                p.copy_(0.5 * torch.randn_like(p))
+            elif name.endswith("projector.w"):
+                p.copy_(torch.randn_like(p))
+            else:
+                p.copy_(scale * torch.randn_like(p))
+
+
+def arrays(start, parameters):
+    return {f"{start}{name}": p.detach().numpy() for name, p in parameters}
+
+
+def lm2():
+    """The released model over two calls, and its memory module with top-k alone."""
+    os.environ["RANK"] = "0"
+    torch.Tensor.cuda = lambda self, *args, **options: self  # the module asks for a GPU at its construction
+    from src.memory import MemoryModule
+    from src.model_memory_llama import CustomLlamaConfig, LlamaMem
+
+    torch.manual_seed(3)
+    size = 16
+    config = CustomLlamaConfig(
+        vocab_size=40, hidden_size=size, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0,
+        tie_word_embeddings=True, use_memory=True, memory_slots=size, num_mem_heads=2, batch_size=2,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaMem.from_config(config, types.SimpleNamespace(pad_token_id=0)).eval()
+    randomise(model)
+    tokens = torch.randint(0, 40, (2, 2 * size))
+    with torch.no_grad():
+        calls = [model(part) for part in tokens.split(size, dim=1)]
+    out = {"tokens": tokens.numpy().astype(np.int32), **arrays("weights/", model.named_parameters())}
+    out["logits"] = torch.cat([logits for logits, _, _ in calls], dim=1).numpy()
+    out["banks"] = torch.stack([bank for _, _, bank in calls]).numpy()
+    module = MemoryModule(mem_slots=size, head_size=4, hidden_dim=size, num_heads=4, use_topk=True, topk=3).eval()
+    randomise(module)
+    x, bank = torch.randn(2, size, size), torch.randn(2, size, size)
+    with torch.no_grad():
+        y, new = module(x, bank, None)
+    found = {"x": x, "bank": bank, "y": y, "new": new}
+    return out | arrays("topk/", found.items()) | arrays("topk/weights/", module.named_parameters())
+
+
+class TanhMlp(nn.Module):
+    """Passed to NeuralMemory as its `model`: two layers and gelu's tanh formula."""
+
+    def __init__(self, dim, expansion):
+        super().__init__()
+        shapes = ((dim, dim * expansion), (dim * expansion, dim))
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+
+    def forward(self, x):
+        return nn.functional.gelu(x @ self.weights[0], approximate="tanh") @ self.weights[1]
+
+
+def titans():
+    """NeuralMemory over twelve tokens, in several configurations."""
+    package = types.ModuleType("titans_pytorch")  # without the rest of the package and its requirements
+    package.__path__ = [f"{sys.argv[2]}/titans_pytorch"]
+    sys.modules["titans_pytorch"] = package
+    from titans_pytorch.neural_memory import NeuralMemory
+
+    one, plain = {"chunk_size": 1, "batch_size": 1}, {"mem_model_norm_add_residual": False}
+    four, linear = {"chunk_size": 4, "batch_size": 4}, {"default_model_kwargs": {"depth": 1}}
+    mlp = {"default_model_kwargs": {"depth": 2, "expansion_factor": 2.0}}
+    cases = {
+        "linear_norm": {**one, **linear, "per_parameter_lr_modulation": True},
+        "linear": {**one, **linear, **plain},
+        "mlp_erf": {**one, **mlp, **plain},
+        "mlp_tanh": {**one, **plain, "model": TanhMlp},
+        "default_norm": {**one, "model": TanhMlp},
+        "chunks": {**four, **linear, **plain, "momentum": False},
+        "chunks_gates": {**four, **linear, **plain},
+    }
+    out = {}
+    for seed, (name, options) in enumerate(cases.items()):
+        torch.manual_seed(seed)
+        options = {key: value(4, 2) if value is TanhMlp else value for key, value in options.items()}
+        memory = NeuralMemory(dim=8, dim_head=4, heads=2, default_step_transform_max_lr=0.2, **options).eval()
+        _randomise_titans(memory, name)
+        x = torch.randn(2, 12, 8)
+        with torch.no_grad():
+            y, state = memory(x)
+        weights, momentum = state.states
+        own = [(key, p) for key, p in memory.named_parameters() if not key.startswith("memory_model.")]
+        out |= arrays(f"{name}/", {"x": x, "y": y}.items()) | arrays(f"{name}/weights/", own)
+        for i, key in enumerate(memory.memory_model_parameter_names):
+            out[f"{name}/after/{i}"] = weights[key].view(2, 2, *weights[key].shape[1:]).numpy()
+            if memory.to_momentum is not None:
+                last = momentum[key][0]
+                out[f"{name}/momentum/{i}"] = last.view(2, 2, *last.shape[1:]).numpy()
+    return out
+
+
+def _randomise_titans(memory, name):
+    scale = 0.5 if "mlp" in name or "default" in name else 0.8  # of the start weights
+    names = memory.memory_model_parameter_names
+    with torch.no_grad():
+        for key, p in memory.named_parameters():
+            if key.startswith("memory_model."):
+                continue  # a template; the learned start is in memory_model_parameters
+            p.data = p.data.clone()  # the heads of a start share their numbers at first
+            if "norm.weight" in key:
+                p.copy_(1 + 0.2 * torch.randn_like(p))
+            elif key.endswith("bias"):
+                p.copy_(0.5 * torch.randn_like(p))
+            else:
+                p.copy_((scale if key.startswith("memory_model_parameters") else 0.4) * torch.randn_like(p))
+        memory.to_decay_factor[0].bias.sub_(2.0)
+        if "norm.gamma" in names:
+            memory.memory_model_parameters[names.index("norm.gamma")].zero_()
+        if name == "linear_norm":  # the scale of the norm is not trained, the weights with their full step
+            modulation = memory.to_layer_modulation[0]
+            modulation.weight.zero_()
+            bias = modulation.bias.view(2, len(names))
+            bias.fill_(40.0)
+            bias[:, names.index("norm.gamma")] = -100.0
+        if name == "chunks":  # no forgetting
+            memory.to_decay_factor[0].weight.zero_()
+            memory.to_decay_factor[0].bias.fill_(-100.0)
+
+
+def ttt():
+    """A TTT-Linear and a TTT-MLP layer over three mini-batches, and what its `ttt` method gives."""
+    import ttt
+
+    out = {}
+    for seed, (name, layer, base) in enumerate((("linear", ttt.TTTLinear, 1.0), ("mlp", ttt.TTTMLP, 0.1))):
+        torch.manual_seed(seed)
+        config = ttt.TTTConfig(
+            hidden_size=8, num_attention_heads=2, mini_batch_size=4, ttt_base_lr=base, use_gate=True, share_qk=False
+        )
+        module, found = layer(config, 0).eval(), {}
+        with torch.no_grad():
+            for key, p in module.named_parameters():
+                if "norm" in key and "weight" in key:
+                    p.copy_(1 + 0.2 * torch.randn_like(p))
+                else:
+                    p.copy_((0.1 if key == "learnable_token_idx" else 0.5) * torch.randn_like(p))
+        inner = module.ttt
+        module.ttt = lambda *args, inner=inner, found=found, **options: found.setdefault("got", inner(*args, **options))
+        x = torch.randn(2, 12, 8)
+        with torch.no_grad():
+            y = module(x, position_ids=torch.arange(12)[None].repeat(2, 1))
+        answer, after = found["got"]
+        out |= arrays(f"{name}/", {"x": x, "y": y, "inner": answer}.items())
+        out |= arrays(f"{name}/weights/", module.named_parameters())
+        out |= arrays(f"{name}/after/", [(key, p) for key, p in after.items() if key.endswith("states")])
+    return out
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[2])
+    kind, file = {
+        "lm2": (lm2, "lm2_official"),
+        "titans": (titans, "titans_pytorch"),
+        "ttt": (ttt, "ttt_official"),
+    }[sys.argv[1]]
+    np.savez_compressed(GOLDEN / f"{file}.npz", **kind())

@@ -3,18 +3,20 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from lm2_jax import checkpoint_files as files
 from lm2_jax.atomic import is_remote
+from lm2_jax.checkpoint_storage import half_written
 from lm2_jax.config import RunConfig, to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.library_logs import drop_late_work, quiet_libraries
@@ -55,25 +57,21 @@ class Checkpoints:
         self._config, self._tokenizer, self._check = config, tokenizer, check
         self._damaged: set[int] = set()  # found by `restore`; the same on all processes, as what is kept depends on it
         self._saved: int | None = None  # the last step that was given to `save`
+        self._writing: Future[list[int]] | None = None  # a save in the background
         self._failure: Exception | None = None  # of a save in the background, until `finish` raises it
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._exit = contextlib.ExitStack()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._path = self._exit.enter_context(files.library_path(self.folder))
             self._exit.enter_context(quiet_libraries())
-            for name in half_written(self._path) if jax.process_index() == 0 else ():  # Orbax removes them
-                _warn(f"removing the incomplete checkpoint {self.folder / name}")
-            self._manager = _Manager(
-                self._path,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_Newest(self),
-                    cleanup_tmp_directories=True,
-                    save_root_metadata=False,
-                    # Made in the background, a folder that the disk refuses would show only after minutes.
-                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-                ),
-            )
-            self._with_memory = set(from_first_process(lambda: [s for s in self._steps() if self._has_memory(s)]))
+            if jax.process_index() == 0:
+                for name in half_written(self._path):
+                    _warn(f"removing the incomplete checkpoint {self.folder / name}")
+                    (self._path / name).rmtree()
+            # As the first process sees them; the same on all processes from here on.
+            self._steps = set(from_first_process(lambda: _steps_in(self._path)))
+            self._with_memory = set(from_first_process(lambda: [s for s in sorted(self._steps) if self._has_memory(s)]))
         except BaseException as error:
             self._exit.close()
             if isinstance(error, _REFUSALS):
@@ -91,7 +89,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none is usable; or the newest belongs to another run.
         """
-        steps = from_first_process(self._steps)
+        steps = sorted(self._steps)
         for step in reversed(steps):
             where = self.folder / str(step)
             if jax.tree.leaves(targets.memory) and step not in self._with_memory:
@@ -147,13 +145,12 @@ class Checkpoints:
         self._raise_failure()
         self._saved = step
         try:
-            if step in self._manager.all_steps():  # damaged, or without memory: the run has come here again
-                self._manager.delete(step)
-                self._damaged.discard(step)
-                self._with_memory.discard(step)
-            if "memory" in items:
-                self._with_memory.add(step)
-            self._manager.save(step, args=files.save_args(items, record, config), force=True)
+            # One that is there, damaged or without memory, is replaced: the run has come here again.
+            response = files.save(self._path / str(step), items, record, config)
+            self._steps.add(step)
+            self._damaged.discard(step)
+            (self._with_memory.add if "memory" in items else self._with_memory.discard)(step)
+            self._writing = self._background.submit(self._finish_save, response, self._outdated())
         except _REFUSALS as error:
             self._failure = error
             self._raise_failure()
@@ -202,16 +199,12 @@ class Checkpoints:
     ) -> None:
         """Waits for what is being written; a failure there must not hide an error from before."""
         self._wait()
-        with contextlib.suppress(*_REFUSALS):
-            self._manager.close()
+        self._background.shutdown()
         self._exit.close()
         if error is None:
             self._raise_failure()
         elif self._failure is not None:
             _warn(f"saving a checkpoint failed: {self._brief(self._failure)}", always=True)
-
-    def _steps(self) -> list[int]:
-        return _steps_in(self._path)
 
     def _has_memory(self, step: int) -> bool:
         return (self._path / str(step) / "memory").exists()
@@ -219,7 +212,7 @@ class Checkpoints:
     def _newest_good(self) -> int | None:
         """The step that `last_good` names; warns about newer ones that are damaged."""
         with contextlib.suppress(*_REFUSALS):
-            for step in filter(self.complete, reversed(self._steps())):
+            for step in filter(self.complete, reversed(_steps_in(self._path))):
                 try:
                     files.confirm(self._path, step)
                     return step
@@ -237,12 +230,33 @@ class Checkpoints:
             )
         return last
 
+    def _outdated(self) -> list[int]:
+        """The steps that go once the newest is complete: not of the newest `keep`, nor of the newest `keep` complete.
+
+        Damaged ones do not count and stay. All processes must decide the same, so nothing is looked up on the disk.
+        """
+        keep = self._config.checkpoint.keep
+        intact = sorted(self._steps - self._damaged)
+        complete = [step for step in intact if self.complete(step)]
+        return sorted({*intact} - {*intact[-keep:], *complete[-keep:]})
+
+    def _finish_save(self, response: ocp.AsyncResponse[None], outdated: list[int]) -> list[int]:
+        """In the background: once a checkpoint is complete, removes `outdated` ones and returns them."""
+        response.result()
+        if jax.process_index() == 0:
+            for step in outdated:
+                (self._path / str(step)).rmtree()
+        return outdated
+
     def _wait(self) -> None:
+        if self._writing is None:
+            return
         try:
-            self._manager.wait_until_finished()
+            self._steps.difference_update(self._writing.result())
         except _REFUSALS as error:
             self._failure = self._failure or error
             drop_late_work()
+        self._writing = None
 
     def _raise_failure(self) -> None:
         if self._failure is None:
@@ -269,38 +283,6 @@ class Checkpoints:
 
     def _brief(self, error: BaseException) -> str:
         return files.brief(error).replace(str(getattr(self, "_path", self.folder)), str(self.folder))
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which does not ask jax whether the job is to stop: the training loop does.
-
-    Orbax asks in the background when a save is complete, with a step of the past. That would make jax count from there
-    when the hosts agree on the step to stop at, and some may have passed it.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        """Never: a save is one like any other."""
-        return False
-
-
-class _Newest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest `keep` checkpoints and the newest `keep` complete ones; damaged ones do not count.
-
-    All processes must decide the same, so nothing is looked up on the disk here.
-    """
-
-    def __init__(self, owner: Checkpoints):
-        self._owner = owner
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """See Orbax; `checkpoints` come with the oldest first, the one that is being written included."""
-        owner, keep = self._owner, self._owner._config.checkpoint.keep
-        steps = [info.step for info in checkpoints]
-        intact = [step for step in steps if not owner.damaged(step)]
-        # The one being written counts already: Orbax deletes the others only when it is complete.
-        complete = [step for step in intact if owner.complete(step)]
-        kept = {*intact[-keep:], *complete[-keep:]}
-        return [step in kept or owner.damaged(step) for step in steps]
 
 
 def read_newest(
@@ -357,12 +339,6 @@ def folder_of(workdir: epath.PathLike) -> epath.Path:
     """The checkpoints of a workdir: an absolute path, or a bucket as it is."""
     path = os.fspath(workdir)
     return epath.Path(path if is_remote(path) else os.path.abspath(path)) / FOLDER
-
-
-def half_written(folder: epath.PathLike) -> list[str]:
-    """Names of what an interrupted save left."""
-    folder = epath.Path(folder)
-    return sorted(path.get().name for path in ocp.utils.tmp_checkpoints(folder))
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:

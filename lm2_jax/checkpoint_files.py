@@ -1,6 +1,7 @@
 """One checkpoint on the disk: the names and checksums of its arrays, and its record."""
 
 import contextlib
+import fcntl
 import functools
 import os
 import re
@@ -10,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
-from lm2_jax import checkpoint_format1, formats, params
+from lm2_jax import checkpoint_format1, checkpoint_storage, formats, params
 from lm2_jax.atomic import is_remote
 from lm2_jax.errors import UserError
 from lm2_jax.training.hosts import run_on_all_hosts
 from lm2_jax.types import Array, PyTree
 
 _SAFE = re.compile(r"[A-Za-z0-9 ./_+@=,:~-]*")  # Orbax passes paths to glob, TensorStore wants UTF-8
+_FIRST_DESCRIPTOR = 500  # more files than any process of a job has open
 
 
 @contextlib.contextmanager
@@ -28,7 +30,11 @@ def library_path(folder: epath.Path) -> Iterator[epath.Path]:
     if is_remote(folder) or _SAFE.fullmatch(os.fspath(folder)):
         yield folder
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    opened = os.open(folder, os.O_RDONLY)
+    try:  # the same number on all processes of a job: Orbax compares their paths
+        descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+    finally:
+        os.close(opened)
     try:
         alias = f"/proc/self/fd/{descriptor}"
         if not os.path.isdir(alias):
@@ -38,21 +44,21 @@ def library_path(folder: epath.Path) -> Iterator[epath.Path]:
         os.close(descriptor)
 
 
-def save_args(items: dict[str, PyTree], record: dict[str, Any], config: dict[str, Any]) -> ocp.args.Composite:
-    """What Orbax is to write.
+def save(
+    folder: epath.Path, items: dict[str, PyTree], record: dict[str, Any], config: dict[str, Any]
+) -> ocp.AsyncResponse[None]:
+    """Begins to write one checkpoint in the background, in place of one that is there; all processes must call this.
 
     Args:
+      folder: of the checkpoint.
       items: trees by name, `params`, `opt_state` and perhaps `memory`.
       record: `record_of`.
       config: of the run, as JSON types.
+    Returns:
+      What waits until the checkpoint is complete.
     """
-    args: dict[str, Any] = {
-        name: ocp.args.StandardSave(params.nest(_named(name, tree)))  # pyright: ignore[reportCallIssue]
-        for name, tree in items.items()
-    }
-    args["position"] = ocp.args.JsonSave(record)  # pyright: ignore[reportCallIssue]
-    args["config"] = ocp.args.JsonSave(config)  # pyright: ignore[reportCallIssue]
-    return ocp.args.Composite(**args)
+    trees = {name: params.nest(_named(name, tree)) for name, tree in items.items()}
+    return checkpoint_storage.save(folder, trees, {"position": record, "config": config})
 
 
 def record_of(sums: dict[str, dict[str, int]], config: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -77,12 +83,7 @@ def read_record(folder: epath.Path, step: int) -> tuple[dict[str, Any], dict[str
       ValueError: it is damaged; or whatever Orbax raises.
       UserError: its format is too new.
     """
-    handler = ocp.JsonCheckpointHandler()
-    try:
-        record = handler.restore(folder / str(step) / "position", args=ocp.args.JsonRestore())
-        config = handler.restore(folder / str(step) / "config", args=ocp.args.JsonRestore())
-    finally:
-        handler.close()
+    record, config = (checkpoint_storage.load_table(folder / str(step) / item) for item in ("position", "config"))
     if not isinstance(record, dict):
         raise ValueError("position: expected a table")
     if formats.check_format(record, f"checkpoint {folder / str(step)}") > 1:
@@ -111,15 +112,8 @@ def read_items(folder: epath.Path, step: int, wanted: dict[str, PyTree]) -> tupl
     def read() -> tuple[dict[str, Any], dict[str, Any]]:
         record, _ = read_record(folder, step)
         reader = checkpoint_format1.read_item if record.get("format", 1) == 1 else _read_item
-        handler = ocp.StandardCheckpointHandler()
-        try:
-            items = {name: reader(handler, folder / str(step), name, tree) for name, tree in wanted.items()}
-        finally:
-            handler.close()
-        return items, record
+        return {name: reader(folder / str(step), name, tree) for name, tree in wanted.items()}, record
 
-    # Not through Orbax's manager, in which the processes wait for each other: where a file is damaged that only some
-    # of them read, it would wait for ever.
     items, record = run_on_all_hosts(read)
     if record.get("format", 1) == 1:
         items = {name: checkpoint_format1.verified(name, item, record) for name, item in items.items()}
@@ -148,16 +142,8 @@ def confirm(folder: epath.Path, step: int) -> None:
             raise ValueError(f"{item}: missing")
     sums = record["checksums"]["params"]
     name = sorted(sums)[step % len(sums)]  # another one each time
-    restore = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
-        item=params.nest({name: 0}),  # pyright: ignore[reportCallIssue]
-        restore_args=params.nest({name: ocp.RestoreArgs(restore_type=np.ndarray)}),  # pyright: ignore
-        partial_restore=True,  # pyright: ignore[reportCallIssue]
-    )
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        array = params.flatten(handler.restore(folder / str(step) / "params", args=restore))[name]
-    finally:
-        handler.close()
+    wanted = params.nest({name: np.ndarray})
+    array = params.flatten(checkpoint_storage.load_arrays(folder / str(step) / "params", wanted, partial=True))[name]
     if _host_checksum(np.asarray(array)) != sums[name]:
         raise ValueError(f"params: {name} differs from what was saved")
 
@@ -186,12 +172,11 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _read_item(handler: ocp.StandardCheckpointHandler, folder: epath.Path, name: str, like: PyTree) -> PyTree:
+def _read_item(folder: epath.Path, name: str, like: PyTree) -> PyTree:
     wanted = params.nest(_named(name, like))
     if not wanted:
         return like
-    arrays = handler.restore(folder / name, args=ocp.args.StandardRestore(wanted))  # pyright: ignore[reportCallIssue]
-    named = params.flatten(arrays)
+    named = params.flatten(checkpoint_storage.load_arrays(folder / name, wanted))
     if name == "memory":
         return jax.tree.unflatten(jax.tree.structure(like), [named[str(i)] for i in range(len(named))])
     return params.from_canonical(named, like)

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from etils import epath
 
-from lm2_jax import params
+from lm2_jax import checkpoint_storage, params
 from lm2_jax.types import Array, PyTree
 
 
@@ -19,11 +18,10 @@ class Item(NamedTuple):
     tree: PyTree
 
 
-def read_item(handler: ocp.StandardCheckpointHandler, folder: epath.Path, name: str, like: PyTree) -> Item:
+def read_item(folder: epath.Path, name: str, like: PyTree) -> Item:
     """One item in the names and the grouping of `like`.
 
     Args:
-      handler: reads arrays.
       folder: of the checkpoint.
       name: of the item.
       like: tree of shapes with shardings.
@@ -37,7 +35,7 @@ def read_item(handler: ocp.StandardCheckpointHandler, folder: epath.Path, name: 
         wanted = _stacked(stored, params.to_canonical(like))
     nested = params.nest(wanted)
     target = _with_lists(params.nest({**wanted, **empty}))
-    named = params.flatten(handler.restore(folder / name, args=ocp.args.StandardRestore(target)))  # pyright: ignore
+    named = params.flatten(checkpoint_storage.load_arrays(folder / name, target))
     saved = [named[array] for array in stored]
     if name == "memory":
         return Item(saved, jax.tree.unflatten(jax.tree.structure(like), saved))

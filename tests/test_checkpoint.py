@@ -1,5 +1,7 @@
 """Checkpoints: complete, proved, and never worse off after a failure."""
 
+import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,12 +13,17 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from lm2_jax import checkpoint_files, load_run
-from lm2_jax.checkpoint import Checkpoints, folder_of, half_written
+from lm2_jax.checkpoint import Checkpoints, folder_of
+from lm2_jax.checkpoint_storage import half_written
+from lm2_jax.config import to_dict
 from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
+from lm2_jax.params import nest
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from lm2_jax.training.fit import begin
 from lm2_jax.training.state import make_plan
@@ -89,7 +96,7 @@ def test_everything_comes_back_bit_for_bit(plan, state, workdir):
     restored, step, first_loss = restore(plan, workdir)
     assert (step, first_loss) == (8, 3.5)
     assert_equal(restored, at(state, 8))
-    position = json.loads((workdir / "checkpoints" / "8" / "position" / "metadata").read_text())
+    position = json.loads((workdir / "checkpoints" / "8" / "position" / "data.json").read_text())
     assert (position["step"], position["rows"]) == (8, ROWS)
 
 
@@ -137,15 +144,15 @@ DAMAGES = {
     "the optimizer state gone": lambda folder: shutil.rmtree(folder / "opt_state"),
     "the memory gone": lambda folder: shutil.rmtree(folder / "memory"),
     "the position gone": lambda folder: shutil.rmtree(folder / "position"),
-    "the position cut": lambda folder: truncate(folder / "position" / "metadata"),
-    "the position of other arrays": lambda folder: (folder / "position" / "metadata").write_text(
-        (folder / "position" / "metadata").read_text().replace('"final_norm/scale": ', '"final_norm/scale": 1')
+    "the position cut": lambda folder: truncate(folder / "position" / "data.json"),
+    "the position of other arrays": lambda folder: (folder / "position" / "data.json").write_text(
+        (folder / "position" / "data.json").read_text().replace('"final_norm/scale": ', '"final_norm/scale": 1')
     ),
-    "the first loss changed": lambda folder: (folder / "position" / "metadata").write_text(
-        (folder / "position" / "metadata").read_text().replace('"first_loss": 3.5', '"first_loss": 4.5')
+    "the first loss changed": lambda folder: (folder / "position" / "data.json").write_text(
+        (folder / "position" / "data.json").read_text().replace('"first_loss": 3.5', '"first_loss": 4.5')
     ),
-    "the config changed": lambda folder: (folder / "config" / "metadata").write_text(
-        (folder / "config" / "metadata").read_text().replace('"learning_rate": ', '"learning_rate": 1')
+    "the config changed": lambda folder: (folder / "config" / "data.json").write_text(
+        (folder / "config" / "data.json").read_text().replace('"learning_rate": ', '"learning_rate": 1')
     ),
     "another step's folder": lambda folder: [shutil.rmtree(folder), shutil.copytree(folder.parent / "4", folder)],
     "an index gone": lambda folder: (folder / "params" / "manifest.ocdbt").unlink(),
@@ -223,7 +230,7 @@ def test_the_first_checkpoint_always_has_memory(plan, state, tmp_path):
 
 def test_what_one_process_finds_damaged_decides_nothing(plan, workdir, monkeypatch):
     """The processes of a job must agree on what is kept, and only some may see the damage."""
-    truncate(workdir / "checkpoints" / "8" / "position" / "metadata")
+    truncate(workdir / "checkpoints" / "8" / "position" / "data.json")
     with Checkpoints(workdir, plan.config) as checkpoints:
         monkeypatch.setattr(jax, "process_index", lambda: 1)  # any process says the truth
         assert checkpoints.last_good() == f"Last good checkpoint: {workdir / 'checkpoints' / '4'}."
@@ -354,6 +361,46 @@ def test_a_workdir_may_have_any_name(plan, state, tmp_path, name, capfd):
     assert "warning" not in capfd.readouterr().err
 
 
+def test_processes_of_a_job_have_one_path(tmp_path):
+    """Orbax refuses to save where the paths differ; each process has other files open."""
+    folder = epath.Path(tmp_path / "a[b]c")
+    folder.mkdir()
+    paths = []
+    for others in (0, 5):
+        with contextlib.ExitStack() as stack:
+            for _ in range(others):
+                stack.enter_context(open(os.devnull))
+            paths.append(stack.enter_context(checkpoint_files.library_path(folder)))
+    assert paths[0] == paths[1] != folder
+
+
+def test_a_notebook_reads_a_run(plan, state, workdir):
+    """Its cells run inside an event loop."""
+
+    async def cell():
+        return restore(plan, workdir)
+
+    restored, step, _ = asyncio.run(cell())
+    assert step == 8
+    assert_equal(restored, at(state, 8))
+
+
+def test_a_checkpoint_of_the_legacy_api_is_read(plan, state, tmp_path):
+    """As lm2_jax wrote them before it used orbax.checkpoint.v1: other files for tables, no mark of the version."""
+    items = {name: getattr(state, name) for name in ("params", "opt_state", "memory")}
+    config = to_dict(plan.config)
+    sums = checkpoint_files.checksums(items)[0]
+    record = checkpoint_files.record_of(sums, config, step=8, rows=ROWS, first_loss=3.5, tokenizer=None)
+    args = {name: ocp.args.StandardSave(nest(checkpoint_files._named(name, tree))) for name, tree in items.items()}
+    args |= {"position": ocp.args.JsonSave(record), "config": ocp.args.JsonSave(config)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder_of(tmp_path) / "8", ocp.args.Composite(**args))
+    assert (tmp_path / "checkpoints" / "8" / "position" / "metadata").exists()
+    restored, step, first_loss = restore(plan, tmp_path)
+    assert (step, first_loss) == (8, 3.5)
+    assert_equal(restored, at(state, 8))
+
+
 def test_a_link_to_a_workdir_is_one(plan, state, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -380,7 +427,7 @@ def test_a_checksum_depends_on_order_and_place():
 
 
 def test_a_newer_format_is_refused_with_both_versions(plan, workdir):
-    path = workdir / "checkpoints" / "8" / "position" / "metadata"
+    path = workdir / "checkpoints" / "8" / "position" / "data.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"format": 99, "version": "7.5"}))
     with pytest.raises(UserError, match=r"format 99, written by lm2_jax 7\.5; this is lm2_jax .*formats 1 to 3"):

@@ -1,14 +1,9 @@
 """Pages of the documentation: links, navigation, plain words, no gaps; each test prints all offenders."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-
-import lm2_jax
-from lm2_jax.evaluation import SUITES
-from lm2_jax.sharding import MeshConfig
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "AGENTS.md", "CONTRIBUTING.md")
@@ -101,56 +96,4 @@ def test_tables_have_equal_rows(name):
     for table in re.findall(r"(?:^\|.*\n)+", (ROOT / name).read_text(), re.M):
         rows = table.splitlines()
         offenders += [f"{name}: {row}" for row in rows if row.count("|") != rows[0].count("|")]
-    assert not offenders, "\n".join(offenders)
-
-
-def commands(text: str) -> list[str]:
-    """Commands of a page: lines of its code with their continuations, and code inside its lines."""
-    text = re.sub(r" *\\\n *", " ", text)
-    blocks = re.findall(r"^ *```(?:bash|sh|shell)?\n(.*?)^ *```", text, re.M | re.S)
-    blocks += re.findall(r"^ {4,}\S.*$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S), re.M)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))
-    lines = [line for block in blocks for line in block.splitlines()] + inline
-    return [re.split(r"\s#", line)[0].strip() for line in lines]
-
-
-def wrong_options(config: lm2_jax.RunConfig, words: list[str]) -> list[str]:
-    """Options with a dot that are no field of the run, nor of its mesh."""
-    wrong = []
-    for option in words:
-        names = option.removeprefix("--").split("=")[0].replace("-", "_").split(".")
-        if not option.startswith("--") or len(names) < 2:
-            continue
-        value = {"mesh": MeshConfig(), "init": None}.get(names[0], config)
-        for name in names[names[0] == "mesh" :]:
-            if value is None or not hasattr(value, name):
-                wrong += [] if names[0] == "init" else [option]
-                break
-            value = getattr(value, name)
-    return wrong
-
-
-def test_commands_name_what_exists():
-    """Presets and their options, suites, modules and targets of make; placeholders in capitals are skipped."""
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    offenders, checked = [], 0
-    for page, text in pages().items():
-        for command in commands(text):
-            wrong = [
-                f"no target {name}" for name in re.findall(r"^make ([a-z][a-z-]*)", command) if name not in targets
-            ]
-            for preset, rest in re.findall(r"(?:train\.py|lm2 train) ([a-z]\w*)(.*)", command):
-                checked += 1
-                if preset not in lm2_jax.PRESETS:
-                    wrong.append(f"no preset {preset}")
-                elif "model.memory " not in rest and "model.join " not in rest:  # a chosen kind has its own fields
-                    wrong += [f"no field {option}" for option in wrong_options(lm2_jax.preset(preset), rest.split())]
-            wrong += [
-                f"no suite {s}" for s in re.findall(r"(?:eval\.py|lm2 eval) ([a-z]\w*)", command) if s not in SUITES
-            ]
-            for module in re.findall(r"python3? -m ((?:lm2_jax|benchmarks|tests)[\w.]*)", command):
-                if importlib.util.find_spec(module) is None:
-                    wrong.append(f"no module {module}")
-            offenders += [f"{page}: {command}: {what}" for what in wrong]
-    assert checked > 20, f"only {checked} train commands were found"
     assert not offenders, "\n".join(offenders)

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from lm2_jax.precision import Precision
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
@@ -186,10 +186,8 @@ def test_a_state_is_restored_onto_other_devices(name, tmp_path):
         for config, devices in ((MeshConfig(data=2, fsdp=2), 4), (MeshConfig(data=2), 2))
     )
     shapes = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, two)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", jax.device_put(state, four))
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", shapes)
+    ocp.save(tmp_path / "state", jax.device_put(state, four))
+    restored = ocp.load(tmp_path / "state", shapes)
     assert_equal(restored, state)
     for leaf, where in zip(jax.tree.leaves(restored), jax.tree.leaves(two), strict=True):
         assert leaf.sharding == where

@@ -54,7 +54,8 @@ def write(rows: Sequence[Row], out: pathlib.Path) -> None:
     samples = sorted({cell["samples"] for row in rows for cell in row["results"]})
     data = sorted({", ".join(row["test_books"]) for row in rows})
     notes = [
-        f"Accuracy in per cent, official verdict; mean and range over seeds. {samples} questions of each length.",
+        f"Accuracy in per cent, official verdict; mean and range over seeds. Questions of each length: "
+        f"{', '.join(map(str, samples))}.",
         f"Checkpoint: {', '.join(sorted({row['checkpoint'] for row in rows}))}. Books of the test, which training "
         f"never read: {'; '.join(data)}.",
         "The rate of each arm was chosen from those in its search by the loss of answers, with a development seed.",

@@ -7,8 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from lm2_jax.errors import UserError
 
@@ -41,7 +42,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def run_program(*words: str) -> int:
+def run_program(*words: str, said: list[bytes] | None = None) -> int:
     """Runs a Python program and waits for its end.
 
     Ctrl-C also reaches that program, which may have something to save. It gets the time to do so, where
@@ -49,13 +50,17 @@ def run_program(*words: str) -> int:
 
     Args:
       words: the arguments of `python`.
+      said: gets what the program writes to stderr, which is shown all the same.
     Returns:
       The program's exit status.
     Raises:
       KeyboardInterrupt: after Ctrl-C, when the program has ended.
     """
     sys.stdout.flush()
-    program = subprocess.Popen([sys.executable, *words])
+    program = subprocess.Popen([sys.executable, *words], stderr=None if said is None else subprocess.PIPE)
+    reader = threading.Thread(target=_forward, args=(program.stderr, said))
+    if said is not None:
+        reader.start()
     try:
         return program.wait()
     except KeyboardInterrupt:
@@ -65,6 +70,18 @@ def run_program(*words: str) -> int:
             program.kill()
             program.wait()
         raise
+    finally:
+        if said is not None:
+            reader.join()
+
+
+def _forward(pipe: IO[bytes], said: list[bytes]) -> None:
+    """Shows what a program writes, as it comes, and keeps it."""
+    with pipe:
+        while chunk := os.read(pipe.fileno(), 1 << 16):
+            sys.stderr.write(chunk.decode("utf-8", "replace"))
+            sys.stderr.flush()
+            said.append(chunk)
 
 
 def program(name: str) -> str:

@@ -101,6 +101,14 @@ def test_the_status_of_a_program():
     assert cli.run_program("-c", "raise SystemExit(3)") == 3
 
 
+def test_what_a_program_says_is_shown_and_kept(capsys):
+    said: list[bytes] = []
+    program = "import sys; print('out'); print('one', file=sys.stderr); sys.exit('two')"
+    assert cli.run_program("-c", program, said=said) == 1
+    assert b"".join(said).split() == [b"one", b"two"]
+    assert capsys.readouterr().err.split() == ["one", "two"]
+
+
 def test_a_reader_that_ends_early_is_no_error():
     """As in `train.py --list | head -1`."""
     program = "from lm2_jax import cli; cli.run(lambda: [print('x' * 1000) for _ in range(1000)])"

@@ -3,7 +3,7 @@
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lm2_jax.data.babi import PERSONS_OF, TASKS, WORLD_TASKS, Sample, answers_of, read_samples, read_stories
 from lm2_jax.data.background import open_background
@@ -15,6 +15,7 @@ from lm2_jax.data.protocol import MIN_SENTENCE_TOKENS, limit_facts
 from lm2_jax.data.question_last import QuestionLastRows, SampleSampler
 from lm2_jax.data.text_tokens import Encoder, Noise, noise
 from lm2_jax.data.worlds import simulate_sample
+from lm2_jax.fields import Since
 
 _TRAIN, _HELD_OUT, _CORPUS = range(3)  # streams of draws
 _CORPUS_CHARACTERS = 600_000  # of facts, questions and answers
@@ -55,6 +56,9 @@ class BabilongSource(SourceConfig):
     """Interleaved: step at which each stage of `asked` after the first begins."""
     closing: bool = True
     """Interleaved: whether the row ends with a question, its answer and the end token in the text."""
+    split_answers: Annotated[bool, Since(4)] = False
+    """Interleaved: whether answers may have several tokens. The tokens with which an answer begins as another one does
+    are part of the text, and the first one that differs is asked for; only the closing question has the full answer."""
     max_facts: int | None = None
     """Question last: samples with more facts are dropped (and counted in the log), where the question counts as a fact,
     as in the published filter; None: none are dropped."""
@@ -142,7 +146,14 @@ class BabilongSource(SourceConfig):
 
     def _interleaved(self, encode: Encoder, sentences: Noise) -> list[InterleavedRows]:
         persons = sorted({person for task in self.tasks for person in PERSONS_OF[task]})
-        recipe = Recipe(self.tasks, self.weights, self._noise_shares, self.question_rate, self.closing)
+        recipe = Recipe(
+            self.tasks,
+            self.weights,
+            self._noise_shares,
+            self.question_rate,
+            self.closing,
+            split_answers=self.split_answers,
+        )
         steps = self._steps()
         stages = [
             dataclasses.replace(recipe, silent=frozenset(persons[count:])) for count in self.asked or (len(persons),)

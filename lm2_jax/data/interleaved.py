@@ -4,13 +4,17 @@
                                                                   target: office
 
 The answer is never part of the text, so no later question can read it: it must come from the statement, at whatever
-distance in segments.
+distance in segments. If answers have several tokens (`Recipe.split_answers`), the tokens with which an answer begins as
+another one does are in the text, so that the first token that differs can be asked for:
+
+    ... Where is Mary? <answer> b           with the tokens b/ath/room and b/ed/room; targets: b, ath
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from lm2_jax.data.babi import QUESTION_KINDS, Query, all_queries, answers_of, write_question
+from lm2_jax.data.babi import PERSONS, PERSONS_OF, QUESTION_KINDS, Query, all_queries, answers_of, write_question
 from lm2_jax.data.base import Example
 from lm2_jax.data.event_stream import Step, Steps
 from lm2_jax.data.philox import Draws
@@ -32,22 +36,34 @@ class Recipe:
     question_rate: float  # questions per sentence
     closing: bool  # whether the row ends with a question, its answer and the end token in the text
     silent: frozenset[str] = frozenset()  # persons that no question is about
+    split_answers: bool = False  # whether answers may have several tokens
 
     def asks(self, query: Query) -> bool:
         """Whether a question may be asked."""
         return self.silent.isdisjoint(query.words)
 
 
+class _Answer(NamedTuple):
+    """An answer in tokens."""
+
+    tokens: list[int]
+    asked: list[int]  # the first of them, up to the one that no other answer has there
+
+
 class _Row:
     """A row while it is written."""
 
-    def __init__(self, recipe: Recipe, encode: Encoder, segment_tokens: int, draws: Draws):
-        self.recipe, self.encode, self.draws = recipe, encode, draws
+    def __init__(
+        self, recipe: Recipe, encode: Encoder, answers: Mapping[str, "_Answer"], segment_tokens: int, draws: Draws
+    ):
+        self.recipe, self.encode, self.answers, self.draws = recipe, encode, answers, draws
         least, most = recipe.noise_shares
         self.noise_share = least if least == most else least + (most - least) * draws.uniform()
         self.segment_tokens = segment_tokens
         self.tokens: list[int] = []
-        self.labels: list[tuple[int, int, int]] = []  # position of a marker, answer token, distance
+        self.labels: list[
+            tuple[int, int, int]
+        ] = []  # position of a marker or answer token, next answer token, distance
         self.tracker = StoryTracker()
         self.last: Query | None = None
         self.stated = self.background = 0  # tokens of statements and of background
@@ -88,17 +104,23 @@ class _Row:
                 return draws.choice(classes[draws.weighted(there, [1 + number for number in there])])
         return None
 
-    def add_question(self, query: Query) -> int:
-        """Writes a question and its marker, and records the answer; returns the answer's token."""
+    def question(self, query: Query) -> list[int]:
+        """The tokens that a question adds to the text: with its marker, and what its answer shares with others."""
         known = self.tracker.answer(query)
         assert known is not None
-        self.tokens += self.encode.question(write_question(query))
-        at = len(self.tokens) - 1
+        return self.encode.question(write_question(query)) + self.answers[known.answer].asked[:-1]
+
+    def add_question(self, query: Query) -> list[int]:
+        """Writes a question and its marker, and records the answer; returns the answer's tokens not yet in the text."""
+        known = self.tracker.answer(query)
+        assert known is not None
+        answer = self.answers[known.answer]
+        at = len(self.tokens) + len(self.encode.question(write_question(query))) - 1
+        self.tokens += self.question(query)
         distance = at // self.segment_tokens - known.latest // self.segment_tokens
-        answer = self.encode(known.answer)[0]
-        self.labels.append((at, answer, distance))
+        self.labels += [(at + number, token, distance) for number, token in enumerate(answer.asked)]
         self.last = query
-        return answer
+        return answer.tokens[len(answer.asked) - 1 :]
 
 
 def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]]], size: int) -> list[int]:
@@ -117,7 +139,7 @@ def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]
             if step.query is not None:
                 if row.tracker.answer(step.query) is None or not recipe.asks(step.query):
                     continue
-                ids = encode.question(write_question(step.query))
+                ids = row.question(step.query)
             if len(row.tokens) + len(ids) > size:
                 return ids
             if step.query is not None:
@@ -128,7 +150,7 @@ def _fill(row: _Row, steps: Iterator[Step], noise: Iterator[tuple[str, list[int]
             query = row.pick()
             if query is None or (query == row.last and draws.chance(0.5)):
                 continue
-            ids = encode.question(write_question(query))
+            ids = row.question(query)
             if len(row.tokens) + len(ids) > size:
                 return ids
             row.add_question(query)
@@ -143,21 +165,31 @@ class InterleavedRows:
       steps: statements, and questions among them.
       noise: background sentences with their tokens.
     Raises:
-      UserError: if an answer is not one token.
+      UserError: if an answer is not one token, or with `split_answers` begins with all tokens of another.
     """
 
     def __init__(self, recipe: Recipe, encode: Encoder, steps: Steps, noise: Noise):
         self._recipe, self._encode, self._steps, self._noise = recipe, encode, steps, noise
-        for task in recipe.tasks:
-            _require_single_tokens(task, encode)
+        if not recipe.split_answers:
+            for task in recipe.tasks:
+                _require_single_tokens(task, encode)
+        answers = {answer for task in recipe.tasks for answer in answers_of(task)}
+        # Of several tasks, one that asks for persons may be answered by one of another task.
+        answers |= {person for task in recipe.tasks for person in PERSONS_OF[task] if not answers.isdisjoint(PERSONS)}
+        known = sorted(answers)
+        self._answers = {answer: _answer(answer, known, encode, recipe.split_answers) for answer in known}
         queries = [query for task in recipe.tasks for query in all_queries(task)]
         # Room for the longest closing question, its answer and the end token.
-        self._closing_room = 2 + max(len(encode.question(write_question(query))) for query in queries)
+        self._closing_room = (
+            1
+            + max(len(answer.tokens) for answer in self._answers.values())
+            + max(len(encode.question(write_question(query))) for query in queries)
+        )
 
     def example(self, draws: Draws, segments: int, segment_tokens: int, held_out: bool) -> Example:
         """One row of `segments` segments."""
         size = segments * segment_tokens + 1  # the last token is a target only
-        row = _Row(self._recipe, self._encode, segment_tokens, draws)
+        row = _Row(self._recipe, self._encode, self._answers, segment_tokens, draws)
         noise = self._noise(draws, held_out)
         steps = self._steps(draws, held_out)
         body = size - self._closing_room if self._recipe.closing else size
@@ -165,31 +197,37 @@ class InterleavedRows:
         query = row.pick() if self._recipe.closing else None
         if query is None:
             row.tokens += rest[: size - len(row.tokens)]
-            end = None
+            end = range(0)
         else:
             end = self._close(row, query, noise, size)
         return _example(row, end, segments, segment_tokens, self._encode.pad_id)
 
-    def _close(self, row: _Row, query: Query, noise: Iterator[tuple[str, list[int]]], size: int) -> int:
-        """Ends the row with a question, its answer and the end token; returns the answer's position."""
-        body = size - 2 - len(self._encode.question(write_question(query)))
+    def _close(self, row: _Row, query: Query, noise: Iterator[tuple[str, list[int]]], size: int) -> range:
+        """Ends the row with a question, its answer and the end token.
+
+        Returns:
+          The positions of the answer's tokens from the last one that a label asks for.
+        """
+        known = row.tracker.answer(query)
+        assert known is not None
+        body = size - 1 - len(self._answers[known.answer].tokens) - len(self._encode.question(write_question(query)))
         # The gap is filled with background, cut to fit as BABILong does; without background the row ends early.
         while row.noise_share > 0.0 and len(row.tokens) < body:
             row.tokens += next(noise)[1][: body - len(row.tokens)]
-        answer = row.add_question(query)
-        row.tokens += [answer, self._encode.eos_id]
-        return len(row.tokens) - 2
+        rest = row.add_question(query)
+        row.tokens += [*rest, self._encode.eos_id]
+        return range(len(row.tokens) - 1 - len(rest), len(row.tokens) - 1)
 
 
-def _example(row: _Row, end: int | None, segments: int, segment_tokens: int, pad_id: int) -> Example:
+def _example(row: _Row, end: range, segments: int, segment_tokens: int, pad_id: int) -> Example:
     """The row as an example; `end` is where an answer is part of the text, followed by the end token."""
     example = Example.next_token(row.tokens, segments, segment_tokens, pad_id)
     for at, token, segments_back in row.labels:
         if at < len(example.tokens):
             example.mark_answer(at)
             example.targets[at], example.distance[at] = token, segments_back
-    if end is not None:
-        example.mark_answer(end)
+    for at in end:
+        example.mark_answer(at)
     return example
 
 
@@ -199,5 +237,20 @@ def _require_single_tokens(task: str, encode: Encoder) -> None:
         if tokens != 1:
             raise UserError(
                 f"data.source.layout 'interleaved' needs answers of one token each, but {answer!r} (task {task}) has "
-                f"{tokens} under this tokenizer; use a larger vocabulary, another tokenizer or layout 'question_last'"
+                f"{tokens} under this tokenizer; use a larger vocabulary, another tokenizer, layout 'question_last' or "
+                "data.source.split_answers"
             )
+
+
+def _answer(answer: str, answers: Sequence[str], encode: Encoder, split: bool) -> _Answer:
+    """An answer among others; without `split` its first token."""
+    ids = encode(answer)
+    if not split:
+        return _Answer(ids[:1], ids[:1])
+    for count in range(1, len(ids) + 1):
+        if all(encode(other)[:count] != ids[:count] for other in answers if other != answer):
+            return _Answer(ids, ids[:count])
+    raise UserError(
+        "data.source.layout 'interleaved' needs answers that differ in a token, but another answer begins with all "
+        f"tokens of {answer!r} under this tokenizer; use another tokenizer or layout 'question_last'"
+    )

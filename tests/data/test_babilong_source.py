@@ -220,6 +220,62 @@ def test_answers_of_several_tokens_are_refused_with_advice():
     assert build(Letters(), layout="question_last", min_sentence_tokens=1).example(0, 0, 1, 32).answer.sum() > 3
 
 
+class Pieces(WordTokenizer):
+    """Cuts the words in -room as a small vocabulary does: bathroom and bedroom begin with the same token."""
+
+    def encode(self, text):
+        pieces = re.sub(r"(\s?b)(ath|ed)(room)", r"\1\0\2\0\3", text).split("\0")
+        return [i for piece in pieces for i in super(Pieces, self).encode(piece)]
+
+
+def test_answers_of_several_tokens_are_asked_for_where_they_differ():
+    """Read back from the text: what answers share is written, what tells them apart is only in the targets."""
+    tokenizer = Pieces()
+    source, seen = build(tokenizer, split_answers=True, min_sentence_tokens=1), set()
+    for row in range(20):
+        e = source.example(0, row, 20, 8)
+        labels = [at for at in np.flatnonzero(e.distance >= 0) if e.tokens[at] == tokenizer.answer_id]
+        text = {at: tokenizer.decode(e.tokens[: at + 1]) for at in labels}
+        for at in labels:
+            question = QUESTION.search(text[at].rstrip())
+            assert question is not None
+            read = read_answer(FACT.findall(text[at]), question[0])
+            assert read is not None
+            ids = tokenizer.encode(f" {read[0]}")
+            asked = 2 if len(ids) > 1 else 1
+            seen.add(asked)
+            assert e.targets[at : at + asked].tolist() == ids[:asked]
+            assert e.tokens[at + 1 : at + asked].tolist() == ids[: asked - 1]
+            assert (e.distance[at : at + asked] == e.distance[at]).all()
+            assert e.answer[at : at + asked].all()
+            is_closing = at == labels[-1] and tokenizer.eos_id in e.targets[at:].tolist()
+            if is_closing:
+                assert e.targets[at : at + len(ids) + 1].tolist() == [*ids, tokenizer.eos_id]
+                assert e.answer[at : at + len(ids) + 1].all()
+            else:
+                assert e.tokens[at + asked] != ids[asked - 1], "the answer itself is not in the text"
+    assert seen == {1, 2}
+    with pytest.raises(UserError, match="one token each"):
+        build(tokenizer)
+
+
+def test_an_answer_that_begins_another_is_refused():
+    class Short(WordTokenizer):
+        def encode(self, text):
+            ids = super().encode(text.replace("bathroom", "bath").replace("bedroom", "bath"))
+            return [*ids, *super().encode("x")] if text == " bedroom" else ids
+
+    with pytest.raises(UserError, match="another answer begins with all tokens of 'bathroom'"):
+        build(Short(), split_answers=True)
+
+
+def test_single_tokens_are_the_same_rows_with_and_without_split_answers():
+    tokenizer = WordTokenizer()
+    for tasks in (("qa1",), ("qa2", "qa5")):
+        plain, split = (build(tokenizer, tasks=tasks, split_answers=on) for on in (False, True))
+        assert all(equal(plain.example(0, row, 6, 4), split.example(0, row, 6, 4)) for row in range(6))
+
+
 def test_without_a_marker_token_a_word_stands_for_it():
     tokenizer = WordTokenizer(answer_id=None)
     e = build(tokenizer).example(0, 0, 1, 4)

@@ -27,7 +27,8 @@ class StoryTracker:
         self.known: dict[str, dict[tuple[str, ...], Known]] = {
             kind: {} for kinds in QUESTION_KINDS.values() for kind in kinds
         }
-        self._carried: dict[str, set[str]] = {}  # person -> objects
+        # Person -> objects as keys, in the order in which they were taken: that of a set differs between processes.
+        self._carried: dict[str, dict[str, None]] = {}
         self._relations: dict[tuple[str, str, str], int] = {}  # (a, direction, b), north and east only -> position
         self._apply = {
             "move": self._move,
@@ -79,9 +80,9 @@ class StoryTracker:
 
     def _hand(self, thing: str, person: str | None) -> None:
         for things in self._carried.values():
-            things.discard(thing)
+            things.pop(thing, None)
         if person is not None:
-            self._carried.setdefault(person, set()).add(thing)
+            self._carried.setdefault(person, {})[thing] = None
 
     def _take(self, at: int, person: str, thing: str) -> None:
         self._settle(thing, self._mention(person, at), at)

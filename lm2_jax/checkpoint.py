@@ -104,6 +104,7 @@ class Checkpoints:
                 if isinstance(error, UserError) and not isinstance(error, FailedElsewhere):
                     raise
                 self._damaged.add(step)
+                drop_late_work()
                 _warn(f"skipping the damaged checkpoint {where}: {self._brief(error)}", always=True)
         if steps:
             raise UserError(
@@ -217,6 +218,7 @@ class Checkpoints:
                     files.confirm(self._path, step)
                     return step
                 except Exception as error:  # see `restore`
+                    drop_late_work()
                     _warn(f"checkpoint {self.folder / str(step)} is damaged: {self._brief(error)}", always=True)
         return None
 

@@ -38,10 +38,11 @@ def quiet_libraries() -> Iterator[None]:
     threading.excepthook = thread_failed
     try:
         with _HiddenWork():
-            yield
-    except BaseException:
-        drop_late_work()
-        raise
+            try:
+                yield
+            except BaseException:
+                drop_late_work()
+                raise
     finally:
         threading.excepthook = show
         for logger in loggers:

@@ -10,7 +10,7 @@ from lm2_jax.errors import UserError
 # 1: stacked layers, an order-independent checksum, no number in the files.
 # 2: one array for each layer, checksums by name and place, config and tokenizer tied to every checkpoint.
 # 3: a config with fields that came later; the files are as in 2.
-# 4: the same again, with the options of Qwen's decoders and of answers of several tokens.
+# 4: the same again, with an option for answers of several tokens.
 FORMAT = 4
 
 

@@ -91,6 +91,8 @@ class Engine:
         self._memory = empty_memory(run) if memory is None else memory
         # On a mesh, an array of the host is the same on all devices.
         self._memory_state = self._memory.state if layout is None else jax.device_get(self._memory.state)
+        # Of the host for every memory: read, loaded or empty, so that one compiled program serves all.
+        self._logits_V = np.asarray(jax.device_get(self._memory.logits_V))
         self._replicate = None if layout is None else jax.jit(lambda x: x, out_shardings=replicated(layout))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Piece]:
@@ -134,7 +136,7 @@ class Engine:
             seen_BV[index, np.asarray(request.tokens, int)] = True
         if not is_new_B.any():
             return cells, False
-        return _put_rows(run.model, cells, self._memory_state, memory.logits_V, seen_BV, is_new_B), True
+        return _put_rows(run.model, cells, self._memory_state, self._logits_V, seen_BV, is_new_B), True
 
     def _check(self, request: Request, row: _Row) -> None:
         if request.max_new_tokens < 1:

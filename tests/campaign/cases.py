@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
+from tokenizers import Tokenizer
 
 from lm2_jax import checkpoint_files, load_run
 from lm2_jax.checkpoint import Checkpoints, saved_steps
@@ -92,6 +93,18 @@ class Bench:
         process = self.start(workdir, model)
         log, _ = process.communicate(timeout=600)
         require(process.returncode == 0, f"a run to the end leaves with {process.returncode}", log)
+
+    def short_config(self) -> RunConfig:
+        """A run of four steps with two checkpoints."""
+        config = tiny_config(self.documents, every_steps=2)
+        return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=4))
+
+    def undamaged(self) -> pathlib.Path:
+        """The workdir of that run, whose copies are damaged."""
+        workdir = self.folder / "undamaged"
+        if saved_steps(workdir) != [2, 4]:
+            train(self.short_config(), workdir)
+        return workdir
 
     def sums(self, workdir: pathlib.Path) -> dict:
         record, _ = checkpoint_files.read_record(epath.Path(workdir / "checkpoints"), STEPS)
@@ -182,12 +195,8 @@ def _flip(content: bytes, draw: np.random.Generator, bits: int) -> bytes:
 
 def damage(bench: Bench, draw: np.random.Generator, workdir: pathlib.Path) -> None:
     """One file of a workdir is damaged: what is read is what was written, an earlier checkpoint, or one message."""
-    whole = bench.folder / "whole"
-    config = tiny_config(bench.documents, every_steps=2)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=4))
-    if saved_steps(whole) != [2, 4]:
-        train(config, whole)
-    shutil.copytree(whole, workdir)
+    undamaged, config = bench.undamaged(), bench.short_config()
+    shutil.copytree(undamaged, workdir)
     file = draw.choice(sorted(str(path) for path in workdir.rglob("*") if path.is_file()))
     name = str(draw.choice(list(DAMAGES)))
     content = DAMAGES[name](pathlib.Path(file).read_bytes(), draw)
@@ -204,7 +213,8 @@ def damage(bench: Bench, draw: np.random.Generator, workdir: pathlib.Path) -> No
                 raise Broken(f"{what}: {type(error).__name__}: {error}") from error
             sums = checkpoint_files.checksums(state)[0]
             expected = [
-                checkpoint_files.read_record(epath.Path(whole / "checkpoints"), step)[0]["checksums"] for step in (2, 4)
+                checkpoint_files.read_record(epath.Path(undamaged / "checkpoints"), step)[0]["checksums"]
+                for step in (2, 4)
             ]
             same = any(all(sums[item] == saved[item] for item in sums) for saved in expected)
             require(same, f"{what}: other numbers were read")
@@ -271,8 +281,95 @@ def fuzz(bench: Bench, draw: np.random.Generator, workdir: pathlib.Path) -> None
         raise Broken(f"{preset.name} with {', '.join(names)}: {type(error).__name__}: {error}") from error
 
 
-KINDS = {"kill": kill, "signals": signals, "damage": damage, "disk": disk, "two": two, "fuzz": fuzz}
-FULL = {"kill": 100, "signals": 100, "damage": 500, "disk": 50, "two": 20, "fuzz": 1000}
+def tokenizer(bench: Bench, draw: np.random.Generator, workdir: pathlib.Path) -> None:
+    """The tokenizer's file is damaged: it is refused, or reads as the same tokenizer in everything that it does."""
+    undamaged = bench.undamaged()
+    content = (undamaged / "tokenizer.json").read_bytes()
+    name = str(draw.choice(list(DAMAGES)))
+    damaged = DAMAGES[name](content, draw)
+    if draw.random() < 0.5:  # most damage is no JSON any more
+        name, damaged = "another value", _another_value(content, draw)
+    shutil.copytree(undamaged, workdir)
+    path = workdir / "tokenizer.json"
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    try:
+        load_run(workdir)
+    except UserError:
+        return
+    except Exception as error:
+        raise Broken(f"{name}: {type(error).__name__}: {error}") from error
+    assert damaged is not None
+    same = Tokenizer.from_buffer(damaged).to_str() == Tokenizer.from_buffer(content).to_str()
+    require(same, f"{name}: another tokenizer was read")
+
+
+def _another_value(content: bytes, draw: np.random.Generator) -> bytes:
+    """The same tokenizer with a switch turned, or with the ids of two tokens exchanged."""
+    plain = json.loads(content)
+    tables = [table for table in (plain["pre_tokenizer"], plain["decoder"], plain["model"]) if table is not None]
+    switches = [(table, name) for table in tables for name in table if isinstance(table[name], bool)]
+    if draw.random() < 0.5:
+        table, name = switches[draw.integers(len(switches))]
+        table[name] = not table[name]
+    else:
+        vocab = plain["model"]["vocab"]
+        first, second = draw.choice(sorted(vocab), 2, replace=False)
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+    return json.dumps(plain, ensure_ascii=False).encode()
+
+
+def numbers(bench: Bench, draw: np.random.Generator, workdir: pathlib.Path) -> None:
+    """A number of a preset's config is one that makes sense nowhere: it is refused."""
+    preset = PRESETS[str(draw.choice(sorted(PRESETS)))]
+    plain = json.loads(json.dumps(to_dict(preset)))
+    path = list(draw.choice(np.array([*_numbers_in(plain)], dtype=object)))
+    value = NOWHERE[draw.integers(len(NOWHERE))]
+    table = plain
+    for name in path[:-1]:
+        table = table[name]
+    table[path[-1]] = value
+    what = f"{preset.name} with {'.'.join(path)}={value!r}"
+    try:
+        from_dict(RunConfig, plain)
+    except UserError:
+        return
+    except Exception as error:
+        raise Broken(f"{what}: {type(error).__name__}: {error}") from error
+    raise Broken(f"{what} is accepted")
+
+
+NOWHERE = (float("nan"), float("-inf"), -(10**12), -1e300)
+
+
+def _numbers_in(table: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all numbers in a config."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _numbers_in(value, (*path, name))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and (*path, name) != ("format",):
+            yield (*path, name)
+
+
+KINDS = {
+    "kill": kill,
+    "signals": signals,
+    "damage": damage,
+    "tokenizer": tokenizer,
+    "disk": disk,
+    "two": two,
+    "fuzz": fuzz,
+    "numbers": numbers,
+}
+FULL = {
+    "kill": 100,
+    "signals": 100,
+    "damage": 500,
+    "tokenizer": 405,
+    "disk": 50,
+    "two": 20,
+    "fuzz": 1000,
+    "numbers": 438,
+}
 
 
 def run_case(kind: str, seed: int, case: int, bench: Bench) -> str | None:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.campaign.cases import KINDS, Bench, run_case
 
-SLICE = {"kill": 1, "signals": 2, "damage": 20, "disk": 1, "two": 1, "fuzz": 200}
+SLICE = {"kill": 1, "signals": 2, "damage": 20, "tokenizer": 20, "disk": 1, "two": 1, "fuzz": 200, "numbers": 100}
 
 
 @pytest.fixture(scope="module")

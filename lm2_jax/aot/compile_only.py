@@ -65,8 +65,6 @@ class CompileConfig:
             raise UserError("--topology, --json, --hlo and --quick need --compile-only")
         return self.compile_only
 
-    asked = is_requested
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -130,9 +128,6 @@ def compile_and_report(config: RunConfig, mesh_for: Callable[[int], MeshConfig],
         text = json.dumps(report.to_dict(), indent=1)
         print(text) if compilation.json == "-" else epath.Path(compilation.json).write_text(text + "\n")
     return 0 if report.fits else 1
-
-
-compile_and_report = compile_and_report
 
 
 def compile_only(

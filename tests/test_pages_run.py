@@ -153,9 +153,7 @@ def call(command: str, clone: pathlib.Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {
         "JAX_PLATFORMS": "cpu",
-        "PATH": os.pathsep.join(
-            [str(clone.parent / "bin"), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
-        ),
+        "PATH": os.pathsep.join(folders),
         **({"JAX_NUM_CPU_DEVICES": "8"} if on_mesh else {"JAX_COMPILATION_CACHE_DIR": CACHE}),
     }
     done = subprocess.run(

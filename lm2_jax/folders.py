@@ -64,6 +64,17 @@ def check_writable(folder: epath.Path, field: str) -> None:
         ) from error
 
 
+def check_folder(out: epath.PathLike, field: str) -> epath.Path:
+    """Checks that files can be written to a folder, which may be missing; nothing is made.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    folder = open_path(out, field)
+    check_writable(folder, field)
+    return folder
+
+
 def prepare_folder(out: epath.PathLike, field: str = "out") -> epath.Path:
     """Makes a folder and checks that files can be written to it.
 
@@ -73,8 +84,7 @@ def prepare_folder(out: epath.PathLike, field: str = "out") -> epath.Path:
     Raises:
       UserError: it cannot be made or written to.
     """
-    folder = open_path(out, field)
-    check_writable(folder, field)
+    folder = check_folder(out, field)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,14 +92,22 @@ def prepare_folder(out: epath.PathLike, field: str = "out") -> epath.Path:
     return folder
 
 
-def prepare_file(out: epath.PathLike, field: str) -> epath.Path:
-    """Checks that a file can be written and makes the folder that it will be in; an existing file is not changed."""
+def check_file(out: epath.PathLike, field: str) -> epath.Path:
+    """Checks that a file can be written; its folder may be missing. Nothing is made and no file is changed."""
     file = open_path(out, field)
     if file.is_dir():
         raise UserError(f"{field}={str(out)!r}: expected a file, this is a folder", status=1)
     if is_remote(out) or not os.access(out, os.W_OK):  # a device such as /dev/null is in a folder that takes no files
         if not is_remote(out) and os.path.exists(out):
             raise UserError(f"{field}={str(out)!r}: may not be written to", status=1)
+        check_folder(file.parent, f"the folder of {field}")
+    return file
+
+
+def prepare_file(out: epath.PathLike, field: str) -> epath.Path:
+    """Checks that a file can be written and makes the folder that it will be in; an existing file is not changed."""
+    file = check_file(out, field)
+    if not file.exists():
         prepare_folder(file.parent, f"the folder of {field}")
     return file
 

@@ -9,7 +9,6 @@ The file holds arrays and one JSON text of metadata; reading it runs no code. `t
 of each array. The same text read by the same model gives the same bytes.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import io
@@ -26,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save as to_safetensors
 
 from lm2_jax import atomic, cli
+from lm2_jax.arguments import ArgumentParser
 from lm2_jax.errors import UserError
-from lm2_jax.folders import prepare_file
+from lm2_jax.folders import check_file, prepare_file
 from lm2_jax.inference.merging import merge as merge
 from lm2_jax.inference.snapshot import MemorySnapshot, Source, empty_memory, model_fingerprint
 from lm2_jax.state import map_axes
@@ -201,7 +201,7 @@ def merge_files(paths: Sequence[epath.PathLike], workdir: epath.PathLike, out: e
     """
     from lm2_jax.runs import load_run
 
-    if prepare_file(out, "--out").exists():
+    if check_file(out, "--out").exists():
         raise UserError(f"--out {out} exists and is not overwritten; choose another file or remove it first")
     for path in paths:
         read_memory_file(path)
@@ -359,7 +359,7 @@ def export(file: MemoryFile, out: epath.PathLike) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs one of the commands."""
-    parser = argparse.ArgumentParser(prog="python -m lm2_jax.memory_file", description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(prog="python -m lm2_jax.memory_file", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="size, norms, effective rank, slots in use, and what was read")
     inspect.add_argument("file")

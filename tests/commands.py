@@ -203,6 +203,8 @@ WORK = {
     "lm2_jax.commands.eval": "_evaluate",
     "lm2_jax.commands.generate": "_sampling",
     "lm2_jax.commands.compare": "prepare_folder",
+    "lm2_jax.data.convert": "convert",
+    "lm2_jax.interop.export_hf": "export_workdir",
     "lm2_jax.commands.import_hf": "open_source",
     "lm2_jax.demo.models": "store_model",
     "lm2_jax.inspect.program": "_out_folder",

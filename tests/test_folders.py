@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lm2_jax.errors import UserError
-from lm2_jax.folders import open_path, prepare_file, prepare_folder
+from lm2_jax.folders import check_file, check_folder, open_path, prepare_file, prepare_folder
 
 
 def test_folder(tmp_path):
@@ -22,6 +22,12 @@ def test_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write there"):
         prepare_folder(tmp_path / "eval")
+
+
+def test_a_check_makes_nothing(tmp_path):
+    assert check_folder(tmp_path / "new" / "eval", "--out") == tmp_path / "new" / "eval"
+    assert check_file(tmp_path / "new" / "costs.json", "--json") == tmp_path / "new" / "costs.json"
+    assert not list(tmp_path.iterdir())
 
 
 def test_file(tmp_path):

@@ -6,9 +6,9 @@ import shlex
 import sys
 
 import pytest
-import tyro
 
 from lm2_jax import PRESETS, cli, quickstart
+from lm2_jax.commands import flags
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import SUITES
 from tests.e2e.test_train_program import call
@@ -40,7 +40,7 @@ def programs(monkeypatch, tmp_path):
 
 
 def test_quickstart(programs, capsys):
-    quickstart.main()
+    quickstart.main([])
     printed = capsys.readouterr().out
     assert [words[:2] for words in programs] == [
         ["train", "quickstart"],
@@ -50,7 +50,8 @@ def test_quickstart(programs, capsys):
     ]
     assert all(words[1] in PRESETS for words in programs[:2])
     for words in programs[2:]:
-        tyro.extras.subcommand_cli_from_dict(dict(SUITES), args=words[1:])
+        suite, typed = SUITES[words[1]], flags.split(words[2:])[1]
+        flags.apply([(suite, flags.default_table(suite))], typed)
     for words in programs:
         assert f"$ {quickstart.printed(*words)}" in printed
     assert "LM2, block write (ours)      87.5%" in printed
@@ -59,18 +60,28 @@ def test_quickstart(programs, capsys):
     assert printed.splitlines()[-1].strip().startswith(f"{cli.program('train')} quickstart ")
 
 
+def test_a_short_one_trains_less_in_folders_of_its_own(programs, capsys):
+    quickstart.main(["--short"])
+    assert all("--optim.steps" in words for words in programs[:2])
+    assert all("runs/quickstart_short/lm2" in words for words in (programs[0], *programs[2:]))
+    assert "these numbers only show that everything works" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--shrt: no such option\. Did you mean '--short'"):
+        quickstart.main(["--shrt"])
+    assert len(programs) == 4
+
+
 def test_after_installation_the_quickstart_needs_no_scripts(programs, monkeypatch, capsys):
     """In any folder: `lm2 quickstart`."""
     monkeypatch.setattr(sys, "argv", ["lm2 quickstart"])
     monkeypatch.setattr(cli, "run_program", lambda *words: programs.append(list(words)) or 1)
     with pytest.raises(UserError, match="`lm2 train quickstart --workdir runs/quickstart/lm2` ended with status 1"):
-        quickstart.main()
+        quickstart.main([])
     assert programs[0][:4] == ["-m", "lm2_jax", "train", "quickstart"]
 
 
 @pytest.mark.slow
 def test_the_next_command_works(programs, capsys):
-    quickstart.main()
+    quickstart.main([])
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     done = call(*words[2:], "--plan")
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,10 @@ def test_the_library_names_no_mesh_axis():
     assert not offenders, "\n".join(offenders)
 
 
-CALLED_AS_MODULES = ("lm2_jax/__main__.py", "lm2_jax/compare/__main__.py", "lm2_jax/interop/import_hf.py")
+CALLED_AS_MODULES = (
+    *("lm2_jax/__main__.py", "lm2_jax/compare/__main__.py", "lm2_jax/data/convert.py"),
+    *("lm2_jax/interop/export_hf.py", "lm2_jax/interop/import_hf.py"),
+)
 
 
 def test_only_programs_import_commands():

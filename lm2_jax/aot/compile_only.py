@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from lm2_jax.aot.costs import Costs, program_costs, roofline_bound
 from lm2_jax.aot.early import Early, optimised
@@ -18,7 +17,7 @@ from lm2_jax.aot.hlo import parse
 from lm2_jax.aot.topology import Topology, compile_only_devices, parse_topology
 from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
-from lm2_jax.folders import prepare_file
+from lm2_jax.folders import check_file, prepare_file
 from lm2_jax.layout import sharded_shapes
 from lm2_jax.model import LanguageModel
 from lm2_jax.precision import prepare_numbers
@@ -120,13 +119,13 @@ def compile_and_report(config: RunConfig, mesh_for: Callable[[int], MeshConfig],
     mesh.sizes(topology.devices)  # refuses a wrong mesh before libtpu is loaded
     for field, file in (("--json", compilation.json), ("--hlo", compilation.hlo)):
         if file is not None and (field, file) != ("--json", "-"):
-            prepare_file(file, field)
+            check_file(file, field)
     report = compile_only(config, mesh, topology, compilation.hlo, compilation.quick)
     if compilation.json != "-":
         print(describe(report))
     if compilation.json is not None:
         text = json.dumps(report.to_dict(), indent=1)
-        print(text) if compilation.json == "-" else epath.Path(compilation.json).write_text(text + "\n")
+        print(text) if compilation.json == "-" else prepare_file(compilation.json, "--json").write_text(text + "\n")
     return 0 if report.fits else 1
 
 
@@ -161,7 +160,7 @@ def compile_only(
     slices = [getattr(device, "slice_index", None) or 0 for device in devices_of_mesh.flat]
     text = compiled.text if isinstance(compiled, Early) else compiled.as_text()
     if hlo is not None:
-        epath.Path(hlo).write_text(text)
+        prepare_file(hlo, "--hlo").write_text(text)
     costs = program_costs(parse(text), slices.__getitem__)
     temporaries = _temporaries(compiled, _device_bytes(state) + _device_bytes(batch))
     return _report(plan, layout, topology, temporaries, costs, started, quick=isinstance(compiled, Early))

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import jax
-import tyro
 from etils import epath
 
 from lm2_jax import atomic, cli
+from lm2_jax.commands import dataclass_options
+from lm2_jax.commands.dataclass_options import First
 from lm2_jax.commands.train import parse
 from lm2_jax.compare import jobs, table
 from lm2_jax.compare.protocol import Job, Protocol, choose_rates
@@ -36,7 +37,7 @@ from lm2_jax.training.state import make_plan
 class Command:
     """Options."""
 
-    presets: Annotated[tuple[str, ...], tyro.conf.Positional]
+    presets: Annotated[tuple[str, ...], First()]
     """Presets to compare."""
     out: str
     """Folder of the runs and of compare.json, compare.md and compare.png."""
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     own, options = arguments[:at], arguments[at + 1 :]
-    command = tyro.cli(Command, args=own, description=__doc__, prog=cli.program("compare"))
+    command = dataclass_options.parse(Command, cli.program("compare"), __doc__ or "", own)
     command.check()
     jax.config.update("jax_platforms", "cpu")  # of this process alone, which must not hold the accelerator
     compare(command, options, " ".join(["python -m lm2_jax.compare", shlex.join(arguments)]))

@@ -18,8 +18,9 @@ import numpy as np
 from etils import epath
 
 from lm2_jax import cli
+from lm2_jax.arguments import ArgumentParser
 from lm2_jax.errors import UserError
-from lm2_jax.folders import prepare_file
+from lm2_jax.folders import check_file, prepare_file
 from lm2_jax.inference.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = _read_prompts(options.prompts) if options.prompts else []
     for path, flag in ((options.save_memory, "--save-memory"), (options.out, "--out")):
         if path:
-            prepare_file(path, flag)
+            check_file(path, flag)
     if options.out and epath.Path(options.out).exists():
         raise UserError(f"--out {options.out} exists; it is not overwritten. Choose another file, or delete it")
     text = _prompt_text(options)
@@ -91,8 +92,8 @@ def _chat(
         chat.finish().save(options.save_memory)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog=cli.program("generate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
@@ -252,7 +253,7 @@ def _answer_file(
 
     outputs, done, written = [""] * len(prompts), [False] * len(prompts), 0
     try:
-        with epath.Path(options.out).open("w") as file:
+        with prepare_file(options.out, "--out").open("w") as file:
             for piece in engine.generate(requests()):
                 outputs[piece.index] += piece.text
                 done[piece.index] = piece.answer is not None

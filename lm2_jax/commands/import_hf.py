@@ -10,9 +10,9 @@ import time
 from typing import Annotated, Literal
 
 import jax
-import tyro
 
 from lm2_jax import cli
+from lm2_jax.commands.dataclass_options import First, parse
 from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.interop.open_source import open_source
@@ -25,7 +25,7 @@ from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 class Command:
     """What the command line sets."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, First()]
     """Folder, file, or name on the hub."""
     workdir: str
     """New folder for the run."""
@@ -47,7 +47,7 @@ class Command:
 
 def main() -> None:
     """Parses the command line and imports."""
-    command = tyro.cli(Command, description=__doc__)
+    command = parse(Command, cli.program("import"), __doc__ or "")
     memory = None if command.memory is None else _preset(command.memory, "--memory")
     base = _preset(command.run, "--run") if command.run else memory or RunConfig()
     source, begun = open_source(command.source), time.monotonic()

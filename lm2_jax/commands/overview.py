@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax import cli
+from lm2_jax.arguments import ArgumentParser
 from lm2_jax.config import ModelConfig, RunConfig
 from lm2_jax.model import LanguageModel
 from lm2_jax.presets import FAMILIES, PRESETS
@@ -70,8 +72,9 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the list."""
+    ArgumentParser(prog=cli.program("list"), description=__doc__).parse_args(arguments)
     print(table())
 
 

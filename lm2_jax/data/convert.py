@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-import tyro
-
 from lm2_jax import cli
-from lm2_jax.data.shards import empty_folder, write_shards
+from lm2_jax.commands.dataclass_options import parse
+from lm2_jax.data.shards import check_empty, write_shards
 from lm2_jax.data.text_source import TextFiles, TfdsText
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer, token_array
 from lm2_jax.errors import UserError
@@ -43,7 +42,7 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     """Writes the shards and gives what their `dataset.json` holds."""
     if (conversion.text is None) == (conversion.tfds is None):
         raise UserError(f"give either --text or --tfds, got text={conversion.text!r} and tfds={conversion.tfds!r}")
-    empty_folder(conversion.out)  # before a tokenizer is trained
+    check_empty(conversion.out)  # before a tokenizer is trained
     if conversion.text is not None:
         source = TextFiles(path=conversion.text, field=conversion.field)
     else:
@@ -63,7 +62,7 @@ def convert(conversion: Conversion) -> dict[str, Any]:
 
 def main() -> None:
     """The command."""
-    conversion = tyro.cli(Conversion, description=__doc__)
+    conversion = parse(Conversion, cli.program("convert"), __doc__ or "")
     written = convert(conversion)
     print(
         f"{conversion.out}: {written['documents']} documents, {written['tokens']} tokens ({written['dtype']}) in "

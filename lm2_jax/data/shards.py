@@ -28,7 +28,7 @@ from lm2_jax.data.documents import DocumentFields, DocumentSource, content_hash
 from lm2_jax.data.files import check_regular, read_bytes, read_json
 from lm2_jax.data.tokenizers import FileTokenizer, TokenizerKind, load_tokenizer, save_tokenizer
 from lm2_jax.errors import UserError
-from lm2_jax.folders import prepare_folder
+from lm2_jax.folders import check_folder, prepare_folder
 
 FORMAT = 1
 METADATA, INDEX = "dataset.json", "index.npz"
@@ -64,12 +64,12 @@ def local_folder(folder: epath.PathLike) -> epath.Path:
     return epath.Path(folder)
 
 
-def empty_folder(out: epath.PathLike) -> epath.Path:
-    """Makes the folder for a shard set; one that holds something or cannot be written to is a `UserError`."""
+def check_empty(out: epath.PathLike) -> None:
+    """Checks the folder for a shard set; one that holds something or cannot be written to is a `UserError`."""
     folder = local_folder(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{out}: exists and is not empty; shards go into a new or empty folder")
-    return prepare_folder(out)
+    check_folder(out, "out")
 
 
 def write_shards(
@@ -90,7 +90,8 @@ def write_shards(
     """
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  no stubs
 
-    folder = empty_folder(out)
+    check_empty(out)
+    folder = prepare_folder(out)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     lengths, hashes, files, empty, max_id = [], [], [], 0, 0
     writer, written = None, 0

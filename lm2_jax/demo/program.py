@@ -3,7 +3,6 @@
 The text is synthetic: generated prose in which four persons move. Questions ask for the place of a person.
 """
 
-import argparse
 import itertools
 import pathlib
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lm2_jax.arguments import ArgumentParser
 from lm2_jax.errors import UserError
 from lm2_jax.folders import prepare_folder
 
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the text, reads it, asks, and shows what was answered."""
-    parser = argparse.ArgumentParser(prog="lm2 demo", description=__doc__)
+    parser = ArgumentParser(prog="lm2 demo", description=__doc__)
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of all files (%(default)s)")
     parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="length of the text (%(default)s)")
     options = parser.parse_args(arguments)

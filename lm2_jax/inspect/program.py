@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from lm2_jax import atomic
+from lm2_jax.arguments import ArgumentParser
 from lm2_jax.errors import UserError
-from lm2_jax.folders import prepare_folder
+from lm2_jax.folders import check_folder, prepare_folder
 
 if TYPE_CHECKING:
     from lm2_jax.inference.reading import TextFile
@@ -70,8 +71,8 @@ def write_report(
     return f"{folder / REPORT} and {len(page.pictures)} pictures in {folder}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m lm2_jax.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, metavar="W", help="folder or bucket of a trained run")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _out_folder(path: str) -> epath.Path:
     if epath.Path(path).is_file():
         raise UserError(f"--out {path}: expected a folder, this is a file")
-    return prepare_folder(path, "--out")
+    return check_folder(path, "--out")
 
 
 def _read(run: "Run", text: "TextFile", segment: int | None) -> "Reading":

@@ -6,9 +6,8 @@ canonical names, a config.json and a model card. `lm2_jax.from_pretrained(DIR)` 
 
 import dataclasses
 
-import tyro
-
 from lm2_jax import cli
+from lm2_jax.commands.dataclass_options import parse
 from lm2_jax.errors import UserError
 from lm2_jax.interop.export import SHARD_BYTES, export_workdir
 
@@ -27,7 +26,7 @@ class Command:
 
 def main() -> None:
     """Parses the command line and exports."""
-    command = tyro.cli(Command, description=__doc__)
+    command = parse(Command, cli.program("export"), __doc__ or "")
     if command.shard_bytes < 1:
         raise UserError(f"--shard-bytes {command.shard_bytes}: expected a positive number")
     print(export_workdir(command.workdir, command.out, command.shard_bytes))

@@ -62,6 +62,7 @@ def show_help(usage: str, roots: Sequence[tuple[type, dict[str, Any]]], problems
         lines[name] = _option(name, hint, value, _doc(roots, name))
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     first = [name for name in FIRST if name in lines]
+    first = first if len(first) > 2 else []  # a program of few options needs no choice of them
     print(f"usage: {usage}\n")
     for title, names in {"most used": first, **groups}.items():
         if names:
@@ -103,7 +104,8 @@ def _option(name: str, hint: Any, value: Any, doc: str) -> str:
     if isinstance(value, dict):
         value = value["kind"]
     shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    head = f"  --{name.replace('_', '-')} {_values(inner, optional(hint))}".rstrip() + f"  (now {shown or 'empty'})"
+    head = f"  --{name.replace('_', '-')} {_values(inner, optional(hint))}".rstrip()
+    head += "  (required)" if value is None and not optional(hint) else f"  (now {shown or 'empty'})"
     return textwrap.fill(doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6).join([f"{head}\n", ""])
 
 

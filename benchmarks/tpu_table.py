@@ -132,6 +132,7 @@ def rows(page: str) -> list[Row]:
             head = split(line)
         elif not line.startswith("|--") and (table := TABLES.get((head[0], head[1]))):
             cells = split(line)
+            cells[0] = cells[0].removesuffix(f" {OLD}")
             found.append(Row(number, head, cells, table.commands(cells, head)))
     return found
 
@@ -142,7 +143,7 @@ def written(page: str, reports: Mapping[str, Report]) -> str:
     above: Cells = []
     for row in rows(page):
         kind = (row.head[0], row.head[1])
-        cells = [row.cells[0].removesuffix(f" {OLD}"), *row.cells[1:]]
+        cells = list(row.cells)
         if all(command in reports for command in row.commands):
             cells = TABLES[kind].computed(cells, [reports[command] for command in row.commands])
             is_first = not lines[row.line - 1].startswith("|") or lines[row.line - 1].startswith("|--")

@@ -46,6 +46,7 @@ def test_a_row_is_what_its_report_says():
 
 
 def test_a_row_without_a_report_stays_and_is_marked_once():
+    assert tpu_table.written(tpu_table.written(SCALING, {}), {}) == tpu_table.written(SCALING, {})
     marked = tpu_table.written(COSTS, {})
     assert marked.splitlines()[2] == "| `lm2_1p7b v5e:16x16 --data.rows 4` † | old | 9 | 9 | 9 | 9 | 9 | 9 | 9 | 9 |"
     assert tpu_table.written(marked, {}) == marked

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import lm2_jax
+
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "AGENTS.md", "CONTRIBUTING.md")
 
@@ -87,6 +89,12 @@ def test_modules_of_the_api_page_exist():
     missing = [m for m in modules if not any((ROOT / m.replace(".", "/")).with_suffix(s).exists() for s in (".py", ""))]
     assert modules, "docs/api.md names no module"
     assert not missing, f"docs/api.md: {missing}"
+
+
+def test_the_api_page_names_every_public_name():
+    page = (ROOT / "docs/api.md").read_text()
+    missing = [name for name in (*lm2_jax._NAMES, *lm2_jax._MODULES, "build_model") if f"`{name}`" not in page]
+    assert not missing
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/experiments.md"])

@@ -1,7 +1,9 @@
-"""The tables of docs/tpu.md: which commands a row stands for, and what a report becomes."""
+"""The tables of docs/tpu.md: the commands of a row, what a report becomes, and that the page is made of its reports."""
 
-from benchmarks import tpu_table
+from benchmarks import tpu_rows, tpu_table
 
+PAGE = tpu_rows.PAGE.read_text()
+RESULTS = tpu_rows.read()
 GIB = 2**30
 
 
@@ -63,3 +65,17 @@ def test_weak_scaling_has_a_command_per_mesh_and_the_change():
     lines = tpu_table.written(SCALING, reports).splitlines()
     assert lines[4].endswith("| 10.00 |  | 20.00 |  |")
     assert lines[5].endswith("| 11.00 | +10.0% | 15.00 | -25.0% |")
+
+
+def test_the_page_is_what_its_reports_make():
+    """After `python -m benchmarks.tpu_rows` the page is not edited by hand."""
+    assert len(tpu_table.rows(PAGE)) > 40
+    assert RESULTS
+    assert tpu_table.written(PAGE, {command: row["report"] for command, row in RESULTS.items()}) == PAGE
+
+
+def test_the_page_names_the_versions_of_its_rows():
+    made = {(row["versions"]["jax"], row["versions"]["libtpu"]) for row in RESULTS.values()}
+    missing = [pair for pair in made if f"jax {pair[0]} and libtpu {pair[1]}" not in " ".join(PAGE.split())]
+    assert not missing
+    assert (tpu_table.OLD in PAGE) == (f"marked {tpu_table.OLD}" in PAGE), "what the mark means is said if it is there"

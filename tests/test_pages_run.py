@@ -53,6 +53,8 @@ NOT_RUN = {
     "tests/parity -k": "these are tests",
     "train.py PRESET --mesh": "a form; the command below it on that page is run",
     "train.py PRESET --init.from SOURCE": "a form; tests/interop/test_workdir.py",
+    "--config runs/mine/config.json --workdir": "needs a tokenizer with whole words; tests/interop/test_workdir.py",
+    "eval.py SUITE --workdir runs/mine": "a form; docs/evaluation.md is run",
     "EmaConfig()": "tests/test_guide.py",
     "import ema as ema": "tests/test_guide.py",
     "class EmaConfig": "tests/test_guide.py",
@@ -88,7 +90,8 @@ WORDS = {
     "TEXTS": "mytexts",
     "TOKENIZER.json": "tokenizer.json",
 }
-LANES: dict[str, pytest.MarkDecorator] = {}
+# Pages of a few short commands; the others take minutes each.
+SLOW = ("README.md", "docs/quickstart.md", "docs/sharding.md")
 
 
 def called(page: str, text: str) -> Iterator[str]:
@@ -164,7 +167,12 @@ def call(command: str, clone: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=LANES.get(page, pytest.mark.slow)) for page in RUN if RUN[page] or PROGRAMS[page]]
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page in SLOW else pytest.mark.long)
+        for page in RUN
+        if RUN[page] or PROGRAMS[page]
+    ],
 )
 def test_a_page_is_typed_from_top_to_bottom(page, clone):
     for command in BEFORE.get(page, []):

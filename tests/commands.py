@@ -46,7 +46,7 @@ PLACEHOLDERS = {
 
 # What a program says when its arguments are right as far as they go.
 INCOMPLETE = re.compile(
-    r"missing; set --|Required options|\(required\)|arguments are required|either --workdir|needs --topology"
+    r"missing; set --|expected [A-Z]+, as in|Required options|\(required\)|arguments are required|either --workdir|needs --topology"
 )
 
 

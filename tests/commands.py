@@ -46,7 +46,8 @@ PLACEHOLDERS = {
 
 # What a program says when its arguments are right as far as they go.
 INCOMPLETE = re.compile(
-    r"missing; set --|expected [A-Z]+, as in|Required options|\(required\)|arguments are required|either --workdir|needs --topology"
+    r"missing; set --|expected [A-Z]+, as in|Required options|"
+    r"\(required\)|arguments are required|either --workdir|needs --topology"
 )
 
 
@@ -214,6 +215,13 @@ WORK = {
 }
 
 
+# Modules that only call the program of another one.
+SAME_PROGRAM = {
+    "lm2_jax.compare.__main__": "lm2_jax.commands.compare",
+    "lm2_jax.interop.import_hf": "lm2_jax.commands.import_hf",
+}
+
+
 def check_main(name: str, words: list[str]) -> list[str]:
     """Calls a program until it begins to work.
 
@@ -224,6 +232,7 @@ def check_main(name: str, words: list[str]) -> list[str]:
       What the program says against them.
     """
     make_inputs(words)
+    name = SAME_PROGRAM.get(name, name)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

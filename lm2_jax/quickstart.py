@@ -1,7 +1,7 @@
 """`make quickstart`: trains a small LM2 and a baseline without memory on the CPU, and compares what they remember.
 
 It runs the commands that a person would type; `lm2 quickstart` does the same in any folder. With `--short` each model
-is trained for 20 steps, which shows in two minutes that everything works, and nothing about memories.
+is trained for 20 steps, which shows that everything works, and nothing about memories.
 """
 
 import json

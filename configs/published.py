@@ -88,7 +88,6 @@ LM2_8B = dataclasses.replace(
 )
 
 
-
 def printed(run: RunConfig) -> RunConfig:
     """The same with the equations as the paper prints them."""
     memory = dataclasses.replace(LM2_1P7B.model.memory, norm_slots=False, write=PaperWrite())

@@ -28,7 +28,9 @@ def test_rows_of_the_start_are_distinct_unit_vectors(slots, width):
     np.testing.assert_array_equal(rows, identity_rows(slots, width))
 
 
-@pytest.mark.parametrize("write", [SlotsWrite(), SlotsWrite(positions=False, gated=False), PaperWrite(), ContentWrite()])
+@pytest.mark.parametrize(
+    "write", [SlotsWrite(), SlotsWrite(positions=False, gated=False), PaperWrite(), ContentWrite()]
+)
 @pytest.mark.parametrize("slots", [6, 19])
 def test_no_two_slots_are_equal_after_one_segment(slots, write):
     """At the parameters that training starts from, more slots than the width of 8 included."""

@@ -123,7 +123,9 @@ class JoinsReference(Reference):
         """The bank's own read of each row."""
         keys, values = ([heads(row, p["memory"][name]["w"]) for row in self.rows(p, bank_ND)] for name in ("k", "v"))
         top_k = self.config.memory.top_k
-        return np.array([attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in self.given(p, x_TD)])
+        return np.array(
+            [attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in self.given(p, x_TD)]
+        )
 
     def running(self, p: dict[str, Any], x_TD: np.ndarray, bank: Any) -> tuple[np.ndarray, Any]:
         """What each row is told, and the memory behind them: of a bank, as it stood before them."""

@@ -85,9 +85,8 @@ ARMS = (
         PAPER_JOIN,
     ),
     arm("content", 136, bank(ContentWrite(), norm_slots=False), PAPER_JOIN),
-    arm("content_slow", 136, bank(ContentWrite(forget_bias=3.0), norm_slots=False), PAPER_JOIN),
     arm("content_norm", 136, bank(ContentWrite()), PAPER_JOIN),
-    arm("content_norm_slow", 136, bank(ContentWrite(forget_bias=3.0)), PAPER_JOIN),
+    arm("content_slow", 136, bank(ContentWrite(forget_bias=3.0), norm_slots=False), PAPER_JOIN),
 )
 PRESETS = {run.name: run for run in ARMS}
 HARDWARE = "CPU, minutes"
@@ -103,7 +102,6 @@ PURPOSES = {
     "probe_slots_threaded_own_read": "the same with read projections of its own",
     "probe_paper": "LM2 with the paper's read and write",
     "probe_content": "the same with norms, positions of the write, and tokens themselves in the candidate",
-    "probe_content_slow": "the same with a forget gate that begins at 0.95 instead of 0.73",
-    "probe_content_norm": "LM2, content write, slots normalised before they are projected",
-    "probe_content_norm_slow": "the same with a forget gate that begins at 0.95 instead of 0.73",
+    "probe_content_norm": "the same with slots normalised before they are projected",
+    "probe_content_slow": "probe_content with a forget gate that begins at 0.95 instead of 0.73",
 }

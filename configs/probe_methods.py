@@ -1,7 +1,6 @@
 """The probe of configs/probe.py with the memories of other authors, and with attention that reaches further.
 
-    lm2 compare probe_none probe_full probe_rmt probe_armt --seeds 3 --learning-rates 1e-3 3e-3 --budget 4000 \\
-        --search-steps 1500 --segments 4 16 64 --jobs 2 --out runs/compare/probe
+    lm2 compare probe_none probe_full probe_armt --seeds 3 --learning-rates 1e-3 3e-3 --jobs 2 --out runs/compare/probe
 
 Parameters equal those of the other arms within 3%; floats of state differ (the table prints them).
 """

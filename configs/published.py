@@ -2,8 +2,8 @@
 
     python train.py lm2_1p7b --compile-only --quick --topology v5e:16x16
 
-- `lm2_1p7b`: LM2 (arXiv:2502.06049, section 3), 16 blocks of width 2048 with 2,048 slots each and read projections of its
-  own, in the write form `content`; 1.7 billion parameters. docs/experiments.md says why not in the paper's.
+- `lm2_1p7b`: LM2 (arXiv:2502.06049, section 3), 16 blocks of width 2048 with 2,048 slots each, with read projections of
+  its own, in the write form `content`; 1.7 billion parameters. docs/experiments.md says why not in the paper's.
 - `lm2_1p7b_paper`, `lm2_8b_paper`: the same with the paper's equations as they are printed.
 - `llama_1p7b`: its baseline without memory, with a wider MLP for the same number of parameters.
 - `lm2_8b`: the width of Llama-3-8B, in 24 blocks.
@@ -53,7 +53,7 @@ LM2_1P7B = RunConfig(
         segment_tokens=2048,
         decoder=LLAMA_1B,
         # The released code has 8 heads in the memory; learned initial slots are part of the paper's parameter count.
-        memory=GatedBankConfig(num_slots=2048, num_heads=8, start="learned", write=ContentWrite()),
+        memory=GatedBankConfig(num_slots=2048, num_heads=8, start="learned", norm_slots=False, write=ContentWrite()),
         join=ResidualJoin(read="own", source="attention"),
         precision=Precision(compute="bfloat16"),
         remat="full",
@@ -90,7 +90,7 @@ LM2_8B = dataclasses.replace(
 
 def printed(run: RunConfig) -> RunConfig:
     """The same with the equations as the paper prints them."""
-    memory = dataclasses.replace(LM2_1P7B.model.memory, norm_slots=False, write=PaperWrite())
+    memory = dataclasses.replace(LM2_1P7B.model.memory, write=PaperWrite())
     return dataclasses.replace(replace_model(run, memory=memory), name=f"{run.name}_paper")
 
 

@@ -19,7 +19,7 @@ from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.data.babilong_source import BabilongSource
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite, WriteConfig
+from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite, WriteConfig
 from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
@@ -60,6 +60,7 @@ def bank(write: WriteConfig, **changes: object) -> GatedBankConfig:
 RMT = arm("rmt", 264, TokensConfig(num_tokens=SLOTS), TokensJoin())
 LONGER = dataclasses.replace(RMT.optim, steps=4000)  # RMT reaches the same accuracy later
 THREADED = ResidualJoin(topology="threaded")
+PAPER_JOIN = ResidualJoin(read="own", source="attention")
 SLOTS_WRITE = SlotsWrite(candidate="linear")
 
 ARMS = (
@@ -81,8 +82,11 @@ ARMS = (
         "paper",
         136,
         bank(PaperWrite(), norm_slots=False),
-        ResidualJoin(read="own", source="attention"),
+        PAPER_JOIN,
     ),
+    arm("content", 136, bank(ContentWrite(), norm_slots=False), PAPER_JOIN),
+    arm("content_norm", 136, bank(ContentWrite()), PAPER_JOIN),
+    arm("content_slow", 136, bank(ContentWrite(forget_bias=3.0), norm_slots=False), PAPER_JOIN),
 )
 PRESETS = {run.name: run for run in ARMS}
 HARDWARE = "CPU, minutes"
@@ -97,4 +101,7 @@ PURPOSES = {
     "probe_slots_threaded_no_positions": "the same without positions of tokens",
     "probe_slots_threaded_own_read": "the same with read projections of its own",
     "probe_paper": "LM2 with the paper's read and write",
+    "probe_content": "the same with norms, positions of the write, and tokens themselves in the candidate",
+    "probe_content_norm": "the same with slots normalised before they are projected",
+    "probe_content_slow": "probe_content with a forget gate that begins at 0.95 instead of 0.73",
 }

@@ -24,7 +24,7 @@ from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import ModelConfig
 from lm2_jax.decoder import DecoderConfig, RopeScaling
-from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite
+from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import GateConfig, TitansConfig
@@ -327,6 +327,14 @@ VARIANTS: dict[str, ModelConfig] = {
         ResidualJoin(read="own", topology="per_layer"),
     ),
     "paper_shared": _variant(_bank(write=PaperWrite(), top_k=3), ResidualJoin(read="shared", source="block")),
+    "content": _variant(_bank(write=ContentWrite()), ResidualJoin(read="own", source="attention")),
+    "content_shared_no_norm": _variant(
+        _bank(write=ContentWrite(normalised=False, content=False), top_k=3, norm_slots=False),
+        ResidualJoin(read="shared", source="block"),
+    ),
+    "content_gate_no_positions": _variant(
+        _bank(write=ContentWrite(positions=False)), GateJoin(layers=(1,), num_persistent=1)
+    ),
     "threaded_outer_layers_window": _variant(
         _bank(top_k=4), ResidualJoin(topology="threaded", layers=(0, 2)), _decoder(num_layers=3, window_tokens=4)
     ),

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
+from lm2_jax.memory.bank_writes import ContentWrite, PaperWrite, SlotsWrite
 from tests.parity.reference import Past, Reference, attended, heads, merged, rms_norm, rotated, sigmoid, swiglu
 
 Rows = list[np.ndarray]  # [D] each
@@ -123,12 +123,15 @@ class JoinsReference(Reference):
         """The bank's own read of each row."""
         keys, values = ([heads(row, p["memory"][name]["w"]) for row in self.rows(p, bank_ND)] for name in ("k", "v"))
         top_k = self.config.memory.top_k
-        return np.array([attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in x_TD])
+        return np.array(
+            [attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in self.given(p, x_TD)]
+        )
 
     def running(self, p: dict[str, Any], x_TD: np.ndarray, bank: Any) -> tuple[np.ndarray, Any]:
         """What each row is told, and the memory behind them: of a bank, as it stood before them."""
         return self.asked(p, x_TD, bank), self.written(p, x_TD, bank)
 
     def written(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
-        write = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper}[type(self.config.memory.write)]
+        writes = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper, ContentWrite: self.write_paper}
+        write = writes[type(self.config.memory.write)]
         return write(p, x_TD, bank_ND, 0, Past([], []))

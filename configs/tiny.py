@@ -15,6 +15,7 @@ from lm2_jax.blocks.layer_tokens import LayerTokensJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.recall import RecallJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -25,6 +26,7 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.compressive import CompressiveConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.gated_delta import GatedDeltaConfig
+from lm2_jax.memory.hierarchical import HierarchicalConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
@@ -49,6 +51,7 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "llama": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
     "armt": (AssociativeConfig(num_tokens=3, key_width=8, norm=True), LayerTokensJoin()),
+    "hmt": (HierarchicalConfig(num_memories=2, sensory_tokens=3, key_width=8), RecallJoin()),
     "infini": (CompressiveConfig(), HeadsJoin()),
     "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
@@ -103,6 +106,7 @@ PURPOSES = {
     "none_window_tiny": "baseline: sliding-window attention, no memory",
     "rmt_tiny": "RMT: memory tokens that pass through the decoder",
     "armt_tiny": "ARMT: an associative memory per layer, written by memory tokens",
+    "hmt_tiny": "HMT: one embedding per segment, of which a summary recalls one",
     "infini_tiny": "Infini-attention: linear attention over the past, inside the heads",
     "titans_mac_tiny": "Titans, memory as context (MAC)",
     "titans_mag_tiny": "Titans, memory as gate (MAG)",

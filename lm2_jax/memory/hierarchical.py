@@ -45,9 +45,9 @@ class HierarchicalConfig(MemoryConfig):
     """Width K of the keys and of the query that recall a row."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_memories", 1), ("sensory_tokens", 0), ("key_width", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"memory.{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("num_memories", "key_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"memory.{name} must be at least 1, got {getattr(self, name)}")
 
     def check_segment(self, segment_tokens: int) -> None:
         """Sensory tokens and those of the summary are of one segment."""

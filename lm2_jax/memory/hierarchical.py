@@ -23,10 +23,11 @@ from flax import linen as nn
 
 from lm2_jax.layers import Einsum, fsdp_gather, named
 from lm2_jax.memory.base import Capability, Memory, MemoryConfig, Metrics, record
-from lm2_jax.memory.tokens import START_AXES
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.types import Array, Bool, Float, Int
+
+ROW_AXES = ("window", "row_width")  # of one learned row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Hierarchical(Memory):
         shape, axes = (self.width, self.config.key_width), ("embed", "head")
         self.q, self.k = (Einsum(shape, axes, self.precision) for _ in range(2))
         # As in the released code: both rows have the embedding's scale.
-        init = named(nn.initializers.normal(self.width**-0.5), START_AXES, Role.START)
+        init = named(nn.initializers.normal(self.width**-0.5), ROW_AXES, Role.START)
         self.start_1D, self.prompt_1D = (
             self.param(name, init, (1, self.width), jnp.dtype(self.precision.params)) for name in ("start", "prompt")
         )
@@ -135,7 +136,7 @@ class Hierarchical(Memory):
         )
 
     def _learned(self, row_1D: Array, batch: int) -> Float[Array, "B 1 D"]:
-        row_1D = fsdp_gather(row_1D.astype(jnp.dtype(self.precision.compute)), START_AXES, ("slots", None))
+        row_1D = fsdp_gather(row_1D.astype(jnp.dtype(self.precision.compute)), ROW_AXES, ("window", None))
         return jnp.broadcast_to(row_1D[None], (batch, *row_1D.shape))
 
     def prompt(self, state: HierarchicalState) -> Float[Array, "B 1 D"]:

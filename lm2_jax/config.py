@@ -242,3 +242,9 @@ class RunConfig(Checked, root=True):
             "the memory's writes would get no gradient, which has to cross a segment border: data.segments and "
             "train.bptt_segments must both be at least 2",
         )
+        least = self.model.memory.least_segments
+        _require(
+            self.data.carry_state or max(self.data.segments) >= least,
+            f"memory {self.model.memory.kind!r} chooses what it recalls from segment {least} of a document on, so a part "
+            f"of it would get no gradient: data.segments must reach {least}, or data.carry_state be set",
+        )

@@ -79,6 +79,11 @@ class MemoryConfig(Family):
         return 0
 
     @property
+    def least_segments(self) -> int:
+        """Segments of a row that begins without memory, below which some parameters have no gradient."""
+        return 1
+
+    @property
     def merge_obstacle(self) -> str:
         """Without MERGE, why states cannot be added up, for messages."""
         return "this kind of memory does not define a sum of two states"

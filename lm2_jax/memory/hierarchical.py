@@ -70,6 +70,11 @@ class HierarchicalConfig(MemoryConfig):
         return 1
 
     @property
+    def least_segments(self) -> int:
+        """The third segment is the first that chooses: of one embedding all is recalled, whatever the query."""
+        return 3 if self.num_memories > 1 else 1
+
+    @property
     def merge_obstacle(self) -> str:
         """A part of the state belongs to one text."""
         return (

@@ -147,6 +147,15 @@ def test_the_published_form_is_for_comparison_only():
         case.stream(case.tokens[:, :5], case.start(ROWS))
 
 
+def test_rows_in_which_nothing_is_chosen_are_refused():
+    run = lm2_jax.preset("hmt_tiny")
+    short = dataclasses.replace(run.data, segments=(2,))
+    with pytest.raises(ValueError, match=r"no gradient: data\.segments must reach 3"):
+        dataclasses.replace(run, data=short)
+    memory = dataclasses.replace(run.model.memory, num_memories=1)
+    dataclasses.replace(run, data=short, model=dataclasses.replace(run.model, memory=memory))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -245,6 +245,6 @@ class RunConfig(Checked, root=True):
         least = self.model.memory.least_segments
         _require(
             self.data.carry_state or max(self.data.segments) >= least,
-            f"memory {self.model.memory.kind!r} chooses what it recalls from segment {least} of a document on, so a part "
-            f"of it would get no gradient: data.segments must reach {least}, or data.carry_state be set",
+            f"memory {self.model.memory.kind!r} chooses what it recalls from segment {least} of a document on, so a "
+            f"part of it would get no gradient: data.segments must reach {least}, or data.carry_state be set",
         )

@@ -224,6 +224,11 @@ class RunConfig(Checked, root=True):
             f"memory {self.model.memory.kind!r} with join {self.model.join.kind!r} takes no packed documents, because "
             "its state cannot be reset inside a segment; set data.source.packing='ordered'",
         )
+        _require(
+            not self.model.join.looks_ahead,
+            f"join {self.model.join.kind!r} as configured sees tokens before they are predicted, for comparison with "
+            "released code only; set model.join.summary='before'",
+        )
         longest, max_tokens = max(self.data.segments) * self.model.segment_tokens, self.model.decoder.max_tokens
         _require(
             max_tokens is None or longest <= max_tokens or self.data.fill_rows or self.data.source.packs,
@@ -236,4 +241,10 @@ class RunConfig(Checked, root=True):
             reach > 1 or self.model.learns_within_segment,
             "the memory's writes would get no gradient, which has to cross a segment border: data.segments and "
             "train.bptt_segments must both be at least 2",
+        )
+        least = self.model.memory.least_segments
+        _require(
+            self.data.carry_state or max(self.data.segments) >= least,
+            f"memory {self.model.memory.kind!r} chooses what it recalls from segment {least} of a document on, so a "
+            f"part of it would get no gradient: data.segments must reach {least}, or data.carry_state be set",
         )

@@ -72,6 +72,15 @@ def test_its_twin_has_as_many_and_the_large_one_is_of_8_billion():
     assert parameters("titans_mac_1p3b") == pytest.approx(1.3e9, rel=0.03)
 
 
+def test_hmt_adds_what_the_released_code_adds_to_smollm():
+    """Two projections, the prompt and the first row; the decoder's rows are 1,024 long, a summary half."""
+    assert parameters("hmt_135m") == 134_515_008 + 2 * 576 * 1536 + 2 * 576
+    model = lm2_jax.preset("hmt_135m").model
+    stack = model.join.stack(model.block_spec, parent=None)
+    assert stack.prefix_tokens + model.segment_tokens + stack.suffix_tokens == 1024
+    assert stack.summary_tokens == 495
+
+
 @pytest.mark.parametrize(
     ("name", "devices"), [(name, devices) for name, meshes in published.MESHES.items() for devices in meshes]
 )

@@ -20,12 +20,14 @@ from lm2_jax.blocks.layer import LayerJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.recall import RecallJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import ModelConfig
 from lm2_jax.decoder import DecoderConfig, RopeScaling
 from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.hierarchical import HierarchicalConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import GateConfig, TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
@@ -376,6 +378,12 @@ VARIANTS: dict[str, ModelConfig] = {
     "full_gate": _variant(
         _bank(write=PaperWrite()), GateJoin(layers=(1,), num_persistent=1), _decoder(max_tokens=97, num_kv_heads=1)
     ),
+    "hmt_no_sensory": _variant(HierarchicalConfig(4, sensory_tokens=0, summary_tokens=12, key_width=3), RecallJoin()),
+    "hmt_all_sensory_untied": _variant(
+        HierarchicalConfig(num_memories=2, sensory_tokens=12, summary_tokens=5, key_width=6),
+        RecallJoin(),
+        _decoder(tie_head=False, num_kv_heads=1),
+    ),
     "rmt_mutual": _variant(TokensConfig(num_tokens=3), TokensJoin(mask="mutual")),
     "rmt_untied": _variant(TokensConfig(num_tokens=2), TokensJoin(), _decoder(tie_head=False, num_kv_heads=1)),
 }
@@ -387,6 +395,8 @@ _SLOW = (
     "context_queries",
     "full_gate",
     "full_persistent",
+    "hmt_all_sensory_untied",
+    "hmt_no_sensory",
     "middle_layer_learned_window",
     "more_slots_than_width",
     "no_gates",
@@ -406,7 +416,7 @@ _LONG_VARIANTS = (
 )
 LONG = frozenset({*_LONG_TINY, *_LONG_VARIANTS})
 # Of these the fast lane runs causality, padding and any split in float64; the slow lane all.
-SLOW_TINY = frozenset({"armt_tiny", "infini_tiny", "llama_tiny"})
+SLOW_TINY = frozenset({"armt_tiny", "hmt_tiny", "infini_tiny", "llama_tiny"})
 # Whatever is slow of these is too long for the slow lane.
 LONG_WHERE_SLOW = frozenset({"titans_mac_tiny"})
 assert {*_SLOW, *LONG, *LONG_WHERE_SLOW} <= {*VARIANTS, *TINY}

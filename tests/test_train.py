@@ -21,7 +21,7 @@ from lm2_jax.fields import config_classes, hints
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.presets import mesh_for
-from lm2_jax.rope import Llama3Scaling
+from lm2_jax.rope import Llama3Scaling, YarnScaling
 from lm2_jax.sharding import MeshConfig
 
 
@@ -82,6 +82,10 @@ def test_none_and_groups_that_may_be_none():
     scaling = run_of("lm2_tiny --model.decoder.rope-scaling.factor 4").model.decoder.rope_scaling
     assert scaling == Llama3Scaling(factor=4.0)
     assert run_of("lm2_1p7b --model.decoder.rope-scaling None").model.decoder.rope_scaling is None
+    yarn = run_of("lm2_tiny --model.decoder.rope-scaling yarn --model.decoder.rope-scaling.beta-fast 8").model
+    assert yarn.decoder.rope_scaling == YarnScaling(beta_fast=8.0)
+    with pytest.raises(UserError, match=r"field of 'yarn', but --model.decoder.rope-scaling is 'None'; add --model"):
+        run_of("lm2_tiny --model.decoder.rope-scaling.beta-fast 8")
 
 
 def test_parts_are_set_by_number():

@@ -281,6 +281,8 @@ _SCALED = DecoderConfig(
     mlp_width=24,
     head_width=8,
     rope_scaling=Llama3Scaling(original_tokens=128),
+    attention_bias="qkvo",
+    qk_norm=True,
     tie_head=False,
     window_tokens=9,
 )

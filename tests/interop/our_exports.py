@@ -1,10 +1,10 @@
 """First half of a comparison of exports with `transformers`, run by hand; see check_transformers.py.
 
-    python -m tests.interop.our_exports OUT
+    python -m tests.interop.our_exports OUT [NAME...]
     python tests/interop/check_transformers.py OUT/*     # where torch and transformers are installed
 
 For each config of `golden`, a model with other random weights and a vocabulary of 300 goes through `import_source` and
-`export_workdir`, and its logits are computed in one segment and through `stream`.
+`export_workdir`, and its logits are computed in one segment. With names, only these.
 """
 
 import json
@@ -22,7 +22,7 @@ from lm2_jax.presets import PRESETS
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.interop.folders import GOLDEN, hf_folder, random_weights
 
-TOKENS, PIECES = 48, [7, 20, 31]
+TOKENS = 48
 
 
 def write(path: Path, out: Path, layout: Layout) -> None:
@@ -34,17 +34,15 @@ def write(path: Path, out: Path, layout: Layout) -> None:
     run = lm2_jax.from_pretrained(out / "hf", segment_tokens=TOKENS)
     tokens = np.random.default_rng(0).integers(0, 300, (2, TOKENS)).astype(np.int32)
     logits, _ = jax.jit(run.model.apply)({"params": run.params}, tokens, run.model.init_state(2))
-    state, streamed = run.model.init_state(2), []
-    for piece in np.split(tokens, PIECES, axis=1):
-        found, state = lm2_jax.stream(run.model, run.params, piece, state)
-        streamed.append(np.asarray(found))
-    np.savez(out / "ours.npz", tokens=tokens, logits=np.asarray(logits), streamed=np.concatenate(streamed, axis=1))
+    np.savez(out / "ours.npz", tokens=tokens, logits=np.asarray(logits))
 
 
 def main() -> None:
     layout = Layout(make_mesh(MeshConfig()))
+    out, names = Path(sys.argv[1]), sys.argv[2:]
     for path in GOLDEN:
-        write(path, Path(sys.argv[1]) / path.stem, layout)
+        if path.stem in names or not names:
+            write(path, out / path.stem, layout)
 
 
 if __name__ == "__main__":

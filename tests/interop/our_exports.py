@@ -40,6 +40,9 @@ def write(path: Path, out: Path, layout: Layout) -> None:
 def main() -> None:
     layout = Layout(make_mesh(MeshConfig()))
     out, names = Path(sys.argv[1]), sys.argv[2:]
+    unknown = set(names) - {path.stem for path in GOLDEN}
+    if unknown:
+        raise SystemExit(f"no golden of these names: {sorted(unknown)}")
     for path in GOLDEN:
         if path.stem in names or not names:
             write(path, out / path.stem, layout)

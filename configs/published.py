@@ -36,7 +36,7 @@ from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lm2_jax.data.shards import TokenShards
 from lm2_jax.data.tokenizers import TokenizerConfig
-from lm2_jax.decoder import DecoderConfig, RopeScaling
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import ContentWrite, PaperWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.hierarchical import HierarchicalConfig
@@ -44,6 +44,7 @@ from lm2_jax.memory.none import NoMemory
 from lm2_jax.precision import Precision
 from lm2_jax.presets import titans
 from lm2_jax.presets.tiny import replace_model
+from lm2_jax.rope import Llama3Scaling
 from lm2_jax.sharding.mesh import MeshConfig
 
 LLAMA_1B = DecoderConfig(
@@ -53,7 +54,7 @@ LLAMA_1B = DecoderConfig(
     num_kv_heads=8,
     mlp_width=8192,
     rope_theta=500_000.0,
-    rope_scaling=RopeScaling(factor=32.0),
+    rope_scaling=Llama3Scaling(factor=32.0),
 )
 LM2_1P7B = RunConfig(
     name="lm2_1p7b",
@@ -89,7 +90,7 @@ LM2_8B = dataclasses.replace(
     replace_model(
         LM2_1P7B,
         decoder=dataclasses.replace(
-            LLAMA_1B, width=4096, num_layers=24, mlp_width=12_288, rope_scaling=RopeScaling(factor=8.0)
+            LLAMA_1B, width=4096, num_layers=24, mlp_width=12_288, rope_scaling=Llama3Scaling(factor=8.0)
         ),
     ),
     name="lm2_8b",

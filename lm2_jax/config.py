@@ -61,6 +61,7 @@ class ModelConfig(Checked):
             window is None or 1 <= window <= self.segment_tokens,
             f"decoder.window_tokens={window} must lie between 1 and model.segment_tokens={self.segment_tokens}",
         )
+        self._check_rope()
         self.memory.check_segment(self.segment_tokens)
         self.join.check(self)
         if self.schedule == "layer_major":
@@ -69,6 +70,27 @@ class ModelConfig(Checked):
                 f"model.schedule='layer_major' needs state per layer, but join {self.join.kind!r} feeds the top of one "
                 "segment to the bottom of the next; use 'auto' or 'segment_major'",
             )
+
+    def _check_rope(self) -> None:
+        """Attention must not reach further than the frequencies hold."""
+        scaling = self.decoder.rope_scaling
+        if scaling is None or scaling.max_tokens is None:
+            return
+        segment = self.segment_tokens + 2 * self.memory.stack_tokens
+        field, tokens = max(
+            [
+                ("model.segment_tokens (with memory tokens)", segment),
+                ("decoder.max_tokens", self.decoder.max_tokens or 0),
+            ],
+            key=lambda pair: pair[1],
+        )
+        _require(
+            tokens <= scaling.max_tokens,
+            f"{field} is {tokens}, but decoder.rope_scaling of kind {scaling.kind!r} is supported up to "
+            f"original_tokens={scaling.max_tokens}. Beyond it the rotation of every key, also of those that are kept "
+            f"from earlier segments, depends on the length of the text. Set it to at most {scaling.max_tokens}, or "
+            "choose a scaling without this dependence, such as decoder.rope_scaling 'yarn'",
+        )
 
     @property
     def has_memory(self) -> bool:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.attention.softmax import ExtraKV, attend_from_end
-from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, fsdp_gather, named, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, fsdp_gather, named, rotate
 from lm2_jax.memory.bank_reads import tokens_to_slots
 from lm2_jax.memory.base import Metrics, record
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.registry import Family
+from lm2_jax.rope import rope_frequencies
 from lm2_jax.types import Array, Bool, Float
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from lm2_jax.blocks.recall import RecallJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import ModelConfig
-from lm2_jax.decoder import DecoderConfig, RopeScaling
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.hierarchical import HierarchicalConfig
@@ -32,6 +32,7 @@ from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import GateConfig, TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.precision import Precision
+from lm2_jax.rope import Llama3Scaling
 from lm2_jax.state import map_axes
 
 FLOAT64 = Precision("float64", "float64", "float64", "float64", "float64")
@@ -281,7 +282,9 @@ _SCALED = DecoderConfig(
     num_kv_heads=1,
     mlp_width=24,
     head_width=8,
-    rope_scaling=RopeScaling(original_tokens=128),
+    rope_scaling=Llama3Scaling(original_tokens=128),
+    attention_bias="qkvo",
+    qk_norm=True,
     tie_head=False,
     window_tokens=9,
 )

@@ -5,7 +5,18 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.memory.bank_writes import ContentWrite, PaperWrite, SlotsWrite
-from tests.parity.reference import Past, Reference, attended, heads, merged, rms_norm, rotated, sigmoid, swiglu
+from tests.parity.reference import (
+    Past,
+    Reference,
+    attended,
+    heads,
+    merged,
+    rms_norm,
+    rotated,
+    sigmoid,
+    swiglu,
+    with_bias,
+)
 
 Rows = list[np.ndarray]  # [D] each
 
@@ -91,7 +102,8 @@ class JoinsReference(Reference):
         full = self.config.decoder.max_tokens is not None
 
         def keys_values(row_D: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
-            return rotated(heads(row_D, a["k_proj"]["w"]), place, self.frequencies), heads(row_D, a["v_proj"]["w"])
+            _, k_GK, v_GK = self.unrotated(a, row_D)
+            return rotated(k_GK, place, self.frequencies), v_GK
 
         beside = [keys_values(row, 0 if full else begin) for row in always]
         retrieved = [] if own is None else [keys_values(row, begin + j) for j, row in enumerate(own)]
@@ -101,9 +113,9 @@ class JoinsReference(Reference):
             first = begin if window is None else max(0, begin + t - window + 1)
             first = 0 if full else first
             seen = beside + retrieved[max(first - begin, 0) : t + 1] + list(zip(*past, strict=True))[first:]
-            q_HK = rotated(heads(x_D, a["q_proj"]["w"]), begin + t, self.frequencies)
+            q_HK = rotated(self.unrotated(a, x_D)[0], begin + t, self.frequencies)
             keys, values = ([pair[i] for pair in seen] for i in (0, 1))
-            out.append(merged(attended(q_HK, keys, values), a["o_proj"]["w"]))
+            out.append(with_bias(merged(attended(q_HK, keys, values), a["o_proj"]["w"]), a["o_proj"]))
         return np.array(out)
 
     def combined(self, p: dict[str, Any], y_TD: np.ndarray, m_TD: np.ndarray) -> np.ndarray:

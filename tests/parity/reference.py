@@ -97,6 +97,11 @@ def merged(y_HK: np.ndarray, w_HKD: np.ndarray) -> np.ndarray:
     return np.tensordot(y_HK, w_HKD, axes=2)
 
 
+def with_bias(y: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    """A projection's output and its bias, if it has one."""
+    return y + p["b"] if "b" in p else y
+
+
 class Reference:
     """A model over one row."""
 
@@ -121,6 +126,14 @@ class Reference:
             return self.params["embed"]["table"] @ x_D
         return x_D @ self.params["head"]["w"]
 
+    def unrotated(self, p: dict[str, Any], x_D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, key and value of a normalised row."""
+        q_HK, k_GK, v_GK = (with_bias(heads(x_D, p[n]["w"]), p[n]) for n in ("q_proj", "k_proj", "v_proj"))
+        if self.config.decoder.qk_norm:
+            epsilon = self.config.decoder.norm_epsilon
+            q_HK, k_GK = (rms_norm(y, p[n]["scale"], epsilon) for y, n in ((q_HK, "q_norm"), (k_GK, "k_norm")))
+        return q_HK, k_GK, v_GK
+
     def self_attention(self, p: dict[str, Any], x_D: np.ndarray, position: int, past: Past, first: int) -> Any:
         """Output of one token, its unrotated query; its key and value join the past.
 
@@ -131,12 +144,11 @@ class Reference:
           past: of this layer.
           first: earliest position that is seen.
         """
-        k_GK = rotated(heads(x_D, p["k_proj"]["w"]), position, self.frequencies)
-        past.k.append(k_GK)
-        past.v.append(heads(x_D, p["v_proj"]["w"]))
-        q_HK = heads(x_D, p["q_proj"]["w"])
+        q_HK, k_GK, v_GK = self.unrotated(p, x_D)
+        past.k.append(rotated(k_GK, position, self.frequencies))
+        past.v.append(v_GK)
         y_HK = attended(rotated(q_HK, position, self.frequencies), past.k[first:], past.v[first:])
-        return merged(y_HK, p["o_proj"]["w"]), q_HK
+        return with_bias(merged(y_HK, p["o_proj"]["w"]), p["o_proj"]), q_HK
 
     def run(self, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits of a text of whole segments, and all memories behind it."""

@@ -4,7 +4,17 @@ from types import ModuleType
 from typing import NamedTuple
 
 from lm2_jax.config import RunConfig
-from lm2_jax.presets import babilong_small, probe, probe_titans, published, quickstart, text, tiny, titans
+from lm2_jax.presets import (
+    babilong_small,
+    probe,
+    probe_methods,
+    probe_titans,
+    published,
+    quickstart,
+    text,
+    tiny,
+    titans,
+)
 from lm2_jax.registry import near_misses
 from lm2_jax.sharding.mesh import MeshConfig
 
@@ -36,7 +46,7 @@ class PresetFamily(NamedTuple):
         return getattr(self.module, "PURPOSES", {}).get(name, default)
 
 
-MODULES = (tiny, quickstart, text, probe, probe_titans, babilong_small, titans, published)
+MODULES = (tiny, quickstart, text, probe, probe_titans, probe_methods, babilong_small, titans, published)
 FAMILIES = tuple(PresetFamily(module) for module in MODULES)
 PRESETS: dict[str, RunConfig] = {name: run for family in FAMILIES for name, run in family.presets.items()}
 

@@ -15,6 +15,7 @@ from lm2_jax.blocks.layer_tokens import LayerTokensJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.recall import RecallJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -25,6 +26,7 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.compressive import CompressiveConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.gated_delta import GatedDeltaConfig
+from lm2_jax.memory.hierarchical import HierarchicalConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
@@ -49,6 +51,7 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "llama": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
     "armt": (AssociativeConfig(num_tokens=3, key_width=8, norm=True), LayerTokensJoin()),
+    "hmt": (HierarchicalConfig(num_memories=2, sensory_tokens=3, key_width=8), RecallJoin()),
     "infini": (CompressiveConfig(), HeadsJoin()),
     "gated_delta": (GatedDeltaConfig(num_heads=2, chunk_tokens=8), MixerJoin()),
     "titans_mac": (TITANS, ContextJoin(num_persistent=3)),
@@ -76,21 +79,28 @@ REACHES: dict[str, dict[str, int]] = {
 }
 
 
-def tiny(name: str, memory: MemoryConfig, join: JoinConfig, **reach: int) -> RunConfig:
+# Segments of a row, where two do not train every parameter: of one embedding HMT recalls all, whatever the query.
+SEGMENTS = {"hmt": 3}
+
+
+def tiny(name: str, memory: MemoryConfig, join: JoinConfig, segments: int = 2, **reach: int) -> RunConfig:
     """The tiny run of one memory and join; `reach` are fields of the decoder."""
     decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64)
     decoder = dataclasses.replace(decoder, **reach)
     return RunConfig(
         name=name,
         model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),
-        data=DataConfig(rows=8, segments=(2,)),
+        data=DataConfig(rows=8, segments=(segments,)),
         optim=OptimConfig(steps=20, warmup_steps=2),
         train=TrainConfig(log_every=5, eval_every=10, eval_batches=1),
         checkpoint=CheckpointConfig(every_steps=10),
     )
 
 
-PRESETS = {f"{name}_tiny": tiny(f"{name}_tiny", *parts, **REACHES.get(name, {})) for name, parts in MEMORIES.items()}
+PRESETS = {
+    f"{name}_tiny": tiny(f"{name}_tiny", *parts, SEGMENTS.get(name, 2), **REACHES.get(name, {}))
+    for name, parts in MEMORIES.items()
+}
 HARDWARE = "CPU, seconds"
 PURPOSES = {
     "lm2_tiny": "LM2: a bank of slots in each block",
@@ -103,6 +113,7 @@ PURPOSES = {
     "none_window_tiny": "baseline: sliding-window attention, no memory",
     "rmt_tiny": "RMT: memory tokens that pass through the decoder",
     "armt_tiny": "ARMT: an associative memory per layer, written by memory tokens",
+    "hmt_tiny": "HMT: one embedding per segment, of which a summary recalls one",
     "infini_tiny": "Infini-attention: linear attention over the past, inside the heads",
     "titans_mac_tiny": "Titans, memory as context (MAC)",
     "titans_mag_tiny": "Titans, memory as gate (MAG)",

@@ -61,6 +61,7 @@ class ModelConfig(Checked):
             window is None or 1 <= window <= self.segment_tokens,
             f"decoder.window_tokens={window} must lie between 1 and model.segment_tokens={self.segment_tokens}",
         )
+        self._check_rope()
         self.memory.check_segment(self.segment_tokens)
         self.join.check(self)
         if self.schedule == "layer_major":
@@ -69,6 +70,27 @@ class ModelConfig(Checked):
                 f"model.schedule='layer_major' needs state per layer, but join {self.join.kind!r} feeds the top of one "
                 "segment to the bottom of the next; use 'auto' or 'segment_major'",
             )
+
+    def _check_rope(self) -> None:
+        """Attention must not reach further than the frequencies hold."""
+        scaling = self.decoder.rope_scaling
+        if scaling is None or scaling.max_tokens is None:
+            return
+        segment = self.segment_tokens + 2 * self.memory.stack_tokens
+        field, tokens = max(
+            [
+                ("model.segment_tokens (with memory tokens)", segment),
+                ("decoder.max_tokens", self.decoder.max_tokens or 0),
+            ],
+            key=lambda pair: pair[1],
+        )
+        _require(
+            tokens <= scaling.max_tokens,
+            f"{field} is {tokens}, but decoder.rope_scaling of kind {scaling.kind!r} is supported up to "
+            f"original_tokens={scaling.max_tokens}. Beyond it the rotation of every key, also of those that are kept "
+            f"from earlier segments, depends on the length of the text. Set it to at most {scaling.max_tokens}, or "
+            "choose a scaling without this dependence, such as decoder.rope_scaling 'yarn'",
+        )
 
     @property
     def has_memory(self) -> bool:
@@ -224,6 +246,11 @@ class RunConfig(Checked, root=True):
             f"memory {self.model.memory.kind!r} with join {self.model.join.kind!r} takes no packed documents, because "
             "its state cannot be reset inside a segment; set data.source.packing='ordered'",
         )
+        _require(
+            not self.model.join.looks_ahead,
+            f"join {self.model.join.kind!r} as configured sees tokens before they are predicted, for comparison with "
+            "released code only; set model.join.summary='before'",
+        )
         longest, max_tokens = max(self.data.segments) * self.model.segment_tokens, self.model.decoder.max_tokens
         _require(
             max_tokens is None or longest <= max_tokens or self.data.fill_rows or self.data.source.packs,
@@ -236,4 +263,10 @@ class RunConfig(Checked, root=True):
             reach > 1 or self.model.learns_within_segment,
             "the memory's writes would get no gradient, which has to cross a segment border: data.segments and "
             "train.bptt_segments must both be at least 2",
+        )
+        least = self.model.memory.least_segments
+        _require(
+            self.data.carry_state or max(self.data.segments) >= least,
+            f"memory {self.model.memory.kind!r} chooses what it recalls from segment {least} of a document on, so a "
+            f"part of it would get no gradient: data.segments must reach {least}, or data.carry_state be set",
         )

@@ -5,29 +5,9 @@ import fnmatch
 from typing import Annotated, Literal, NamedTuple
 
 from lm2_jax.fields import Checked, Range, Since
+from lm2_jax.rope import RopeScaling
 
 Width = Annotated[int, Range(1, 2**20)]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling(Checked):
-    """Llama 3's scaling of the low RoPE frequencies."""
-
-    factor: Annotated[float, Range(1, 1e4)] = 8.0
-    """Factor by which the longest wavelengths grow."""
-    low_frequency_factor: Annotated[float, Range(0, 1e4, above=True)] = 1.0
-    """Wavelengths above original_tokens / this are scaled by the full factor."""
-    high_frequency_factor: Annotated[float, Range(0, 1e4, above=True)] = 4.0
-    """Wavelengths below original_tokens / this are not scaled."""
-    original_tokens: Annotated[int, Range(1, 10**9)] = 8192
-    """Context length that the unscaled frequencies were made for."""
-
-    def __post_init__(self) -> None:
-        if self.low_frequency_factor >= self.high_frequency_factor:
-            raise ValueError(
-                f"model.decoder.rope_scaling.low_frequency_factor={self.low_frequency_factor} must be below "
-                f"high_frequency_factor={self.high_frequency_factor}"
-            )
 
 
 PROJECTIONS = (
@@ -92,7 +72,11 @@ class DecoderConfig(Checked):
     rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 10_000.0
     """Base of the rotary frequencies (Llama 3: 500,000)."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3's frequency scaling, or none."""
+    """How the frequencies are stretched to longer texts, or None: not at all."""
+    attention_bias: Annotated[Literal["none", "qkv", "qkvo"], Since(4)] = "none"
+    """Projections of attention with an added bias: none, of queries, keys and values (Qwen2), or the output's too."""
+    qk_norm: Annotated[bool, Since(4)] = False
+    """Whether queries and keys have an RMSNorm over each head, before RoPE (Qwen3)."""
     tie_head: bool = True
     """Whether the output head is the transposed embedding."""
     window_tokens: Annotated[int | None, Range(0, 2**24)] = None
@@ -102,8 +86,8 @@ class DecoderConfig(Checked):
     """Full attention: each token sees its document so far, up to this many tokens, whose keys and values are kept; a
     longer document is an error. Excludes window_tokens. None: attention stays in its segment or window."""
     norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5
-    """Added to the mean square in the RMSNorms before attention, memory and MLP, and in the last one; norms inside a
-    memory and in join.combine always add 1e-5."""
+    """Added to the mean square in the RMSNorms before attention, memory and MLP, of queries and keys, and in the last
+    one; norms inside a memory and in join.combine always add 1e-5."""
     lora: Annotated[LoraConfig, Since(3)] = LoraConfig()
     """Low-rank adapters, to fine-tune a pretrained decoder."""
     attention_kernel: Literal["auto", "plain", "splash", "cudnn"] = "auto"
@@ -128,6 +112,8 @@ class DecoderConfig(Checked):
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise ValueError(f"decoder.rope_theta={self.rope_theta} must be above 1 where decoder.rope_scaling is set")
 
     @property
     def head_dim(self) -> int:

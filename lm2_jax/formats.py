@@ -10,7 +10,8 @@ from lm2_jax.errors import UserError
 # 1: stacked layers, an order-independent checksum, no number in the files.
 # 2: one array for each layer, checksums by name and place, config and tokenizer tied to every checkpoint.
 # 3: a config with fields that came later; the files are as in 2.
-# 4: the same again, with an option for answers of several tokens.
+# 4: the same again, with options for answers of several tokens, and for attention with biases and norms; RoPE scalings
+#    have a kind.
 FORMAT = 4
 
 

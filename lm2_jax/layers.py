@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lm2_jax.decoder import Adapter, LoraConfig, RopeScaling
+from lm2_jax.decoder import Adapter, LoraConfig
 from lm2_jax.parameters import LORA, Role
 from lm2_jax.parameters import named as named
 from lm2_jax.partition import constrain as constrain
@@ -34,6 +34,7 @@ class Einsum(nn.Module):
       role: what the kernel does; `Role.GATE` if its product is a gate.
       group: see `named`.
       adapter: a low-rank addition to the kernel, if any.
+      bias: whether a vector is added to the output, at first zero.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class Einsum(nn.Module):
     role: Role = Role.WEIGHT
     group: str | None = None
     adapter: Adapter | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, equation: str, x: Array) -> Array:
@@ -62,7 +64,15 @@ class Einsum(nn.Module):
         y = _flat_einsum(equation, x, w, self.in_dims)
         if self.adapter is not None:
             y = y + self._low_rank(equation, x, self.adapter)
+        if self.bias:
+            y = y + jnp.expand_dims(self._bias(dtype), range(y.ndim - len(self.axes) + self.in_dims))
         return constrain_last(y, axes[self.in_dims :])
+
+    def _bias(self, dtype: jnp.dtype) -> Array:
+        out = self.axes[self.in_dims :]
+        init = named(nn.initializers.zeros, out, Role.BIAS, group=self.group)
+        b = self.param("b", init, self.shape[self.in_dims :], jnp.dtype(self.precision.params))
+        return fsdp_gather(b.astype(dtype), out, _without(GATHERED, out))
 
     def _low_rank(self, equation: str, x: Array, adapter: Adapter) -> Array:
         """The output of the adapter, scale * x A B; A is drawn as a kernel is, B starts at zero."""
@@ -208,21 +218,6 @@ class Embed(nn.Module):
         logits = jnp.dtype(self.precision.logits)
         table_VD = fsdp_gather(self.table_VD.astype(hidden_BSD.dtype), TABLE_AXES, _without(GATHERED, TABLE_AXES))
         return jnp.einsum("bsd,vd->bsv", hidden_BSD, table_VD, preferred_element_type=logits)
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Rotary frequencies in radians per position, one for each of the K/2 pairs, float64.
-
-    f_i = theta^(-2i/K). Llama 3's scaling divides f by `factor` below a first frequency, keeps f above a second one,
-    and interpolates linearly in original_tokens * f / (2 pi) between the two.
-    """
-    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is None:
-        return frequency
-    turns = scaling.original_tokens * frequency / (2 * np.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return keep * frequency + (1 - keep) * frequency / scaling.factor
 
 
 def rotate(x: Array, positions: Int[Array, "..."], frequencies: np.ndarray) -> Array:

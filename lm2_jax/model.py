@@ -1,6 +1,7 @@
 """The language model: embedding, groups of equal blocks, head; all state explicit."""
 
-from typing import Any, Literal, NamedTuple
+import functools
+from typing import Any, Literal
 
 import chex
 import jax
@@ -8,17 +9,24 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.blocks.base import Block, Carry, Context
-from lm2_jax.blocks.ports import INSIGHT, Buffers, OpenLayer, Place, by_segment, one_segment, segments_first
+from lm2_jax.blocks.ports import INSIGHT, Buffers, Place, by_segment, one_segment, segments_first
 from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
 from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
 from lm2_jax.length import check_segments
+from lm2_jax.model_state import LayerGroup as LayerGroup
+from lm2_jax.model_state import ModelState as ModelState
+from lm2_jax.model_state import Output as Output
+from lm2_jax.model_state import StreamState as StreamState
+from lm2_jax.model_state import check_rows as check_rows
+from lm2_jax.model_state import layer_groups as layer_groups
 from lm2_jax.parameters import Role
 from lm2_jax.partition import num_shards
 from lm2_jax.state import (
     Segments,
     begin_rows,
     clear_start,
+    full_segments,
     reset_rows,
     select_rows,
     stack_axes,
@@ -26,55 +34,6 @@ from lm2_jax.state import (
     stop_where,
 )
 from lm2_jax.types import Array, Bool, Float, Int, State
-
-
-class ModelState(NamedTuple):
-    """Everything that crosses a segment border."""
-
-    groups: tuple[State, ...]  # per group of equal blocks, the layers axis first
-    stack: State  # of the stack's memory, or None
-
-
-class StreamState(NamedTuple):
-    """A model inside an unfinished segment; rows may be at different positions."""
-
-    position: Int[Array, " B"]  # tokens of the open segment so far
-    state: ModelState  # at the segment's start
-    groups: tuple[OpenLayer, ...]
-
-
-class Output(NamedTuple):
-    """What `forward` returns."""
-
-    hidden: Float[Array, "B S D"]  # normalised, as the head takes it
-    logits: Float[Array, "B S V"] | None
-    state: ModelState
-    aux: dict[str, Array]  # diagnostics by name, one value per layer
-
-
-class LayerGroup(NamedTuple):
-    """Consecutive equal blocks, which run as one loop."""
-
-    first: int
-    length: int
-
-
-def layer_groups(config: ModelConfig) -> list[LayerGroup]:
-    """The blocks in groups of equal ones."""
-    groups: list[LayerGroup] = []
-    for layer in range(config.decoder.num_layers):
-        if groups and config.block_of(groups[-1].first) == config.block_of(layer):
-            groups[-1] = groups[-1]._replace(length=groups[-1].length + 1)
-        else:
-            groups.append(LayerGroup(layer, 1))
-    return groups
-
-
-def check_rows(rows: int, batch: int) -> None:
-    """Raises ValueError where a state has other rows than the tokens."""
-    if rows != batch:
-        raise ValueError(f"state has {rows} rows, tokens have {batch}; make it with init_state(batch={batch})")
-
 
 REMAT_POLICIES = {
     "none": None,
@@ -190,7 +149,12 @@ class LanguageModel(nn.Module):
             )
         self._check_state(B, state)
         check_segments(self.config, state, tokens.shape, reset, valid, document)
-        segments = self._segments(B, S // T, reset, valid, document, bptt_segments)
+        segments = full_segments((B, S // T, T), reset, valid, document, bptt_segments)
+        if document is not None and not self.config.takes_packed:
+            raise ValueError(
+                f"join {self.config.join.kind!r} takes no packed documents, as its state cannot begin anew inside a "
+                "segment; use ordered segments"
+            )
         x_BJTD = self.embed(tokens.reshape(B, S // T, T))
         # Each device takes its part of the tokens first; in one step, all devices would gather all rows.
         x_BJTD = constrain(x_BJTD, ("copies", "segments", "time", "row_width"))
@@ -226,28 +190,6 @@ class LanguageModel(nn.Module):
             chex.assert_trees_all_equal_shapes(state, expected)
         except AssertionError as error:
             raise ValueError(f"state is not one of this model; make it with init_state. {error}") from error
-
-    def _segments(
-        self, B: int, J: int, reset: Array | None, valid: Array | None, document: Array | None, bptt: int | None
-    ) -> Segments:
-        """Borders and padding as arrays of full shape."""
-        T = self.config.segment_tokens
-        reset_BJ = jnp.zeros((B, J), bool)
-        if reset is not None:
-            if reset.shape not in ((B,), (B, J)):
-                raise ValueError(f"reset must have shape [B]={[B]} or [B, K]={[B, J]}, got {list(reset.shape)}")
-            reset_BJ = reset_BJ.at[:, 0].set(reset) if reset.ndim == 1 else reset
-        for name, array in (("valid", valid), ("document", document)):
-            if array is not None and array.shape != (B, J * T):
-                raise ValueError(f"{name} must have the shape of tokens, {[B, J * T]}, got {list(array.shape)}")
-        if document is not None and not self.config.takes_packed:
-            raise ValueError(
-                f"join {self.config.join.kind!r} takes no packed documents, as its state cannot begin anew inside a "
-                "segment; use ordered segments"
-            )
-        valid_BJT = jnp.ones((B, J, T), bool) if valid is None else valid.reshape(B, J, T)
-        cut_J = None if bptt is None else (jnp.arange(J) > 0) & (jnp.arange(J) % bptt == 0)
-        return Segments(reset_BJ, cut_J, valid_BJT, None if document is None else document.reshape(B, J, T))
 
     def _layer_major(self, x_BJTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
         """Layers outside, segments inside: what needs no memory is batched over all segments."""
@@ -287,6 +229,8 @@ class LanguageModel(nn.Module):
         before = stop_where(segments.cut, reset_rows(state.stack, segments.reset[:, 0], axes))
         has_tokens_B = valid_BT.any(axis=1)
         begun = begin_rows(reset_rows(before, ~has_tokens_B, axes), stack.start_state(), axes)  # see `SegmentsPort`
+        tokens_BTD, decode = x_BTD, functools.partial(self._second_pass, state.groups)
+        begun = stack.preview(begun, tokens_BTD, valid_BT, decode)
         rows = [stack.prefix(begun), x_BTD, stack.suffix(begun)]
         if stack.prefix_tokens + stack.suffix_tokens:
             if num_shards("time") > 1:  # uneven shards, on which XLA's partitioner aborts
@@ -295,32 +239,57 @@ class LanguageModel(nn.Module):
                     "its tokens then; set mesh.slots to 1"
                 )
             x_BTD = jnp.concatenate([part for part in rows if part is not None], axis=1)
-            pad = ((0, 0), (0, 0), (stack.prefix_tokens, stack.suffix_tokens))
-            segments = segments._replace(valid=jnp.pad(segments.valid, pad, constant_values=True))
+            segments = segments._replace(valid=self._seen(stack.prefix_valid(begun), valid_BT)[:, None])
         shared = stack.shared(begun)
         carry, groups, aux = self._through(Carry(x_BTD[:, None], shared), state.groups, Context(segments, shared))
         y_BTD = self.final_norm(carry.x[:, 0])
         end = stack.prefix_tokens + T
-        after = clear_start(stack.update(begun, carry.shared, y_BTD[:, end:], aux), axes)
+        after = stack.update(begun, carry.shared, y_BTD[:, end:], aux)
+        after = clear_start(stack.observe(after, tokens_BTD, valid_BT, decode), axes)
         after = select_rows(has_tokens_B, after, before, axes)
         return y_BTD[:, stack.prefix_tokens : end], ModelState(groups, after), aux
 
-    def open(self, state: ModelState, batch: int) -> StreamState:
-        """Begins a segment that arrives in pieces, for `batch` rows; raises ValueError for a state of others."""
-        self._check_state(batch, state)
-        before, after = self._added
-        tokens = before + self.config.segment_tokens + after
-        buffers = [stack_layers(block.init_buffers(batch, tokens), n) for block, n in self._unbound()]
-        return self._begin_segment(jnp.zeros(batch, jnp.int32), state, buffers)
+    def _second_pass(self, groups: tuple[State, ...], x_BND: Array, valid_BN: Array) -> Array:
+        """Rows of a stack's own through all blocks, which have no state then."""
+        segment = full_segments((len(x_BND), 1, x_BND.shape[1]), None, valid_BN, None, None)
+        carry, _, _ = self._through(Carry(x_BND[:, None], None), groups, Context(segment, None))
+        return self.final_norm(carry.x[:, 0])
 
-    def _begin_segment(self, position_B: Array, state: ModelState, buffers: list[Buffers]) -> StreamState:
+    def _seen(self, prefix_BN: Array | None, valid_BT: Array) -> Array:
+        """Which rows of a segment may be seen, those that the stack adds included."""
+        before, after = self._added
+        seen_BN = jnp.pad(valid_BT, ((0, 0), (before, after)), constant_values=True)
+        return seen_BN if prefix_BN is None else seen_BN.at[:, :before].set(prefix_BN)
+
+    def open(self, state: ModelState, batch: int) -> StreamState:
+        """Begins a segment that arrives in pieces, for `batch` rows.
+
+        Raises:
+          ValueError: a state of another model or of other rows, or a model whose tokens see later ones.
+        """
+        self._check_state(batch, state)
+        if self.config.join.looks_ahead:
+            raise ValueError(
+                f"join {self.config.join.kind!r} as configured reads a part of a segment before it predicts it, so it "
+                "takes no text in pieces; set model.join.summary='before'"
+            )
+        (before, after), T, c = self._added, self.config.segment_tokens, self.config
+        tokens, kept = before + T + after, None
+        if self.stack is not None and self.stack.observes:
+            kept = jnp.zeros((batch, T, c.decoder.width), jnp.dtype(c.precision.compute))
+        buffers = [stack_layers(block.init_buffers(batch, tokens), n) for block, n in self._unbound()]
+        return self._begin_segment(jnp.zeros(batch, jnp.int32), state, buffers, kept)
+
+    def _begin_segment(
+        self, position_B: Array, state: ModelState, buffers: list[Buffers], kept: Array | None
+    ) -> StreamState:
         """An open segment without tokens but a prefix."""
         begun, shared = self._stack_start(state)
         groups = tuple(
             group.open(None, group_state, space, shared)[1]
             for group, group_state, space in zip(self.groups, state.groups, buffers, strict=True)
         )
-        stream = StreamState(position_B, state, groups)
+        stream = StreamState(position_B, state, groups, kept)
         rows_BND = None if self.stack is None else self.stack.prefix(begun)
         return stream if rows_BND is None else self._add(rows_BND, stream, 0)[1]
 
@@ -340,8 +309,12 @@ class LanguageModel(nn.Module):
         position_BS = stream.position[:, None] + jnp.arange(tokens.shape[1])[None]
         valid_BS = jnp.arange(tokens.shape[1])[None] < count[:, None]
         slot_BS = jnp.where(valid_BS, position_BS + before, before + T + after)
-        place = Place(position_BS + before, slot_BS, jnp.where(valid_BS, position_BS, T), valid_BS)
-        hidden_BSD, stream = self._pieces(self.embed(tokens), stream, place)
+        token_BS, x_BSD = jnp.where(valid_BS, position_BS, T), self.embed(tokens)
+        if stream.kept is not None:
+            rows_B1 = jnp.arange(len(tokens))[:, None]
+            stream = stream._replace(kept=stream.kept.at[rows_B1, token_BS].set(x_BSD, mode="drop"))
+        place = Place(position_BS + before, slot_BS, token_BS, valid_BS)
+        hidden_BSD, stream = self._pieces(x_BSD, stream, place)
         return hidden_BSD, stream._replace(position=stream.position + count)
 
     def close(self, stream: StreamState, full: Bool[Array, " B"]) -> StreamState:
@@ -357,10 +330,15 @@ class LanguageModel(nn.Module):
             groups.append(group_state)
         after = before.stack
         if stack is not None:
-            after = clear_start(stack.update(begun, shared, hidden_BND, {}), stack.state_axes())
+            after = stack.update(begun, shared, hidden_BND, {})
+            if stream.kept is not None:
+                decode = functools.partial(self._second_pass, before.groups)
+                after = stack.observe(after, stream.kept, jnp.ones(stream.kept.shape[:2], bool), decode)
+            after = clear_start(after, stack.state_axes())
         state = select_rows(full, ModelState(tuple(groups), after), before, self.state_axes())
         # Buffers are reused: causality hides what an older segment left in them.
-        begin = self._begin_segment(jnp.where(full, 0, stream.position), state, [g.buffers for g in stream.groups])
+        position_B, buffers = jnp.where(full, 0, stream.position), [g.buffers for g in stream.groups]
+        begin = self._begin_segment(position_B, state, buffers, stream.kept)
         # Every array of an open layer has the layers axis first and the batch next.
         chosen = jax.tree.map(
             lambda new, old: jnp.where(full.reshape(1, -1, *[1] * (old.ndim - 2)), new, old),
@@ -393,6 +371,11 @@ class LanguageModel(nn.Module):
 
     def _pieces(self, x_BSD: Array, stream: StreamState, place: Place) -> tuple[Array, StreamState]:
         """New tokens through all blocks of the open segment."""
+        if self.stack is not None:
+            prefix_BN = self.stack.prefix_valid(self._stack_start(stream.state)[0])
+            if prefix_BN is not None:
+                tokens_BT = jnp.ones((len(x_BSD), self.config.segment_tokens), bool)
+                place = place._replace(seen=self._seen(prefix_BN, tokens_BT))
         groups = []
         for group, opened, state in zip(self.groups, stream.groups, stream.state.groups, strict=True):
             x_BSD, opened = group.extend(x_BSD, opened, state, place)

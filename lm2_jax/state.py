@@ -18,6 +18,32 @@ class Segments(NamedTuple):
     document: Int[Array, "B K T"] | None  # number of the document within the segment, where documents are packed
 
 
+def full_segments(
+    shape: tuple[int, int, int],
+    reset: Array | None,
+    valid: Array | None,
+    document: Array | None,
+    bptt_segments: int | None,
+) -> Segments:
+    """Borders and padding as arrays of full shape, [B J T]; arguments as of `LanguageModel.forward`.
+
+    Raises:
+      ValueError: an array of another shape.
+    """
+    B, J, T = shape
+    reset_BJ = jnp.zeros((B, J), bool)
+    if reset is not None:
+        if reset.shape not in ((B,), (B, J)):
+            raise ValueError(f"reset must have shape [B]={[B]} or [B, K]={[B, J]}, got {list(reset.shape)}")
+        reset_BJ = reset_BJ.at[:, 0].set(reset) if reset.ndim == 1 else reset
+    for name, array in (("valid", valid), ("document", document)):
+        if array is not None and array.shape != (B, J * T):
+            raise ValueError(f"{name} must have the shape of tokens, {[B, J * T]}, got {list(array.shape)}")
+    valid_BJT = jnp.ones((B, J, T), bool) if valid is None else valid.reshape(B, J, T)
+    cut_J = None if bptt_segments is None else (jnp.arange(J) > 0) & (jnp.arange(J) % bptt_segments == 0)
+    return Segments(reset_BJ, cut_J, valid_BJT, None if document is None else document.reshape(B, J, T))
+
+
 def is_axes(leaf: Any) -> bool:
     """Whether `leaf` is the tuple of logical axis names of one array."""
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)

@@ -48,7 +48,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "mlp": ("model.decoder.mlp_width", "model.memory.write.mlp_width"),
     "gate_width": ("model.decoder.width",),
     "vocab": ("model.vocab_size",),
-    "slots": ("model.memory.num_slots", "model.memory.num_tokens"),
+    "slots": ("model.memory.num_slots", "model.memory.num_tokens", "model.memory.num_memories"),
     "time": ("model.segment_tokens",),
     "hidden": ("model.memory.network.expansion", "model.memory.num_heads"),
     "embed": ("model.decoder.width",),

@@ -211,6 +211,7 @@ WORK = {
     "lm2_jax.inspect.program": "_out_folder",
     "tests.campaign.__main__": "Bench",
     "tests.interop.our_answers": "open_source",
+    "tests.interop.our_exports": "write",
     "tests.memory.test_titans_precision": "text",
 }
 

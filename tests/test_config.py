@@ -18,7 +18,7 @@ from lm2_jax.config import (
     from_dict,
     to_dict,
 )
-from lm2_jax.decoder import DecoderConfig, RopeScaling
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.errors import UserError
 from lm2_jax.memory import REGISTRY
 from lm2_jax.memory.bank_writes import SlotsWrite
@@ -26,6 +26,7 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.tokens import TokensConfig
+from lm2_jax.rope import Llama3Scaling
 
 
 @pytest.mark.parametrize("name", sorted(lm2_jax.PRESETS))
@@ -36,7 +37,7 @@ def test_every_preset_survives_its_dictionary(name):
 
 
 def test_a_nested_optional_config_survives_its_dictionary():
-    decoder = DecoderConfig(rope_scaling=RopeScaling(factor=4.0), window_tokens=5)
+    decoder = DecoderConfig(rope_scaling=Llama3Scaling(factor=4.0), window_tokens=5)
     model = ModelConfig(decoder=decoder, join=ResidualJoin(layers=(1,)), schedule="segment_major")
     assert from_dict(ModelConfig, to_dict(model)) == model
 

@@ -58,7 +58,7 @@ def refused(cls: type, name: str, value: Any) -> str:
 
 def test_every_class_of_every_family_is_walked():
     names = {cls.__name__ for cls in config_classes()}
-    assert {"TitansConfig", "StepConfig", "MlpNetwork", "SlotsWrite", "Part", "TextFiles", "RopeScaling"} <= names
+    assert {"TitansConfig", "StepConfig", "MlpNetwork", "SlotsWrite", "Part", "TextFiles", "YarnScaling"} <= names
     assert len(NUMERIC) > 70
 
 

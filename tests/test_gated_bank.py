@@ -10,7 +10,7 @@ from flax import linen as nn
 import lm2_jax
 from lm2_jax.attention import ExtraKV
 from lm2_jax.memory.bank_reads import attend_slots, slot_weights
-from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite, gated_update
+from lm2_jax.memory.bank_writes import ContentWrite, PaperWrite, SlotsWrite, gated_update
 from lm2_jax.memory.gated_bank import GatedBankConfig, identity_rows
 from lm2_jax.precision import Precision
 from lm2_jax.state import begin_rows
@@ -28,7 +28,9 @@ def test_rows_of_the_start_are_distinct_unit_vectors(slots, width):
     np.testing.assert_array_equal(rows, identity_rows(slots, width))
 
 
-@pytest.mark.parametrize("write", [SlotsWrite(), SlotsWrite(positions=False, gated=False), PaperWrite()])
+@pytest.mark.parametrize(
+    "write", [SlotsWrite(), SlotsWrite(positions=False, gated=False), PaperWrite(), ContentWrite()]
+)
 @pytest.mark.parametrize("slots", [6, 19])
 def test_no_two_slots_are_equal_after_one_segment(slots, write):
     """At the parameters that training starts from, more slots than the width of 8 included."""

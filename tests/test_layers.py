@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 
 import lm2_jax
-from lm2_jax.decoder import RopeScaling
-from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, Embed, RMSNorm, SwiGLU, constrain, rotate
 from lm2_jax.parameters import DeclaredParameter, Role, named
 from lm2_jax.precision import Precision, at_least_float32
+from lm2_jax.rope import Llama3Scaling, rope_frequencies
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 from tests.contract.subjects import abstract_params
 
@@ -174,7 +174,7 @@ def test_frequencies_by_hand():
 
 def test_llama_3_frequencies():
     """Those of Llama 3.1 (theta 500,000, head width 128): kept, blended and divided by 8, as published."""
-    scaling = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_tokens=8192)
+    scaling = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_tokens=8192)
     plain, scaled = rope_frequencies(128, 500_000.0, None), rope_frequencies(128, 500_000.0, scaling)
     wavelength = 2 * np.pi / plain
     short, long = wavelength < 8192 / 4, wavelength > 8192

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import lm2_jax
-from configs import babilong_small, probe, probe_titans
+from configs import babilong_small, probe, probe_methods, probe_titans
 from lm2_jax.commands import overview
 from lm2_jax.presets import FAMILIES
 
@@ -37,7 +37,10 @@ def test_the_list_knows_no_preset_that_is_gone():
     assert SIZES.keys() <= lm2_jax.PRESETS.keys()
 
 
-@pytest.mark.parametrize("name", sorted({*probe.PRESETS, *probe_titans.PRESETS, *babilong_small.PRESETS}))
+PROBES = {**probe.PRESETS, **probe_titans.PRESETS, **probe_methods.PRESETS}
+
+
+@pytest.mark.parametrize("name", sorted({*PROBES, *babilong_small.PRESETS}))
 def test_compared_presets_have_equal_parameters(name):
     baseline = "babilong_small_none" if name in babilong_small.PRESETS else "probe_none"
     assert abs(parameters(name) / parameters(baseline) - 1) < 0.03

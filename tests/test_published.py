@@ -4,6 +4,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lm2_jax
@@ -34,13 +36,49 @@ def test_lm2_has_the_published_size():
     assert parameters("lm2_1p7b") - memory == pytest.approx(1.2e9, rel=0.04)
     model = lm2_jax.preset("lm2_1p7b").model
     assert (model.decoder.width, model.decoder.mlp_width, model.vocab_size) == (2048, 8192, 128_256)
-    assert (model.memory.num_slots, model.memory.write.kind, model.join.read) == (2048, "paper", "own")
+    assert (model.memory.num_slots, model.memory.write.kind, model.join.read) == (2048, "content", "own")
+
+
+@pytest.mark.parametrize("name", ["lm2_1p7b", "lm2_8b"])
+def test_the_paper_s_equations_have_a_preset_of_their_own(name):
+    ours, printed = lm2_jax.preset(name), lm2_jax.preset(f"{name}_paper")
+    assert (printed.model.memory.write.kind, printed.model.memory.norm_slots) == ("paper", False)
+    assert parameters(f"{name}_paper") == pytest.approx(parameters(name), rel=1e-3)
+    assert dataclasses.replace(printed, name=ours.name, model=ours.model) == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "is_seen"), [("lm2_1p7b", True), ("lm2_1p7b_paper", False)])
+def test_what_a_segment_writes_is_more_than_bfloat16_rounds(name, is_seen):
+    """Banks after two different texts, 2,048 slots of 2,048; in the paper's form they are equal up to rounding."""
+    config = lm2_jax.preset(name).model
+    D, T, valid = config.decoder.width, config.segment_tokens, jnp.ones((1, config.segment_tokens), bool)
+    bank = config.memory.build(D, config.precision)
+    texts = [jax.random.normal(jax.random.key(seed), (1, T, D), jnp.bfloat16) for seed in (1, 2)]
+
+    def write(bank, x):
+        return bank.write(x, bank.start_state(), valid).slots
+
+    params = jax.jit(functools.partial(bank.init, method=write))(jax.random.key(0), texts[0])
+    apply = jax.jit(functools.partial(bank.apply, method=write))
+    first, second = (np.asarray(apply(params, x), np.float64) for x in texts)
+    difference = np.linalg.norm(first - second, axis=-1) / np.linalg.norm(first, axis=-1)  # of each slot
+    assert (difference > 10 * float(jnp.finfo(jnp.bfloat16).eps)).all() == is_seen
 
 
 def test_its_twin_has_as_many_and_the_large_one_is_of_8_billion():
     assert parameters("llama_1p7b") == pytest.approx(parameters("lm2_1p7b"), rel=0.03)
     assert 7e9 < parameters("lm2_8b") <= 8e9
     assert parameters("titans_mac_1p3b") == pytest.approx(1.3e9, rel=0.03)
+
+
+def test_hmt_adds_what_the_released_code_adds_to_smollm():
+    """Two projections, the prompt and the first row; the decoder's rows are 1,024 long, a summary half."""
+    assert parameters("hmt_135m") == 134_515_008 + 2 * 576 * 1536 + 2 * 576
+    model = lm2_jax.preset("hmt_135m").model
+    stack = model.join.stack(model.block_spec, parent=None)
+    assert stack.prefix_tokens + model.segment_tokens + stack.suffix_tokens == 1024
+    assert stack.summary_tokens == 495
 
 
 @pytest.mark.parametrize(

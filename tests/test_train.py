@@ -15,12 +15,13 @@ from lm2_jax.commands import eval as evaluate
 from lm2_jax.commands import files, train
 from lm2_jax.commands.usage import field_docs
 from lm2_jax.config import RunConfig, from_dict, to_dict
-from lm2_jax.decoder import DecoderConfig, RopeScaling
+from lm2_jax.decoder import DecoderConfig
 from lm2_jax.errors import UserError
 from lm2_jax.fields import config_classes, hints
 from lm2_jax.memory.titans import TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.presets import mesh_for
+from lm2_jax.rope import Llama3Scaling, YarnScaling
 from lm2_jax.sharding import MeshConfig
 
 
@@ -79,8 +80,12 @@ def test_a_flag_is_switched_off(word):
 def test_none_and_groups_that_may_be_none():
     assert run_of("lm2_tiny --train.bptt-segments None").train.bptt_segments is None
     scaling = run_of("lm2_tiny --model.decoder.rope-scaling.factor 4").model.decoder.rope_scaling
-    assert scaling == RopeScaling(factor=4.0)
+    assert scaling == Llama3Scaling(factor=4.0)
     assert run_of("lm2_1p7b --model.decoder.rope-scaling None").model.decoder.rope_scaling is None
+    yarn = run_of("lm2_tiny --model.decoder.rope-scaling yarn --model.decoder.rope-scaling.beta-fast 8").model
+    assert yarn.decoder.rope_scaling == YarnScaling(beta_fast=8.0)
+    with pytest.raises(UserError, match=r"field of 'yarn', but --model.decoder.rope-scaling is 'None'; add --model"):
+        run_of("lm2_tiny --model.decoder.rope-scaling.beta-fast 8")
 
 
 def test_parts_are_set_by_number():

@@ -23,8 +23,9 @@ from lm2_jax.attention.cache import (
 from lm2_jax.attention.keys import Keys, Queries
 from lm2_jax.attention.softmax import ExtraKV, attend_from_end
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.layers import Einsum, constrain, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, constrain, rotate
 from lm2_jax.precision import Precision
+from lm2_jax.rope import rope_frequencies
 from lm2_jax.state import Segments, reset_rows, select_rows, stop_where
 from lm2_jax.types import Array, Bool, Float, Int
 
@@ -84,10 +85,14 @@ class Attention(nn.Module):
         d = self.decoder
         D, H, G, K = d.width, d.num_heads, d.num_kv_heads, d.head_dim
         q, k, v, o = (d.lora.adapter(f"attention/{name}_proj") for name in "qkvo")
-        self.q_proj = Einsum((D, H, K), ("embed", "heads", "head"), self.precision, adapter=q)
-        self.k_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), self.precision, adapter=k)
-        self.v_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), self.precision, adapter=v)
-        self.o_proj = Einsum((H, K, D), ("heads", "head", "embed"), self.precision, in_dims=2, adapter=o)
+        has_bias, precision = d.attention_bias != "none", self.precision
+        self.q_proj = Einsum((D, H, K), ("embed", "heads", "head"), precision, adapter=q, bias=has_bias)
+        self.k_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), precision, adapter=k, bias=has_bias)
+        self.v_proj = Einsum((D, G, K), ("embed", "kv_heads", "head"), precision, adapter=v, bias=has_bias)
+        shape, axes, has_bias = (H, K, D), ("heads", "head", "embed"), d.attention_bias == "qkvo"
+        self.o_proj = Einsum(shape, axes, precision, in_dims=2, adapter=o, bias=has_bias)
+        if d.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.precision, d.norm_epsilon) for _ in range(2))
 
     @functools.cached_property
     def frequencies(self) -> np.ndarray:
@@ -123,7 +128,17 @@ class Attention(nn.Module):
 
     def q(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead H K"]:
         """Queries, unrotated."""
-        return self.q_proj("...d,dhk->...hk", x)
+        q = self.q_proj("...d,dhk->...hk", x)
+        return self.q_norm(q) if self.decoder.qk_norm else q
+
+    def turned(self, q: Float[Array, "*lead H K"], position: Int[Array, "..."]) -> Float[Array, "*lead H K"]:
+        """Queries rotated to their positions, as scores need them.
+
+        A scaling that multiplies queries and keys is applied to the queries alone, squared: keys are also rotated
+        back, and rows at position 0 are not rotated at all.
+        """
+        q, scaling = rotate(q, position, self.frequencies), self.decoder.rope_scaling
+        return q if scaling is None or scaling.score_factor == 1.0 else q * scaling.score_factor
 
     def kv(self, x: Float[Array, "*lead D"], position: Int[Array, "..."] | None = None) -> ExtraKV:
         """Keys and values of normalised rows; keys are rotated to `position`, or not at all.
@@ -132,6 +147,7 @@ class Attention(nn.Module):
         such keys alike, whatever number of segments came before.
         """
         k, v = self.k_proj("...d,dgk->...gk", x), self.v_proj("...d,dgk->...gk", x)
+        k = self.k_norm(k) if self.decoder.qk_norm else k
         if position is None:
             return ExtraKV(k, v)
         k, max_tokens = rotate(k, position, self.frequencies), self.decoder.max_tokens
@@ -176,7 +192,7 @@ class Attention(nn.Module):
         lead, is_full = q.shape[:-3], position_BS is None
         q, kv, own = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(lead) :]), (q, kv, own))
         (R, S), T = q.shape[:2], kv.k.shape[1]
-        q = rotate(q, jnp.arange(S) if position_BS is None else position_BS, self.frequencies)
+        q = self.turned(q, jnp.arange(S) if position_BS is None else position_BS)
         q = constrain(q, ("batch", "time", "heads", "head")) if is_full else q
         sets = []
         if prefix is not None:
@@ -221,7 +237,7 @@ class Attention(nn.Module):
         q, kv = (_flat(q), _flat(kv)) if is_full else (q, kv)
         position = kv.position
         assert position is not None
-        q = rotate(q, position, self.frequencies)
+        q = self.turned(q, position)
         q = constrain(q, ("batch", "time", "heads", "head")) if is_full else q
         (B, places), T = past.valid.shape, projected.kv.k.shape[-3]
         zero_BM = None if kv.document is None else jnp.zeros((B, places), jnp.int32)
@@ -258,7 +274,7 @@ class Attention(nn.Module):
           valid_BT: true for tokens, false for padding.
         """
         end_N = jnp.full(x_BND.shape[1], valid_BT.shape[1])
-        q_BNHK = rotate(self.q(x_BND), end_N, self.frequencies)
+        q_BNHK = self.turned(self.q(x_BND), end_N)
         return self.output(attend_from_end(q_BNHK, kv, valid_BT, self.kv(x_BND, end_N)))
 
     def _windows(

@@ -47,7 +47,8 @@ def unsupported(queries: Queries, sets: Sequence[Keys], window_tokens: int | Non
     if not fits(T):
         return (
             f"takes a multiple of {LANES} tokens on each of {num_shards('time')} devices, got {T} in all "
-            "(model.segment_tokens and, with join 'tokens', twice memory.num_tokens)"
+            "(model.segment_tokens and the rows of join 'tokens' (twice memory.num_tokens) or 'recall' "
+            "(memory.sensory_tokens + 2; in its second pass memory.summary_tokens + 2))"
         )
     return None
 

@@ -8,6 +8,7 @@ from lm2_jax.blocks import layer_tokens as layer_tokens
 from lm2_jax.blocks import mixed as mixed
 from lm2_jax.blocks import mixer as mixer
 from lm2_jax.blocks import plain as plain
+from lm2_jax.blocks import recall as recall
 from lm2_jax.blocks import residual as residual
 from lm2_jax.blocks import tokens as tokens
 from lm2_jax.blocks.base import Block as Block

@@ -51,6 +51,11 @@ class JoinConfig(Family):
         """Learned rows in each block that every token sees and no text changes."""
         return 0
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens see later ones of their segment, so that the model is no language model: for parity only."""
+        return False
+
     def takes_packed(self, memory: MemoryConfig) -> bool:
         """Whether a document may begin inside a segment."""
         return True

@@ -55,6 +55,7 @@ class Place(NamedTuple):
     slot: Int[Array, "B S"]  # where their keys are kept; past the end of the buffer for tokens that do not count
     token: Int[Array, "B S"]  # the same for what the memory takes: a stack's prefix and suffix do not count
     valid: Bool[Array, "B S"]  # tokens that the memory takes
+    seen: Bool[Array, "B N"] | None = None  # kept keys that may be seen; None: all up to a token's own
 
 
 class SegmentPort:
@@ -232,7 +233,7 @@ class PiecePort:
         first = attention.first_position(past, self.block.spec.segment_tokens)
         position_BS = self.place.position + jnp.reshape(first, (-1, 1))
         kv = self._keep("kv", attention.kv(x_BSD, position_BS), self.place.slot)
-        return Projected(attention.q(x_BSD), SegmentKV(*kv, past=past, position=position_BS))
+        return Projected(attention.q(x_BSD), SegmentKV(*kv, valid=self.place.seen, past=past, position=position_BS))
 
     def attend(self, projected: Projected, prefix: ExtraKV | None = None, own: Any = None) -> Array:
         """Attention heads of the tokens; causality hides the later places of the buffers."""

@@ -1,7 +1,7 @@
 """State of the stack of all blocks: memory tokens that travel with a segment, or one memory for all layers."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +13,9 @@ from lm2_jax.memory.tokens import START_AXES
 from lm2_jax.parameters import MEMORY, Role
 from lm2_jax.types import Array, Bool, Float, State
 
+# A pass of its own through all blocks: rows [B N D] and which of them count [B N] to normalised outputs [B N D].
+DecoderPass: TypeAlias = Callable[[Array, Array], Array]
+
 
 class StackMemory(nn.Module):
     """A memory outside the blocks.
@@ -21,6 +24,7 @@ class StackMemory(nn.Module):
     """
 
     spec: BlockSpec
+    observes: ClassVar[bool] = False  # whether `observe` takes anything; a stream then keeps the open segment's input
 
     def setup(self) -> None:
         self.memory = self.new_memory()
@@ -55,9 +59,17 @@ class StackMemory(nn.Module):
         """Rows that go through the blocks before the segment, of a state with its start."""
         return None
 
+    def prefix_valid(self, state: State) -> Bool[Array, "B N"] | None:
+        """Which rows of the prefix may be seen; None: all."""
+        return None
+
     def suffix(self, state: State) -> Float[Array, "B N D"] | None:
         """Rows that go through the blocks after the segment."""
         return None
+
+    def preview(self, state: State, x_BTD: Array, valid_BT: Array, decode: DecoderPass) -> State:
+        """State before a segment that is known already, with `JoinConfig.looks_ahead`; arguments as of `observe`."""
+        return state
 
     def shared(self, state: State) -> State:
         """What the blocks write in turn, or None."""
@@ -73,6 +85,17 @@ class StackMemory(nn.Module):
           metrics: diagnostics are added here.
         """
         raise NotImplementedError
+
+    def observe(self, state: State, x_BTD: Array, valid_BT: Array, decode: DecoderPass) -> State:
+        """State after `update`, with what the segment itself leaves.
+
+        Args:
+          state: after `update`.
+          x_BTD: the segment as it entered the blocks.
+          valid_BT: false at padding.
+          decode: a second pass through the blocks.
+        """
+        return state
 
     def merged(self, states: Sequence[State]) -> State:
         """One state for several texts; see `Memory.merged`."""

@@ -163,8 +163,9 @@ def _find(cls: type, table: dict[str, Any], names: list[str]) -> Field | None:
 
 
 def _class(cls: type, table: dict[str, Any]) -> type:
-    """The class of a table: the kind that it names, for a family."""
-    return cls.find(table["kind"]) if issubclass(cls, Family) and "kind" in table else cls
+    """The class of a table: for a family, the kind that it names, or the one of tables that name none."""
+    kind = table.get("kind", cls.first_kind) if issubclass(cls, Family) else None
+    return cls if kind is None else cls.find(kind)
 
 
 def default_table(cls: Any) -> dict[str, Any]:
@@ -335,7 +336,7 @@ def _of_another_kind(roots: Sequence[tuple[type, dict[str, Any]]], section: str,
     kinds = [kind for kind, cls in family.registry.items() if last in hints(cls)]
     if not kinds:
         return ""
-    typed, now = f"--{section.replace('_', '-')}", field.table[field.key]["kind"]
+    typed, now = f"--{section.replace('_', '-')}", (field.table[field.key] or {}).get("kind", "None")
     return f" That is a field of {', '.join(map(repr, kinds))}, but {typed} is {now!r}; add {typed} {kinds[0]}."
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lm2_jax import formats
 from lm2_jax.config import ModelConfig, to_dict
+from lm2_jax.interop.architectures import architecture_of
 from lm2_jax.interop.hf_config import LlamaSpec, write_hf_config
 from lm2_jax.interop.hf_folder import CONFIG, EXTRA_FILES, INDEX, WEIGHTS
 from lm2_jax.interop.load import array_reader
@@ -32,8 +33,9 @@ SHARD_BYTES = 5_000_000_000
 
 
 def is_plain(model: ModelConfig) -> bool:
-    """Whether a model is a Llama: no memory, no persistent tokens, no attention window."""
-    return not model.has_memory and model.join.persistent_tokens() == 0 and model.decoder.window_tokens in (None, 0)
+    """Whether `transformers` has the model: no memory, persistent tokens or attention window, and a known decoder."""
+    has_class = architecture_of(model.decoder) is not None and model.decoder.window_tokens in (None, 0)
+    return has_class and not model.has_memory and model.join.persistent_tokens() == 0
 
 
 def export_workdir(workdir: str | os.PathLike[str], out: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> str:

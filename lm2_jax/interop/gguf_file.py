@@ -1,4 +1,4 @@
-"""GGUF files of the architecture `llama`, through the `gguf` package; quantised tensors are expanded as it does."""
+"""GGUF files of a Llama or a relative of it, through the `gguf` package; quantised tensors are expanded as it does."""
 
 import json
 import pathlib
@@ -14,6 +14,8 @@ from lm2_jax.interop.names import Shapes, pair_reader
 from lm2_jax.interop.sentencepiece_model import Piece, build_sentencepiece
 from lm2_jax.interop.source import Source, TokenizerFiles
 
+# Whether q and k rotate the pairs (2i, 2i + 1) instead of (i, i + K/2).
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -24,6 +26,8 @@ _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -34,10 +38,12 @@ _LAYER_NAMES = {
 # Token types of the format, as `sentencepiece_model.TYPES` names them.
 _PIECES = {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte"}
 _CONTROL, _USER_DEFINED = 3, 4
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_COMPOSED = {"qwen2"}  # pre-tokenizers before which characters are composed
+_SPLITS = {"llama-bpe": _SPLIT.format(digits="{1,3}"), "qwen2": _SPLIT.format(digits="")}
 
 
 class GgufFile(Source):
@@ -61,21 +67,24 @@ class GgufFile(Source):
         for tensor in reader.tensors:
             if tensor.name != "rope_freqs.weight":
                 self._tensors[_hf_name(tensor.name)] = tensor
+        self._architecture = self._field("general.architecture")
         self._check_files(reader, path)
         self.spec = self._spec()
-        self._read = pair_reader(self._read_raw, self.spec.decoder)
+        in_pairs = ARCHITECTURES[self._architecture]
+        self._read = pair_reader(self._read_raw, self.spec.decoder) if in_pairs else self._read_raw
 
     def _check_files(self, reader: Any, path: pathlib.Path) -> None:
         types = {tensor.tensor_type.name for tensor in reader.tensors}
         unknown = sorted(types - set(QUANTIZATIONS))
         if unknown:
             raise UserError(f"{path}: quantisation {unknown[0]} is not supported; supported: {QUANTIZATIONS}", status=1)
-        if self._field("general.architecture") != "llama":
+        if self._architecture not in ARCHITECTURES:
             raise UserError(
-                f"{path}: architecture {self._field('general.architecture')!r} is not supported; supported: 'llama'",
+                f"{path}: architecture {self._architecture!r} is not supported; supported: "
+                f"{', '.join(map(repr, ARCHITECTURES))}",
                 status=1,
             )
-        scaling = self._field("llama.rope.scaling.type", "none")
+        scaling = self._field(f"{self._architecture}.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in {tensor.name for tensor in reader.tensors}:
             raise UserError(
                 f"{path}: its RoPE is scaled (type {scaling!r}), and GGUF does not say how a config would; import the "
@@ -88,9 +97,9 @@ class GgufFile(Source):
         return default if field is None else field.contents()
 
     def _number(self, name: str, default: Any = None) -> Any:
-        value = self._field(f"llama.{name}", default)
+        value = self._field(f"{self._architecture}.{name}", default)
         if not isinstance(value, int | float):
-            raise UserError(f"{self.where}: llama.{name}: expected a number, got {value!r}", status=1)
+            raise UserError(f"{self.where}: {self._architecture}.{name}: expected a number, got {value!r}", status=1)
         return value
 
     def _spec(self) -> LlamaSpec:
@@ -100,6 +109,10 @@ class GgufFile(Source):
             raise UserError(f"{self.where}: RoPE on a part of each head is not supported", status=1)
         table = self._tensors.get("model.embed_tokens.weight")
         vocabulary = int(table.shape[1]) if table is not None and len(table.shape) == 2 else 0
+
+        def has(name: str) -> bool:
+            return f"model.layers.0.self_attn.{name}" in self._tensors
+
         try:
             decoder = DecoderConfig(
                 width=width,
@@ -109,6 +122,8 @@ class GgufFile(Source):
                 head_width=None if head * heads == width else head,
                 mlp_width=int(self._number("feed_forward_length")),
                 rope_theta=float(self._number("rope.freq_base", 10_000.0)),
+                attention_bias="qkvo" if has("o_proj.bias") else "qkv" if has("q_proj.bias") else "none",
+                qk_norm=has("q_norm.weight"),
                 tie_head="lm_head.weight" not in self._tensors,
                 # The file has it in float32; the decimal number that was meant has at most seven digits.
                 norm_epsilon=float(f"{self._number('attention.layer_norm_rms_epsilon'):.7g}"),
@@ -151,17 +166,15 @@ class GgufFile(Source):
 
     def _byte_bpe(self, tokens: list[str], types: list[int]) -> bytes:
         """A byte-level BPE as a tokenizer.json."""
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         splits = {
             "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
             "gpt-2": [byte_level],
-            "llama-bpe": [
-                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ],
         }
+        only_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splits |= {name: [pre_tokenizers.Split(Regex(rule), "isolated"), only_bytes] for name, rule in _SPLITS.items()}
         split = self._field("tokenizer.ggml.pre")
         if split not in splits:
             raise UserError(
@@ -171,6 +184,8 @@ class GgufFile(Source):
         vocabulary = {token: index for index, token in enumerate(tokens)}
         inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
         inner.pre_tokenizer = pre_tokenizers.Sequence(splits[split])
+        if split in _COMPOSED:
+            inner.normalizer = normalizers.NFC()
         inner.decoder = decoders.ByteLevel()
         for token, kind in zip(tokens, types, strict=True):
             if kind in (_CONTROL, _USER_DEFINED):

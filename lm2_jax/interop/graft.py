@@ -8,6 +8,7 @@
 | `layer` | the projection that makes the memory's output starts at 0 |
 | `context` | not silent: attention sees the retrieved rows; `join.combine` is `add`, so that this is the only change |
 | `tokens` | not silent: attention sees the memory tokens |
+| `recall` | not silent: attention sees the recalled row and tokens of the segment before |
 | `mixer` | not silent: the memory replaces attention in its layers |
 | `mixed` | as its parts |
 

@@ -23,7 +23,8 @@ def merge_lora(run: Run) -> Run:
         if not isinstance(tree, Mapping):
             return tree
         if "lora_a" in tree:
-            return {"w": _added(tree["w"], tree["lora_a"], tree["lora_b"], scale)}
+            rest = {name: part for name, part in tree.items() if not name.startswith("lora_")}
+            return rest | {"w": _added(tree["w"], tree["lora_a"], tree["lora_b"], scale)}
         return {name: merged(part) for name, part in tree.items()}
 
     model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, lora=LoraConfig()))

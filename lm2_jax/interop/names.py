@@ -1,4 +1,4 @@
-"""Names and layouts of a Llama's parameters: Hugging Face's, and the canonical ones of `lm2_jax.params`.
+"""Names and layouts of a decoder's parameters: Hugging Face's, and the canonical ones of `lm2_jax.params`.
 
 Hugging Face stores a matrix as [outputs, inputs], with heads merged; here a kernel is [inputs, outputs], with an axis
 for heads. Both pair dimension i of a head with i + K/2 in the rotary embedding.
@@ -22,6 +22,12 @@ _LAYER = {
     "attention/k_proj/w": "self_attn.k_proj.weight",
     "attention/v_proj/w": "self_attn.v_proj.weight",
     "attention/o_proj/w": "self_attn.o_proj.weight",
+    "attention/q_proj/b": "self_attn.q_proj.bias",
+    "attention/k_proj/b": "self_attn.k_proj.bias",
+    "attention/v_proj/b": "self_attn.v_proj.bias",
+    "attention/o_proj/b": "self_attn.o_proj.bias",
+    "attention/q_norm/scale": "self_attn.q_norm.weight",
+    "attention/k_norm/scale": "self_attn.k_norm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
     "mlp/gated/w": "mlp.gate_proj.weight",
     "mlp/up/w": "mlp.up_proj.weight",
@@ -56,6 +62,12 @@ def hf_shapes(decoder: DecoderConfig, vocab_size: int) -> Shapes:
         "mlp/up/w": (F, D),
         "mlp/down/w": (D, F),
     }
+    if d.attention_bias != "none":
+        layer |= {"attention/q_proj/b": (heads,), "attention/k_proj/b": (kv_heads,), "attention/v_proj/b": (kv_heads,)}
+    if d.attention_bias == "qkvo":
+        layer["attention/o_proj/b"] = (D,)
+    if d.qk_norm:
+        layer |= {"attention/q_norm/scale": (d.head_dim,), "attention/k_norm/scale": (d.head_dim,)}
     shapes: Shapes = {_TOP["embed/table"]: (vocab_size, D)}
     for index in range(d.num_layers):
         shapes |= {f"model.layers.{index}.{_LAYER[name]}": shape for name, shape in layer.items()}
@@ -84,11 +96,11 @@ def halves_from_pairs(matrix: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k as Hugging Face orders them, from files that rotate the pairs (2i, 2i + 1).
 
     Args:
-      matrix: [heads * K, inputs].
+      matrix: [heads * K, inputs], or a bias [heads * K].
       heads: number of heads.
     """
-    rows, inputs = matrix.shape
-    return matrix.reshape(heads, rows // heads // 2, 2, inputs).swapaxes(1, 2).reshape(rows, inputs)
+    rows = len(matrix)
+    return matrix.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
 def pair_reader(read: Callable[[str], np.ndarray], decoder: DecoderConfig) -> Callable[[str], np.ndarray]:
@@ -96,8 +108,7 @@ def pair_reader(read: Callable[[str], np.ndarray], decoder: DecoderConfig) -> Ca
 
     def ordered(name: str) -> np.ndarray:
         array = read(name)
-        if name.endswith("q_proj.weight"):
-            return halves_from_pairs(array, decoder.num_heads)
-        return halves_from_pairs(array, decoder.num_kv_heads) if name.endswith("k_proj.weight") else array
+        heads = {"q_proj": decoder.num_heads, "k_proj": decoder.num_kv_heads}.get(name.split(".")[-2])
+        return array if heads is None else halves_from_pairs(array, heads)
 
     return ordered

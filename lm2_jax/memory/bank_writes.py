@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm2_jax.attention.softmax import ExtraKV, attend_from_end
-from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, fsdp_gather, named, rope_frequencies, rotate
+from lm2_jax.layers import Einsum, RMSNorm, SwiGLU, Vector, fsdp_gather, named, rotate
 from lm2_jax.memory.bank_reads import tokens_to_slots
 from lm2_jax.memory.base import Metrics, record
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision, at_least_float32
 from lm2_jax.registry import Family
+from lm2_jax.rope import rope_frequencies
 from lm2_jax.types import Array, Bool, Float
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ class WriteConfig(Family):
     """Base of all write forms; `model.memory.write` of a run."""
 
     through_block: ClassVar[bool] = False  # the join sends the slots through its own block instead of giving tokens
+
+    @property
+    def normalises_tokens(self) -> bool:
+        """Whether the bank normalises tokens before they query it and are written."""
+        return False
 
     def check(self, bank: "GatedBankConfig", width: int) -> None:
         """Raises ValueError where the form does not fit the bank."""
@@ -62,11 +68,8 @@ class SlotsWrite(WriteConfig):
 
     def check(self, bank: "GatedBankConfig", width: int) -> None:
         """See the base class; rotation takes pairs."""
-        head_width = width // bank.num_heads
-        if self.positions and head_width % 2:
-            raise ValueError(
-                f"memory.write.positions needs an even head width, got {head_width}; change memory.num_heads"
-            )
+        if self.positions:
+            check_pairs(bank, width)
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "SlotsWriter":
         """The module."""
@@ -103,7 +106,44 @@ class PaperWrite(WriteConfig):
 
     def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "PaperWriter":
         """The module."""
-        return PaperWriter(self, bank.top_k, width, precision)
+        return PaperWriter(bank.top_k, width, precision, self.forget_bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentWrite(WriteConfig):
+    """The paper's write with what tokens hold in the candidate (ours; equation 6 has only what they read)."""
+
+    kind: ClassVar[str] = "content"
+    content: bool = True
+    """Tokens themselves are part of the candidate, not only what they read from the bank."""
+    positions: bool = True
+    """RoPE on the queries of the write, whose last token is at -1 and whose slots are at 0: tells the newer of two
+    facts."""
+    normalised: bool = True
+    """Tokens are normalised before they query the bank and before they are written."""
+    forget_bias: float = 1.0
+    """Initial logit of the forget gate."""
+
+    @property
+    def normalises_tokens(self) -> bool:
+        """As configured."""
+        return self.normalised
+
+    def check(self, bank: "GatedBankConfig", width: int) -> None:
+        """See the base class; rotation takes pairs."""
+        if self.positions:
+            check_pairs(bank, width)
+
+    def build(self, bank: "GatedBankConfig", width: int, precision: Precision) -> "PaperWriter":
+        """The module."""
+        return PaperWriter(bank.top_k, width, precision, self.forget_bias, self.content, self.positions)
+
+
+def check_pairs(bank: "GatedBankConfig", width: int) -> None:
+    """Raises ValueError where the heads of the bank have an odd width, as rotation takes pairs."""
+    head_width = width // bank.num_heads
+    if head_width % 2:
+        raise ValueError(f"memory.write.positions needs an even head width, got {head_width}; change memory.num_heads")
 
 
 def gated_update(
@@ -269,16 +309,18 @@ class BlockWriter(nn.Module):
 
 
 class PaperWriter(nn.Module):
-    """See `PaperWrite`."""
+    """See `PaperWrite` and `ContentWrite`."""
 
-    config: PaperWrite
     top_k: int | None
     width: int
     precision: Precision
+    forget_bias: float
+    content: bool = False
+    positions: bool = False
 
     def setup(self) -> None:
         self.gate_input = Gate(self.width, self.precision)
-        self.gate_forget = Gate(self.width, self.precision, self.config.forget_bias)
+        self.gate_forget = Gate(self.width, self.precision, self.forget_bias)
 
     def __call__(
         self,
@@ -290,12 +332,19 @@ class PaperWriter(nn.Module):
     ) -> Float[Array, "B N D"]:
         """With R = A^T normalised over tokens: U = R E_mem, X = R E, M' = sig(X W + b) tanh(U) + sig(U W' + b') M.
 
+        With content U = R (E_mem + E). With positions the queries of A are rotated by t - T; those of the read are not.
+
         Differs from the paper: that adds T token rows to N slot rows, which is defined for T = N only; R brings tokens
         to slots, each head its part of the width. And its gates have no biases, as the released code's have.
         """
         q_BTHK, keys = query()
+        if self.positions:
+            T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
+            q_BTHK = rotate(q_BTHK, jnp.arange(-T, 0), rope_frequencies(K, 10_000.0, None))
         brought = tokens_to_slots(q_BTHK, keys, x_BTD.reshape(q_BTHK.shape), valid_BT, self.top_k)
         candidate_BND, tokens_BND = (y_BNHK.reshape(slots_BND.shape) for y_BNHK in brought)
+        if self.content:
+            candidate_BND = candidate_BND + tokens_BND
         return gated_update(
             slots_BND, candidate_BND, self.gate_input(tokens_BND), self.gate_forget(candidate_BND), metrics
         )

@@ -44,6 +44,7 @@ class Capability(enum.Flag):
     HEADS = enum.auto()  # `reader`, `read_heads`, `write_heads`: takes attention's own queries, keys and values
     LAYER_TOKENS = enum.auto()  # `reader`, `look_up`: answers tokens; `write`: takes a layer's output at memory tokens
     STACK_TOKENS = enum.auto()  # `rows` travel through the decoder with each segment, `write` takes their outputs
+    RECALL = enum.auto()  # `recall`: a row for a segment, found with a summary of tokens; `write` takes its output
     MERGE = enum.auto()  # `merged`: the states after different texts can be added up
 
 
@@ -76,6 +77,11 @@ class MemoryConfig(Family):
     def stack_tokens(self) -> int:
         """With STACK_TOKENS and LAYER_TOKENS, how many rows travel with a segment."""
         return 0
+
+    @property
+    def least_segments(self) -> int:
+        """Segments of a row that begins without memory, below which some parameters have no gradient."""
+        return 1
 
     @property
     def merge_obstacle(self) -> str:
@@ -168,6 +174,22 @@ class Memory(nn.Module):
         """Answers each row, of the text or of the memory tokens, independently of the others, with LAYER_TOKENS."""
         raise NotImplementedError
 
+    def recall(self, state: State) -> Float[Array, "B 1 D"]:
+        """The row that a segment reads, found with the summary in the state; with RECALL, as what follows."""
+        raise NotImplementedError
+
+    def sense(self, x_BTD: Float[Array, "B T D"], state: State, valid_BT: Bool[Array, "B T"]) -> State:
+        """The state after a segment that entered the decoder as `x_BTD`."""
+        raise NotImplementedError
+
+    def prompt(self, state: State) -> Float[Array, "B 1 D"]:
+        """The learned row around tokens that the decoder is to summarise."""
+        raise NotImplementedError
+
+    def summarise(self, summary_BD: Float[Array, "B D"], state: State) -> State:
+        """The state with a new summary."""
+        raise NotImplementedError
+
     def rows(self, state: State) -> Float[Array, "B N D"]:
         """The memory as rows in the compute dtype."""
         raise NotImplementedError
@@ -232,6 +254,7 @@ _METHODS = {
     Capability.HEADS: ("reader", "read_heads", "write_heads"),
     Capability.LAYER_TOKENS: ("reader", "look_up", "write"),
     Capability.STACK_TOKENS: ("rows", "write"),
+    Capability.RECALL: ("recall", "write", "sense", "prompt", "summarise"),
     Capability.MERGE: ("merged",),
 }
 

@@ -101,6 +101,7 @@ class GatedBank(Memory):
             init = named(lambda _, shape, dtype: jnp.asarray(rows_ND, dtype), START_AXES, Role.START)
             self.start_ND = self.param("start", init, rows_ND.shape, jnp.dtype(self.precision.params))
         self.norm = RMSNorm(self.precision) if c.norm_slots else None
+        self.norm_tokens = RMSNorm(self.precision) if c.write.normalises_tokens else None
         shape, axes = (D, H, D // H), ("embed", "heads", "head")
         self.q = Einsum(shape, axes, self.precision)
         self.k = Einsum(shape, axes, self.precision)
@@ -130,6 +131,10 @@ class GatedBank(Memory):
         dtype = jnp.dtype(self.precision.compute)
         return state.slots.astype(dtype) if self.norm is None else self.norm(state.slots)
 
+    def tokens(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Tokens as they query the bank and are written: normalised if the write form says so."""
+        return x_BTD if self.norm_tokens is None else self.norm_tokens(x_BTD)
+
     def query_rows(self, state: BankState) -> Float[Array, "B N D"]:
         """`rows` with the slot embeddings of the write form."""
         return self.writer.query_rows(self.rows(state))
@@ -150,7 +155,7 @@ class GatedBank(Memory):
 
         See `Memory.read`. Differs from the paper: no causal mask over slots, as all of them hold past segments.
         """
-        q_BTHK = self.q("btd,dhk->bthk", q_BTD)
+        q_BTHK = self.q("btd,dhk->bthk", self.tokens(q_BTD))
         y_BTHK = attend_slots(q_BTHK, reader, self.config.top_k, metrics)
         reveal(self, READ_WEIGHTS, lambda: slot_weights(q_BTHK, reader.k, self.config.top_k))
         return y_BTHK.reshape(q_BTD.shape), reader
@@ -163,6 +168,7 @@ class GatedBank(Memory):
         metrics: Metrics | None = None,
     ) -> BankState:
         """The bank after a segment, by the configured write form; see `bank_writes`."""
+        x_BTD = self.tokens(x_BTD)
 
         def query() -> tuple[Array, ExtraKV]:
             return self.q("btd,dhk->bthk", x_BTD), self.reader(state)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lm2_jax.config import RunConfig
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite
+from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.titans import TitansConfig
 
@@ -59,7 +59,9 @@ def _bank(run: RunConfig, memory: GatedBankConfig, block: int) -> dict[str, Work
     d, D, N = run.model.decoder, run.model.decoder.width, memory.num_slots
     slots = N / run.model.segment_tokens  # per token
     kv = 4 * D * d.num_kv_heads * d.head_dim
-    if isinstance(memory.write, PaperWrite):  # projections of its own, used once to read and once to write
+    if isinstance(
+        memory.write, (PaperWrite, ContentWrite)
+    ):  # projections of its own, used once to read and once to write
         return {
             "ask": Work(2 * (2 * D * D + slots * 4 * D * D + 4 * N * D), block),
             "bring": Work(2 * 2 * N * D, block),  # R E_mem and R E

@@ -20,16 +20,19 @@ from lm2_jax.blocks.layer import LayerJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
+from lm2_jax.blocks.recall import RecallJoin
 from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import ModelConfig
-from lm2_jax.decoder import DecoderConfig, RopeScaling
-from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite
+from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
+from lm2_jax.memory.hierarchical import HierarchicalConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.titans import GateConfig, TitansConfig
 from lm2_jax.memory.tokens import TokensConfig
 from lm2_jax.precision import Precision
+from lm2_jax.rope import Llama3Scaling
 from lm2_jax.state import map_axes
 
 FLOAT64 = Precision("float64", "float64", "float64", "float64", "float64")
@@ -279,7 +282,9 @@ _SCALED = DecoderConfig(
     num_kv_heads=1,
     mlp_width=24,
     head_width=8,
-    rope_scaling=RopeScaling(original_tokens=128),
+    rope_scaling=Llama3Scaling(original_tokens=128),
+    attention_bias="qkvo",
+    qk_norm=True,
     tie_head=False,
     window_tokens=9,
 )
@@ -327,6 +332,14 @@ VARIANTS: dict[str, ModelConfig] = {
         ResidualJoin(read="own", topology="per_layer"),
     ),
     "paper_shared": _variant(_bank(write=PaperWrite(), top_k=3), ResidualJoin(read="shared", source="block")),
+    "content": _variant(_bank(write=ContentWrite()), ResidualJoin(read="own", source="attention")),
+    "content_shared_no_norm": _variant(
+        _bank(write=ContentWrite(normalised=False, content=False), top_k=3, norm_slots=False),
+        ResidualJoin(read="shared", source="block"),
+    ),
+    "content_gate_no_positions": _variant(
+        _bank(write=ContentWrite(positions=False)), GateJoin(layers=(1,), num_persistent=1)
+    ),
     "threaded_outer_layers_window": _variant(
         _bank(top_k=4), ResidualJoin(topology="threaded", layers=(0, 2)), _decoder(num_layers=3, window_tokens=4)
     ),
@@ -368,6 +381,12 @@ VARIANTS: dict[str, ModelConfig] = {
     "full_gate": _variant(
         _bank(write=PaperWrite()), GateJoin(layers=(1,), num_persistent=1), _decoder(max_tokens=97, num_kv_heads=1)
     ),
+    "hmt_no_sensory": _variant(HierarchicalConfig(4, sensory_tokens=0, summary_tokens=12, key_width=3), RecallJoin()),
+    "hmt_all_sensory_untied": _variant(
+        HierarchicalConfig(num_memories=2, sensory_tokens=12, summary_tokens=5, key_width=6),
+        RecallJoin(),
+        _decoder(tie_head=False, num_kv_heads=1),
+    ),
     "rmt_mutual": _variant(TokensConfig(num_tokens=3), TokensJoin(mask="mutual")),
     "rmt_untied": _variant(TokensConfig(num_tokens=2), TokensJoin(), _decoder(tie_head=False, num_kv_heads=1)),
 }
@@ -379,6 +398,8 @@ _SLOW = (
     "context_queries",
     "full_gate",
     "full_persistent",
+    "hmt_all_sensory_untied",
+    "hmt_no_sensory",
     "middle_layer_learned_window",
     "more_slots_than_width",
     "no_gates",
@@ -398,7 +419,7 @@ _LONG_VARIANTS = (
 )
 LONG = frozenset({*_LONG_TINY, *_LONG_VARIANTS})
 # Of these the fast lane runs causality, padding and any split in float64; the slow lane all.
-SLOW_TINY = frozenset({"armt_tiny", "infini_tiny", "llama_tiny"})
+SLOW_TINY = frozenset({"armt_tiny", "hmt_tiny", "infini_tiny", "llama_tiny"})
 # Whatever is slow of these is too long for the slow lane.
 LONG_WHERE_SLOW = frozenset({"titans_mac_tiny"})
 assert {*_SLOW, *LONG, *LONG_WHERE_SLOW} <= {*VARIANTS, *TINY}

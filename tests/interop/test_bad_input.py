@@ -1,32 +1,63 @@
 """What cannot be imported is refused with one message that says what was expected."""
 
+import dataclasses
 import json
 import struct
 
 import numpy as np
 import pytest
 
+from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.errors import UserError
 from lm2_jax.interop import hub
 from lm2_jax.interop.open_source import open_source
 from lm2_jax.interop.pretrained import from_pretrained
+from lm2_jax.memory.tokens import TokensConfig
+from lm2_jax.rope import YarnScaling
 from tests.interop.folders import TINY, hf_folder, random_weights
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM.*not supported"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM.*not supported.*Qwen3ForCausalLM"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "'Qwen2MoeForCausalLM' is not supported"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "'Qwen3MoeForCausalLM' is not supported"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, r"q_proj\.bias: missing"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, r"q_norm\.weight: missing"),
+        ({**QWEN2, "use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({**QWEN2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({**QWEN2, "mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding_window=4096 is not supported"),
+        ({**MISTRAL, "attention_bias": True}, "attention_bias=True is not supported"),
         ({"architectures": None, "model_type": "gemma"}, "gemma.*not supported"),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, "never run"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"attention_bias": True}, r"o_proj\.bias: missing"),
+        ({"attention_bias": "yes"}, "attention_bias='yes' is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"use_qk_norm": True}, "use_qk_norm=True"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE type 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "RoPE type 'su' is not supported; supported: .*'?yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "RoPE type 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "of type 'yarn': factor: expected a number"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, r"rope_scaling\.factor must be at least 1, got 0\.5"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast=1.0 must not be below beta_slow=2.0"),
+        ({"rope_scaling": {**YARN, "beta_fast": "32"}}, "beta_fast: expected a number, got '32'"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate: expected true or false, got 1"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0.5}}, "embeddings: expected a positive int"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta=1.0 must be above 1"),
+        ({"rope_scaling": {"type": "linear"}}, "of type 'linear': factor: expected a number, got None"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": None}, "max_position_embedd"),
+        ({"rope_scaling": [2.0]}, "rope_scaling: expected a table"),
+        ({"rope_parameters": {"full_attention": YARN}}, "a RoPE for each kind of layer is not supported"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, "low_frequency_factor=9.0 must be below"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a number"),
         ({"hidden_size": "32"}, "hidden_size: expected a positive integer"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
@@ -150,6 +181,22 @@ def test_a_hub_name_without_a_network(monkeypatch):
     with pytest.raises(UserError, match=r"'owner/model' is no path .* cannot be fetched: We couldn't connect"):
         open_source("owner/model")
     assert not hub.is_hub_name("runs/a/b")
+
+
+def test_dynamic_scaling_beyond_the_original_length(tmp_path):
+    """As far as the frequencies do not depend on the text's length it is read, and beyond that refused with advice."""
+    folder = hf_folder(tmp_path, {**TINY, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    config = from_pretrained(folder).config.model
+    assert config.segment_tokens == 64
+    with pytest.raises(ValueError, match=r"decoder\.max_tokens is 65, .*'dynamic' is supported up to.*=64") as caught:
+        dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_tokens=65))
+    assert "rope_scaling 'yarn'" in str(caught.value)
+    dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_tokens=64))
+    dataclasses.replace(
+        config, decoder=dataclasses.replace(config.decoder, max_tokens=65, rope_scaling=YarnScaling(original_tokens=64))
+    )
+    with pytest.raises(ValueError, match=r"model\.segment_tokens \(with memory tokens\) is 66"):
+        dataclasses.replace(config, memory=TokensConfig(num_tokens=1), join=TokensJoin())
 
 
 def test_a_segment_longer_than_the_training(tmp_path):

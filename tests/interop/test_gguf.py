@@ -10,12 +10,15 @@ from lm2_jax.interop.pretrained import from_pretrained
 from tests.interop.folders import TINY, random_weights
 
 gguf = pytest.importorskip("gguf")
+tokenizers = pytest.importorskip("tokenizers")
 
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
@@ -28,28 +31,29 @@ CONFIG = {**TINY, "intermediate_size": 64}  # a multiple of a quantisation's blo
 
 
 def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+    stem, part = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         layer, kind = stem.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{NAMES[kind]}.weight"
-    return f"{NAMES[stem]}.weight"
+        return f"blk.{layer}.{NAMES[kind]}.{part}"
+    return f"{NAMES[stem]}.{part}"
 
 
 def pairs_from_halves(matrix: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k in the order of llama.cpp: the two that rotate together are neighbours."""
-    rows, inputs = matrix.shape
-    return matrix.reshape(heads, 2, rows // heads // 2, inputs).swapaxes(1, 2).reshape(rows, inputs)
+    rows = len(matrix)
+    return matrix.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
-def write(path, weights, quantization=None, **changes):
+def write(path, weights, quantization=None, config=CONFIG, in_pairs=True, **changes):
     from lm2_jax.data.tokenizer_json import byte_letters
 
-    d = read_hf_config(CONFIG, "").decoder
+    d = read_hf_config(config, "").decoder
     writer = gguf.GGUFWriter(str(path), changes.get("architecture", "llama"))
     writer.add_embedding_length(d.width)
     writer.add_block_count(d.num_layers)
     writer.add_head_count(d.num_heads)
     writer.add_head_count_kv(d.num_kv_heads)
+    writer.add_key_length(d.head_dim)
     writer.add_feed_forward_length(d.mlp_width)
     writer.add_context_length(64)
     writer.add_layer_norm_rms_eps(d.norm_epsilon)
@@ -66,7 +70,7 @@ def write(path, weights, quantization=None, **changes):
     writer.add_eos_token_id(258)
     writer.add_chat_template("{{ messages }}")
     for name, array in weights.items():
-        heads = {"q_proj": d.num_heads, "k_proj": d.num_kv_heads}.get(name.split(".")[-2], 0)
+        heads = {"q_proj": d.num_heads, "k_proj": d.num_kv_heads}.get(name.split(".")[-2], 0) if in_pairs else 0
         array = pairs_from_halves(array, heads) if heads else array
         if quantization is None or array.ndim == 1:
             writer.add_tensor(gguf_name(name), array)
@@ -98,6 +102,36 @@ def test_every_weight_and_the_tokenizer_are_read(tmp_path):
     assert run.tokenizer.decode(ids) == "cab 12 <|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "in_pairs"),
+    [
+        ("llama", {"attention_bias": True}, True),
+        ("qwen2", {"architectures": ["Qwen2ForCausalLM"]}, False),
+        ("qwen3", {"architectures": ["Qwen3ForCausalLM"], "head_dim": 10}, False),
+    ],
+)
+def test_biases_and_norms_of_other_architectures(architecture, changes, in_pairs, tmp_path):
+    config = {**CONFIG, **changes}
+    weights = random_weights(config)
+    path = write(tmp_path / "a.gguf", weights, None, config, in_pairs, architecture=architecture, pre="qwen2")
+    source = open_source(path)
+    assert source.spec.decoder == read_hf_config(config, "").decoder
+    assert source.shapes().keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(source.read(name), array)
+
+
+def test_qwens_pre_tokenizer_splits_digits_and_composes_characters(tmp_path):
+    path = write(tmp_path / "a.gguf", random_weights(CONFIG), pre="qwen2")
+    assert from_pretrained(path).tokenizer.decode(from_pretrained(path).tokenizer.encode("caf\u00e9")) == "caf\u00e9"
+    files = open_source(path).tokenizer()
+    assert files is not None
+    backend = tokenizers.Tokenizer.from_str(files.content.decode())
+    assert backend.normalizer.normalize_str("e\u0301") == "\u00e9"
+    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("I'll 123\n\nx")]
+    assert pieces == ["I", "'ll", "Ġ", "1", "2", "3", "ĊĊ", "x"]
+
+
 @pytest.mark.parametrize("quantization", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantised_tensors_are_expanded_as_the_package_does(quantization, tmp_path):
     weights = random_weights(CONFIG)
@@ -113,7 +147,7 @@ def test_quantised_tensors_are_expanded_as_the_package_does(quantization, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gemma"}, "architecture 'gemma' is not supported; supported: 'llama'"),
+        ({"architecture": "gemma"}, "architecture 'gemma' is not supported; supported: 'llama', 'qwen2', 'qwen3'"),
         ({"scaling": gguf.RopeScalingType.YARN}, "RoPE is scaled .*'yarn'"),
     ],
 )

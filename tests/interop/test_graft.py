@@ -32,6 +32,7 @@ TOKENS = 32  # of a segment
 MEASURED = {
     "gated_delta": 1.12,
     "gated_delta+context": 0.415,
+    "hmt": 0.243,
     "hybrid": 0.218,
     "lm2_context": 0.608,
     "rmt": 0.303,

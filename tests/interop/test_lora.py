@@ -20,7 +20,7 @@ from lm2_jax.presets import PRESETS
 from lm2_jax.runs import Run
 from lm2_jax.training.optim_config import OptimConfig
 from lm2_jax.training.state import make_plan
-from tests.interop.folders import hf_folder
+from tests.interop.folders import TINY, hf_folder
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("attention/*", "mlp/*"))
 
@@ -35,7 +35,7 @@ def each_operation_as_written():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return open_source(hf_folder(tmp_path_factory.mktemp("llama") / "hf"))
+    return open_source(hf_folder(tmp_path_factory.mktemp("llama") / "hf", {**TINY, "attention_bias": True}))
 
 
 def with_lora(model, lora=ALL):

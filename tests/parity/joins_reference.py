@@ -4,8 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from lm2_jax.memory.bank_writes import PaperWrite, SlotsWrite
-from tests.parity.reference import Past, Reference, attended, heads, merged, rms_norm, rotated, sigmoid, swiglu
+from lm2_jax.memory.bank_writes import ContentWrite, PaperWrite, SlotsWrite
+from tests.parity.reference import (
+    Past,
+    Reference,
+    attended,
+    heads,
+    merged,
+    rms_norm,
+    rotated,
+    sigmoid,
+    swiglu,
+    with_bias,
+)
 
 Rows = list[np.ndarray]  # [D] each
 
@@ -91,7 +102,8 @@ class JoinsReference(Reference):
         full = self.config.decoder.max_tokens is not None
 
         def keys_values(row_D: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
-            return rotated(heads(row_D, a["k_proj"]["w"]), place, self.frequencies), heads(row_D, a["v_proj"]["w"])
+            _, k_GK, v_GK = self.unrotated(a, row_D)
+            return rotated(k_GK, place, self.frequencies), v_GK
 
         beside = [keys_values(row, 0 if full else begin) for row in always]
         retrieved = [] if own is None else [keys_values(row, begin + j) for j, row in enumerate(own)]
@@ -101,9 +113,9 @@ class JoinsReference(Reference):
             first = begin if window is None else max(0, begin + t - window + 1)
             first = 0 if full else first
             seen = beside + retrieved[max(first - begin, 0) : t + 1] + list(zip(*past, strict=True))[first:]
-            q_HK = rotated(heads(x_D, a["q_proj"]["w"]), begin + t, self.frequencies)
+            q_HK = rotated(self.unrotated(a, x_D)[0], begin + t, self.frequencies)
             keys, values = ([pair[i] for pair in seen] for i in (0, 1))
-            out.append(merged(attended(q_HK, keys, values), a["o_proj"]["w"]))
+            out.append(with_bias(merged(attended(q_HK, keys, values), a["o_proj"]["w"]), a["o_proj"]))
         return np.array(out)
 
     def combined(self, p: dict[str, Any], y_TD: np.ndarray, m_TD: np.ndarray) -> np.ndarray:
@@ -123,12 +135,15 @@ class JoinsReference(Reference):
         """The bank's own read of each row."""
         keys, values = ([heads(row, p["memory"][name]["w"]) for row in self.rows(p, bank_ND)] for name in ("k", "v"))
         top_k = self.config.memory.top_k
-        return np.array([attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in x_TD])
+        return np.array(
+            [attended(heads(x, p["memory"]["q"]["w"]), keys, values, top_k).reshape(-1) for x in self.given(p, x_TD)]
+        )
 
     def running(self, p: dict[str, Any], x_TD: np.ndarray, bank: Any) -> tuple[np.ndarray, Any]:
         """What each row is told, and the memory behind them: of a bank, as it stood before them."""
         return self.asked(p, x_TD, bank), self.written(p, x_TD, bank)
 
     def written(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
-        write = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper}[type(self.config.memory.write)]
+        writes = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper, ContentWrite: self.write_paper}
+        write = writes[type(self.config.memory.write)]
         return write(p, x_TD, bank_ND, 0, Past([], []))

@@ -3,6 +3,7 @@
     python tests/parity/make_golden.py lm2 CLONE_OF_LM2
     python tests/parity/make_golden.py titans CLONE_OF_TITANS_PYTORCH
     python tests/parity/make_golden.py ttt CLONE_OF_TTT_LM_PYTORCH
+    python tests/parity/make_golden.py hmt CLONE_OF_HMT_PYTORCH
 
 Needs torch and what the clone needs, which no test needs. Nothing of a clone becomes part of this repository.
 """
@@ -181,11 +182,60 @@ def ttt():
     return out
 
 
+def hmt():
+    """RecurrentWrapper over six segments with a cache of three memory embeddings, in float32 and on the CPU."""
+    torch.Tensor.cuda = torch.Tensor.bfloat16 = lambda self, *args, **options: (
+        self
+    )  # both are called in the forward pass
+    from transformers import LlamaConfig, LlamaForCausalLM  # before the empty modules, for which it would look
+
+    unused = {
+        "accelerate": {},
+        "accelerate.logging": {"get_logger": lambda name: None},
+        "evaluate": {"load": lambda name: None},
+        "sklearn": {},
+        "sklearn.metrics": dict.fromkeys(("accuracy_score", "precision_recall_fscore_support")),
+    }
+    for name, content in unused.items():  # of a log and of metrics, which are not computed here
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(content)
+    from modeling_rmt.language_modeling import MemoryCell, RecurrentWrapper
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, use_cache=False,
+        attn_implementation="eager",
+    )  # fmt: skip
+    decoder = LlamaForCausalLM(config)
+    cell = MemoryCell(decoder, num_mem_tokens=1, num_prepend=2)
+    embeddings = decoder.get_input_embeddings()
+    model = RecurrentWrapper(cell, emb=embeddings, word_emb_dim=16, hidden_dim=4, ltm_context=3, n_cell_out=6)
+    model = model.float().eval()
+    randomise(model)
+    with torch.no_grad():
+        model.memory_cell.memory.copy_(torch.randn(1, 16))
+        model.mem.copy_(torch.randn(1, 16))
+        for p in model.cross_attn.parameters():
+            p.copy_(0.4 * torch.randn_like(p))
+    passes = []  # the summary and the main pass of each segment
+    cell.register_forward_hook(lambda module, args, output: passes.append(output[1]))
+    model.process_outputs = lambda cells, **options: torch.cat([one.logits for one in cells], dim=1)
+    tokens = torch.randint(0, 40, (2, 36))
+    with torch.no_grad():
+        logits, _ = model(tokens, attention_mask=torch.ones_like(tokens), segment_size=6, sum_fraction=0.5)
+    own = [(name, p) for name, p in model.named_parameters() if "mem_map" not in name]  # which only `switch` uses
+    out = {"tokens": tokens.numpy().astype(np.int32), "logits": logits.numpy(), **arrays("weights/", own)}
+    out["summaries"], out["embeddings"] = (torch.cat(passes[i::2], dim=1).numpy() for i in (0, 1))
+    return out
+
+
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[2])
     kind, file = {
         "lm2": (lm2, "lm2_official"),
         "titans": (titans, "titans_pytorch"),
         "ttt": (ttt, "ttt_official"),
+        "hmt": (hmt, "hmt_official"),
     }[sys.argv[1]]
     np.savez_compressed(GOLDEN / f"{file}.npz", **kind())

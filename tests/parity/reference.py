@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm2_jax.config import ModelConfig
-from lm2_jax.memory.bank_writes import BlockWrite, PaperWrite, SlotsWrite
+from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import identity_rows
 
 
@@ -97,6 +97,11 @@ def merged(y_HK: np.ndarray, w_HKD: np.ndarray) -> np.ndarray:
     return np.tensordot(y_HK, w_HKD, axes=2)
 
 
+def with_bias(y: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    """A projection's output and its bias, if it has one."""
+    return y + p["b"] if "b" in p else y
+
+
 class Reference:
     """A model over one row."""
 
@@ -121,6 +126,14 @@ class Reference:
             return self.params["embed"]["table"] @ x_D
         return x_D @ self.params["head"]["w"]
 
+    def unrotated(self, p: dict[str, Any], x_D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, key and value of a normalised row."""
+        q_HK, k_GK, v_GK = (with_bias(heads(x_D, p[n]["w"]), p[n]) for n in ("q_proj", "k_proj", "v_proj"))
+        if self.config.decoder.qk_norm:
+            epsilon = self.config.decoder.norm_epsilon
+            q_HK, k_GK = (rms_norm(y, p[n]["scale"], epsilon) for y, n in ((q_HK, "q_norm"), (k_GK, "k_norm")))
+        return q_HK, k_GK, v_GK
+
     def self_attention(self, p: dict[str, Any], x_D: np.ndarray, position: int, past: Past, first: int) -> Any:
         """Output of one token, its unrotated query; its key and value join the past.
 
@@ -131,12 +144,11 @@ class Reference:
           past: of this layer.
           first: earliest position that is seen.
         """
-        k_GK = rotated(heads(x_D, p["k_proj"]["w"]), position, self.frequencies)
-        past.k.append(k_GK)
-        past.v.append(heads(x_D, p["v_proj"]["w"]))
-        q_HK = heads(x_D, p["q_proj"]["w"])
+        q_HK, k_GK, v_GK = self.unrotated(p, x_D)
+        past.k.append(rotated(k_GK, position, self.frequencies))
+        past.v.append(v_GK)
         y_HK = attended(rotated(q_HK, position, self.frequencies), past.k[first:], past.v[first:])
-        return merged(y_HK, p["o_proj"]["w"]), q_HK
+        return with_bias(merged(y_HK, p["o_proj"]["w"]), p["o_proj"]), q_HK
 
     def run(self, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits of a text of whole segments, and all memories behind it."""
@@ -203,7 +215,12 @@ class Reference:
             return out_TD, None
         source_TD = found_TD if self.config.join.source == "attention" else out_TD
         old = bank if written is None else written
-        write = {SlotsWrite: self.write_slots, PaperWrite: self.write_paper, BlockWrite: self.write_block}
+        write = {
+            SlotsWrite: self.write_slots,
+            PaperWrite: self.write_paper,
+            ContentWrite: self.write_paper,
+            BlockWrite: self.write_block,
+        }
         return out_TD, write[type(self.config.memory.write)](p, source_TD, old, begin, past)
 
     def projected(self, p: dict[str, Any], bank_ND: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -221,10 +238,17 @@ class Reference:
         if join.read == "shared":
             y_D = merged(attended(q_HK, *keys_values, top_k), p["attention"]["o_proj"]["w"])
         else:
-            y_D = attended(heads(found_D, p["memory"]["q"]["w"]), *keys_values, top_k).reshape(-1)
+            asking_D = self.given(p, found_D[None])[0]
+            y_D = attended(heads(asking_D, p["memory"]["q"]["w"]), *keys_values, top_k).reshape(-1)
         if join.gate:
             y_D = sigmoid(y_D @ p["gate_output"]["w"]["w"] + p["gate_output"]["b"]["b"]) * y_D
         return y_D * p["loudness"]["b"] if join.silent_start else y_D
+
+    def given(self, p: dict[str, Any], x_TD: np.ndarray) -> np.ndarray:
+        """Tokens as they ask the bank and are written: normalised in the form with content."""
+        write = self.config.memory.write
+        is_normed = isinstance(write, ContentWrite) and write.normalised
+        return rms_norm(x_TD, p["memory"]["norm_tokens"]["scale"]) if is_normed else x_TD
 
     def gated(self, p: dict[str, Any], old: np.ndarray, new: np.ndarray, for_input: Any, for_forget: Any) -> np.ndarray:
         """M' = g_in tanh(U) + g_forget M."""
@@ -262,22 +286,30 @@ class Reference:
         return np.array(new)
 
     def write_paper(self, p: dict[str, Any], x_TD: np.ndarray, bank_ND: np.ndarray, begin: int, past: Past) -> Any:
-        """R = A^T normalised over tokens, head by head; M' = sig(R E W_in) tanh(R E_mem) + sig(R E_mem W_f) M."""
+        """R = A^T normalised over tokens, head by head; M' = sig(R E W_in) tanh(U) + sig(U W_f) M.
+
+        U = R E_mem; in the form with content R (E_mem + E), and the queries of A are rotated to t - T.
+        """
         memory, w = self.config.memory, p["memory"]["writer"]
-        H, D = memory.num_heads, self.config.decoder.width
+        H, D, T, form = memory.num_heads, self.config.decoder.width, len(x_TD), memory.write
+        x_TD, is_extended = self.given(p, x_TD), isinstance(form, ContentWrite)
+        frequencies = [10_000.0 ** (-2 * i * H / D) for i in range(D // H // 2)]
         own = rms_norm(bank_ND, p["memory"]["norm"]["scale"]) if memory.norm_slots else bank_ND
         keys = [heads(row, p["memory"]["k"]["w"]) for row in own]
         values = [heads(row, p["memory"]["v"]["w"]) for row in own]
         candidate, tokens = np.zeros_like(bank_ND), np.zeros_like(bank_ND)
         for h in range(H):
             part = slice(h * D // H, (h + 1) * D // H)
-            queries = [heads(x, p["memory"]["q"]["w"])[h] for x in x_TD]
+            all_heads = [heads(x, p["memory"]["q"]["w"]) for x in x_TD]
+            if is_extended and form.positions:
+                all_heads = [rotated(q_HK, t - T, frequencies) for t, q_HK in enumerate(all_heads)]
+            queries = [q_HK[h] for q_HK in all_heads]
             A_TN = np.array([weights_over(q, [k[h] for k in keys], memory.top_k) for q in queries])
             read_TK = A_TN @ np.array([v[h] for v in values])
             for n in range(len(bank_ND)):
                 total = A_TN[:, n].sum()
                 R_T = A_TN[:, n] / total if total > 0 else A_TN[:, n]
-                candidate[n, part] = R_T @ read_TK
+                candidate[n, part] = R_T @ (read_TK + x_TD[:, part] if is_extended and form.content else read_TK)
                 tokens[n, part] = R_T @ x_TD[:, part]
         return self.gated(w, bank_ND, candidate, tokens, candidate)
 

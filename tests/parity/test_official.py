@@ -1,5 +1,6 @@
 """Outputs of the released code of RMT and ARMT on random weights; golden/README.md says how they were made."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ PROJECTIONS = {
 MEMORY = {"memory/q/w": "W_mq", "memory/k/w": "W_mk", "memory/v/w": "W_mv", "memory/gate_rate": "W_mb"}
 
 
-def load(name: str, model: Any, start: str, inner: str = "") -> tuple[Any, Any]:
+def load(
+    name: str, model: Any, start: str, inner: str = "", own: Callable[[Any], Any] = lambda golden: {}
+) -> tuple[Any, Any]:
     """Their arrays, and our parameters filled with their weights.
 
     Args:
@@ -43,6 +46,7 @@ def load(name: str, model: Any, start: str, inner: str = "") -> tuple[Any, Any]:
       model: ours.
       start: where the first memory tokens are.
       inner: what their wrapper of a layer puts before the names of the layer's own weights.
+      own: makes more of our parameters, by path, of their arrays.
     """
     golden = np.load(FOLDER / f"{name}_official.npz")
     weights = {key.removeprefix("weights/memory_cell."): golden[key] for key in golden.files if "weights/" in key}
@@ -54,6 +58,7 @@ def load(name: str, model: Any, start: str, inner: str = "") -> tuple[Any, Any]:
         "embed/table": weights["model.model.embed_tokens.weight"],
         "final_norm/scale": weights["model.model.norm.weight"],
         start: weights["memory"],
+        **own(golden),
     }
     for ours, key in PROJECTIONS.items():
         theirs[f"blocks_0/{ours}"] = np.stack([layer(i, f"{inner}{key}.weight").T for i in range(LAYERS)])

@@ -112,7 +112,7 @@ def test_a_sharded_run_equals_the_run_on_one_device(name, mesh, float64):
 @pytest.mark.parametrize("mesh", ["data2_fsdp2_model2", "fsdp2_model2_slots2"])
 @pytest.mark.parametrize("name", [*OTHERS, *PAIRS])
 def test_every_other_memory_and_join_too(name, mesh):
-    if name in ("rmt_tiny", "armt_tiny") and MESHES[mesh].slots > 1:
+    if name in ("rmt_tiny", "armt_tiny", "hmt_tiny") and MESHES[mesh].slots > 1:
         mesh = "fsdp8"  # refused with split segments, see the next test
     here = case(name, MESHES[mesh], False)
     assert_sharded_as_planned(here)
@@ -134,8 +134,9 @@ def test_every_other_preset_is_traced_on_a_mesh(name):
     assert case(name, MESHES["data2_fsdp2_model2"], False).lowered is not None
 
 
-def test_memory_tokens_beside_a_split_segment_are_refused():
-    here = case("rmt_tiny", MESHES["fsdp2_model2_slots2"], False)
+@pytest.mark.parametrize("name", ["rmt_tiny", "hmt_tiny"])
+def test_memory_tokens_beside_a_split_segment_are_refused(name):
+    here = case(name, MESHES["fsdp2_model2_slots2"], False)
     with pytest.raises(ValueError, match=r"set mesh\.slots to 1"):
         _ = here.lowered
 

@@ -106,7 +106,7 @@ PURPOSES = {
     "probe_slots_threaded_no_positions": "the same without positions of tokens",
     "probe_slots_threaded_own_read": "the same with read projections of its own",
     "probe_paper": "LM2 with the paper's read and write",
-    "probe_content": "the same with norms, positions of the write, and tokens themselves in the candidate",
+    "probe_content": "LM2, content write: the paper's with token content",
     "probe_content_norm": "the same with slots normalised before they are projected",
     "probe_content_slow": "probe_content with a forget gate that begins at 0.95 instead of 0.73",
 }

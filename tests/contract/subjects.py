@@ -395,6 +395,8 @@ VARIANTS: dict[str, ModelConfig] = {
 _SLOW = (
     "block_write_own_no_gates",
     "block_write_window",
+    "content_gate_no_positions",
+    "content_shared_no_norm",
     "context_queries",
     "full_gate",
     "full_persistent",

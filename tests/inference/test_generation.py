@@ -16,7 +16,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 __all__ = ["quick_compilation"]
 
 # A model has about twenty programs to compile; the lane `long` has all of them.
-LANES = {"lm2_tiny": (), "titans_mac_tiny": (), "rmt_tiny": pytest.mark.slow, "gated_delta_tiny": pytest.mark.slow}
+LANES = {
+    "lm2_tiny": (),
+    "titans_mac_tiny": pytest.mark.slow,
+    "rmt_tiny": pytest.mark.slow,
+    "gated_delta_tiny": pytest.mark.slow,
+}
 TINY = [
     pytest.param(name, marks=LANES.get(name, pytest.mark.long)) for name in lm2_jax.PRESETS if name.endswith("_tiny")
 ]

@@ -135,7 +135,7 @@ def test_an_empty_memory_changes_no_bit():
     assert memory_file.merge(run, [empty, empty]).tokens_read == 0
 
 
-@pytest.mark.parametrize("name", [DELTA, TITANS])
+@pytest.mark.parametrize("name", [DELTA, pytest.param(TITANS, marks=pytest.mark.slow)])
 def test_merging_models_sums_every_layer_from_its_start_and_reads_the_open_tokens(name):
     run = tiny_run(name)
     T = run.config.model.segment_tokens

@@ -66,7 +66,13 @@ def test_logits_equal_those_of_transformers_and_every_weight_comes_back(path, tm
         np.testing.assert_array_equal(to_hf(ours[name], read(ours[name]), shape), source.read(name))
 
 
-@pytest.mark.parametrize("name", ["attention_bias", "qwen2_yarn", "yarn_mscale", "qwen3_bias_scaling"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_yarn",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("attention_bias", "yarn_mscale", "qwen3_bias_scaling")),
+    ],
+)
 def test_text_in_pieces_has_the_logits_of_transformers(name, tmp_path):
     """Through `stream`, within one segment and with the keys of a document of four segments."""
     folder, tokens, logits = golden_folder(next(path for path in GOLDEN if path.stem == name), tmp_path / "hf")

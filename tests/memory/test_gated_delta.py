@@ -80,6 +80,7 @@ def test_gradients_of_both_forms_agree():
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_module_in_pieces_with_padding_equals_one_call():
     """Tails of the convolutions, rates and decays included; a piece of one token takes the recurrent form."""
     config = GatedDeltaConfig(num_heads=2, chunk_tokens=4)

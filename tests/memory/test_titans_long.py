@@ -57,6 +57,7 @@ def outer_gradient(config: TitansConfig, T: int = 1024, D: int = 64) -> float:
     return float(optax.tree.norm(grads))
 
 
+@pytest.mark.slow
 def test_gradients_through_many_chunks_stay_moderate():
     """With a norm that knows no size, and half of the weights forgotten every 38 tokens, they grow with each chunk."""
     config = TitansConfig()

@@ -139,6 +139,7 @@ def test_every_product_of_the_inner_loop_has_the_highest_precision():
 BOUNDS = {1: 1e-2, 6: 2e-6}  # at 256 tokens
 
 
+@pytest.mark.slow
 def test_values_and_gradients_by_the_passes_of_a_product(set_passes):
     """Six passes are as good as float32. One pass is not: a hundredth of each bound is exceeded."""
     x = text("words", 256)

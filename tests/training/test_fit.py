@@ -131,6 +131,7 @@ def test_ctrl_c_saves_and_leaves_with_130(documents, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "3").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is_and_says_how_to_train_further(undisturbed, documents, tmp_path, capsys):
     workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
     before = files_of(workdir / "checkpoints")
@@ -297,6 +298,7 @@ def with_optim(config, **fields):
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **fields))
 
 
+@pytest.mark.slow
 def test_a_config_without_a_checkpoint_locks_nothing(documents, tmp_path):
     """A start that was killed, refused or diverged before its first save: another config takes its place."""
     with pytest.raises(UserError, match="diverged"):
@@ -350,6 +352,7 @@ def test_a_workdir_of_a_run_is_taken(tmp_path, files):
     workdirs.check_foreign(epath.Path(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_number_of_steps_may_grow_and_not_shrink(undisturbed, documents, tmp_path):
     workdir = shutil.copytree(undisturbed[0], tmp_path / "workdir")
     before = (workdir / "tokenizer.json").stat()
@@ -402,6 +405,7 @@ def test_a_newer_format_is_refused_with_both_versions(undisturbed, tmp_path):
         load_run(workdir)
 
 
+@pytest.mark.slow
 def test_weights_of_another_run_start_a_new_one(undisturbed, documents, tmp_path, capsys):
     source, _ = undisturbed
     plain = preset("none_tiny").model
@@ -463,6 +467,7 @@ def test_a_second_signal_while_the_last_checkpoint_is_saved_changes_nothing(docu
     assert saved_steps(tmp_path) == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_saves_nothing_and_is_no_error(documents, tmp_path, monkeypatch, capsys):
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -81,7 +81,9 @@ def test_weights_and_metric_sums_by_hand():
     )
 
 
-@pytest.mark.parametrize(("name", "carry"), [("lm2_tiny", True), ("rmt_tiny", False)])
+@pytest.mark.parametrize(
+    ("name", "carry"), [("lm2_tiny", True), pytest.param("rmt_tiny", False, marks=pytest.mark.slow)]
+)
 def test_accumulated_micro_batches_equal_the_big_batch(name, carry):
     """Micro-batches of unequal weight: the mean of their means would be another gradient."""
     config = dataclasses.replace(config_with(carry), model=lm2_jax.preset(name).model)
@@ -117,6 +119,7 @@ def test_the_memory_goes_from_step_to_step():
     assert losses["read", "reset"] == losses["forgetful", "reset"], "unless a document begins"
 
 
+@pytest.mark.slow
 def test_bptt_blocks_change_the_gradient_and_not_the_loss():
     (_, full), (_, short) = one_step(config_with(carry=False)), one_step(config_with(carry=False, bptt=2))
     np.testing.assert_allclose(full.tally["loss"], short.tally["loss"], rtol=1e-6)
@@ -199,6 +202,7 @@ def test_gradients_of_frozen_parameters_cost_nothing():
     assert flops() - flops(freeze=("*/mlp",)) == 2 * tokens * kernels
 
 
+@pytest.mark.slow
 def test_the_z_loss_by_hand():
     config = plain()
     with_z = dataclasses.replace(config, loss=dataclasses.replace(config.loss, z_loss=0.5))

@@ -26,6 +26,7 @@ def documents(tmp_path_factory):
     return write_documents(tmp_path_factory.mktemp("texts") / "documents")
 
 
+@pytest.mark.slow
 def test_a_run_with_all_options_resumes_and_is_evaluated_by_its_average(documents, tmp_path):
     decoder_only = lm2_jax.preset("none_tiny").model  # compiles quickly
     config = dataclasses.replace(

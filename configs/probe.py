@@ -108,5 +108,5 @@ PURPOSES = {
     "probe_paper": "LM2 with the paper's read and write",
     "probe_content": "LM2, content write: the paper's with token content",
     "probe_content_norm": "the same with slots normalised before they are projected",
-    "probe_content_slow": "probe_content with a forget gate that begins at 0.95 instead of 0.73",
+    "probe_content_slow": "probe_content with a forget gate that begins at 0.95, not 0.73",
 }

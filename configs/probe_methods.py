@@ -42,7 +42,7 @@ PRESETS = {run.name: run for run in ARMS}
 HARDWARE = "CPU, minutes"
 PURPOSES = {
     "probe_full": "baseline: full attention over all segments",
-    "probe_window": "baseline: sliding-window attention over as many tokens as a segment has",
+    "probe_window": "baseline: sliding-window attention over a segment's tokens",
     "probe_block_half": "LM2, block write, a bank in each block, half as many slots",
     "probe_rmt_16": "RMT with 16 memory tokens",
     "probe_armt": "ARMT: an associative memory per layer, written by 8 memory tokens",

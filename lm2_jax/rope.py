@@ -30,7 +30,7 @@ class RopeScaling(Family):
 
     @property
     def score_factor(self) -> float:
-        """What the products of rotated queries and keys are multiplied by, besides 1 / sqrt(K)."""
+        """What the products of rotated queries and keys are multiplied by, in addition to 1 / sqrt(K)."""
         return 1.0
 
     @property

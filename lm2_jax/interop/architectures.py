@@ -33,9 +33,9 @@ class Architecture(NamedTuple):
       models: who uses it, for messages and the documentation.
       biases: `attention_bias` of a config -> that of the decoder; one that is missing is refused.
       qk_norm: as in the decoder.
-      fixed: fields with the only values that are supported, besides `FIXED`.
+      fixed: fields with the only values that are supported, in addition to `FIXED`.
       absent: what an absent field means, where it is not what the decoder computes.
-      extra: fields that an exported config has besides the common ones.
+      extra: fields of an exported config in addition to the common ones.
     """
 
     name: str

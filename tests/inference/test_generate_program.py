@@ -162,7 +162,7 @@ def test_standard_input_that_is_empty_or_no_text_is_refused(program, monkeypatch
 
 
 def test_unknown_options_end_with_status_2(program):
-    with pytest.raises(UserError, match="--temprature: no such option. Did you mean '--temperature'") as error:
+    with pytest.raises(UserError, match=r"--temprature: no such option\. Did you mean '--temperature'") as error:
         program("--temprature", "1")
     assert error.value.status == 2
 

@@ -1,8 +1,8 @@
 """Trains and evaluates presets under one protocol: `python -m lm2_jax.compare PRESET ... --out DIR`.
 
 The learning rate of each preset is chosen on development seeds, whose data is not in the table. Then every preset is
-trained with the same seeds. The same command again resumes: finished runs are only read. Options after `--` are options
-of every training, as in `... --out DIR -- --data.rows 8`.
+trained with the same seeds. The same command again resumes: finished runs are only read, from DIR/finished.jsonl, so
+their folders can be deleted. Options after `--` are options of every training, as in `... --out DIR -- --data.rows 8`.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from lm2_jax.commands import dataclass_options
 from lm2_jax.commands.dataclass_options import First
 from lm2_jax.commands.train import parse
 from lm2_jax.compare import jobs, table
+from lm2_jax.compare.finished import Finished
 from lm2_jax.compare.protocol import Job, Protocol, choose_rates
 from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
@@ -101,7 +102,8 @@ def compare(command: Command, options: Sequence[str], typed: str) -> None:
         out,
     )
     evaluation = ["--segments", *map(str, command.segments), "--rows", str(command.rows)]
-    runner = jobs.Runner(options, evaluation, command.jobs, lambda line: print(line, flush=True))
+    finished = Finished(out, configs, _machine())
+    runner = jobs.Runner(options, evaluation, command.jobs, lambda line: print(line, flush=True), finished)
     searched = runner.train(protocol.search(), may_diverge=True)
     scores = {job: jobs.score(metrics) for job, metrics in searched.items()}
     chosen = choose_rates(protocol, scores)
@@ -109,9 +111,9 @@ def compare(command: Command, options: Sequence[str], typed: str) -> None:
     for _, of_seed in itertools.groupby(protocol.reported(chosen), key=lambda job: job.seed):
         for job, seed in _seed_results(list(of_seed), runner).items():
             results[job.preset].seeds.append(seed)
-        files = table.to_files(list(results.values()), typed, _machine())
+        files = table.to_files(list(results.values()), typed, finished.machines())
         atomic.write_files({out / name: content for name, content in files.items()})
-    print(table.markdown(list(results.values()), typed, _machine()))
+    print(table.markdown(list(results.values()), typed, finished.machines()))
     print("\n".join(f"wrote {out / name}" for name in files))
 
 

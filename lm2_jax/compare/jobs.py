@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from lm2_jax import cli
+from lm2_jax.compare.finished import Finished
 from lm2_jax.compare.protocol import Job
 from lm2_jax.errors import UserError
 from lm2_jax.training.metrics import read_lines
@@ -26,12 +27,19 @@ class Runner:
       evaluation: options of the suite `recall`; None: runs are judged by their held-out metrics alone.
       parallel: processes at a time; on Linux each has its share of the cores.
       show: prints a line.
+      finished: results that exist, and where new ones are kept; None: they are in the folders of the runs alone.
     """
 
     def __init__(
-        self, options: Sequence[str], evaluation: Sequence[str] | None, parallel: int, show: Callable[[str], None]
+        self,
+        options: Sequence[str],
+        evaluation: Sequence[str] | None,
+        parallel: int,
+        show: Callable[[str], None],
+        finished: Finished | None = None,
     ):
         self._options, self._evaluation, self._parallel, self._show = list(options), evaluation, parallel, show
+        self._finished = finished
         self._cores = _shares(parallel)
         self._free = list(range(parallel))
         self._lock = threading.Lock()
@@ -47,12 +55,27 @@ class Runner:
           UserError: a run failed; the others that were under way can be resumed.
         """
         jobs = list(jobs)
-        return dict(zip(jobs, self._each(jobs, lambda job, share: self._train(job, share, may_diverge)), strict=True))
+
+        def call(job: Job, share: int) -> dict[str, float] | None:
+            return self._once(job, "metrics", None, lambda: self._train(job, share, may_diverge))
+
+        return dict(zip(jobs, self._each(jobs, call), strict=True))
 
     def recall(self, jobs: Iterable[Job]) -> dict[Job, list[dict[str, Any]]]:
         """The results of the suite `recall` of each run, one for each length."""
         jobs = list(jobs)
-        return dict(zip(jobs, self._each(jobs, self._recall), strict=True))
+
+        def call(job: Job, share: int) -> list[dict[str, Any]]:
+            return self._once(job, "recall", self._evaluation, lambda: self._recall(job, share))
+
+        return dict(zip(jobs, self._each(jobs, call), strict=True))
+
+    def _once(self, job: Job, what: str, asked: Sequence[str] | None, call: Callable[[], Any]) -> Any:
+        """A result that is kept, or a new one."""
+        if self._finished is None:
+            return call()
+        found = self._finished.find(job, what, asked)
+        return (found or self._finished.add(job, what, asked, call()))["value"]
 
     def _each(self, jobs: list[Job], call: Callable[[Job, int], Any]) -> list[Any]:
         def in_share(job: Job) -> Any:

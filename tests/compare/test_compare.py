@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 
 import lm2_jax
 from lm2_jax.commands import compare as program
 from lm2_jax.compare import jobs, table
+from lm2_jax.compare.finished import FILE, Finished, config_digest
 from lm2_jax.compare.protocol import Protocol, choose_rates, inequalities
 from lm2_jax.errors import UserError
 
@@ -56,6 +58,34 @@ def test_scores():
     assert jobs.score({"eval_answer_accuracy": 0.25, "eval_loss": 3.0}) == 0.25
     assert jobs.score({"eval_loss": 3.0}) == -3.0
     assert jobs.score(None) == -float("inf")
+
+
+def test_results_of_finished_runs_are_kept_by_config(tmp_path):
+    plan = protocol(tmp_path)
+    job, other = list(plan.reported({"lm2_tiny": 1e-3, "none_tiny": 3e-3}))[:2]
+    first = Finished(tmp_path, plan.configs, "one machine")
+    assert first.find(job, "metrics", None) is None
+    first.add(job, "metrics", None, {"eval_loss": 2.0})
+    first.add(other, "metrics", None, None)  # it diverged
+    first.add(job, "recall", ["--rows", "8"], [{"accuracy": 0.5}])
+    again = Finished(tmp_path, plan.configs, "another machine")
+    assert (again.find(job, "metrics", None) or {})["value"] == {"eval_loss": 2.0}
+    assert (again.find(other, "metrics", None) or {})["value"] is None
+    assert (again.find(job, "recall", ["--rows", "8"]) or {})["value"] == [{"accuracy": 0.5}]
+    assert again.find(job, "recall", ["--rows", "16"]) is None, "measured otherwise"
+    assert again.find(job._replace(seed=7), "metrics", None) is None
+    assert again.find(job._replace(workdir=tmp_path / "moved"), "metrics", None) is not None
+    again.add(job._replace(seed=7), "metrics", None, {"eval_loss": 1.0})
+    assert again.machines() == "another machine; one machine"
+    changed = {name: dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=3))
+               for name, config in plan.configs.items()}  # fmt: skip
+    assert Finished(tmp_path, changed, "m").find(job, "metrics", None) is None, "the result of another config"
+    config = plan.configs["lm2_tiny"]
+    of_job = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=77, learning_rate=0.5))
+    assert config_digest(of_job) == config_digest(config)
+    (tmp_path / FILE).write_text('{"preset": "lm2_tiny"}\n')
+    with pytest.raises(UserError, match=r"finished\.jsonl: damaged \(KeyError.*Remove it"):
+        Finished(tmp_path, plan.configs, "m")
 
 
 def result(preset, accuracies, parameters=1000):
@@ -135,7 +165,9 @@ def test_a_comparison_from_beginning_to_end_is_run_once(tmp_path, monkeypatch, c
         assert all(os.path.isdir(seed["workdir"]) for seed in found["seeds"])
     before = (out / "compare.md").read_bytes()
     calls.clear()
+    for kind in ("search", "runs"):
+        shutil.rmtree(out / kind)
     program.main(words)
-    assert calls == []
+    assert calls == [], "results of deleted runs are kept"
     assert (out / "compare.md").read_bytes() == before
     assert "wrote" in capsys.readouterr().out

@@ -26,7 +26,10 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 def versions() -> dict[str, str]:
     """The interpreter, and the packages that a compiled program depends on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    try:
+        return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SystemExit(f"error: {error.name} is not installed; pip install -r requirements-tpu.txt") from error
 
 
 def read() -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ python train.py lm2_tiny --workdir runs/lm2_tiny
 """
 
 import dataclasses
+from typing import Any
 
 from lm2_jax.blocks.base import JoinConfig
 from lm2_jax.blocks.combine import Mix
@@ -49,7 +50,9 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
     "none_window": (NoMemory(), PlainJoin(num_persistent=3)),
     "window": (NoMemory(), PlainJoin()),
     "llama": (NoMemory(), PlainJoin()),
+    "gpt2": (NoMemory(), PlainJoin()),
     "rmt": (TokensConfig(num_tokens=3), TokensJoin()),
+    "rmt_gpt2": (TokensConfig(num_tokens=3), TokensJoin()),
     "armt": (AssociativeConfig(num_tokens=3, key_width=8, norm=True), LayerTokensJoin()),
     "hmt": (HierarchicalConfig(num_memories=2, sensory_tokens=3, key_width=8), RecallJoin()),
     "infini": (CompressiveConfig(), HeadsJoin()),
@@ -69,11 +72,14 @@ MEMORIES: dict[str, tuple[MemoryConfig, JoinConfig]] = {
         ),
     ),
 }
-# How far attention reaches, where it is not the segment.
-REACHES: dict[str, dict[str, int]] = {
+GPT2 = {"norm": "layer", "mlp": "gelu", "mlp_width": 96, "attention_bias": "qkvo", "num_kv_heads": 4}
+# Fields of the decoder that differ: how far attention reaches, where it is not the segment, and GPT-2's layers.
+DECODERS: dict[str, dict[str, Any]] = {
     "none_window": {"window_tokens": 20},
     "window": {"window_tokens": 32},
     "llama": {"max_tokens": 4096},
+    "gpt2": {"max_tokens": 4096, "max_positions": 4096, **GPT2},
+    "rmt_gpt2": {"max_positions": 64, **GPT2},
     "titans_mag": {"window_tokens": 20},
     "titans_mal": {"window_tokens": 20},
 }
@@ -83,10 +89,10 @@ REACHES: dict[str, dict[str, int]] = {
 SEGMENTS = {"hmt": 3}
 
 
-def tiny(name: str, memory: MemoryConfig, join: JoinConfig, segments: int = 2, **reach: int) -> RunConfig:
-    """The tiny run of one memory and join; `reach` are fields of the decoder."""
+def tiny(name: str, memory: MemoryConfig, join: JoinConfig, segments: int = 2, **fields: Any) -> RunConfig:
+    """The tiny run of one memory and join; `fields` are of the decoder."""
     decoder = DecoderConfig(width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=64)
-    decoder = dataclasses.replace(decoder, **reach)
+    decoder = dataclasses.replace(decoder, **fields)
     return RunConfig(
         name=name,
         model=ModelConfig(vocab_size=512, segment_tokens=32, decoder=decoder, memory=memory, join=join),
@@ -98,7 +104,7 @@ def tiny(name: str, memory: MemoryConfig, join: JoinConfig, segments: int = 2, *
 
 
 PRESETS = {
-    f"{name}_tiny": tiny(f"{name}_tiny", *parts, SEGMENTS.get(name, 2), **REACHES.get(name, {}))
+    f"{name}_tiny": tiny(f"{name}_tiny", *parts, SEGMENTS.get(name, 2), **DECODERS.get(name, {}))
     for name, parts in MEMORIES.items()
 }
 HARDWARE = "CPU, seconds"
@@ -110,8 +116,10 @@ PURPOSES = {
     "none_tiny": "baseline: attention within a segment, no memory",
     "window_tiny": "baseline: Llama with a sliding attention window of one segment",
     "llama_tiny": "baseline: Llama with full attention and a cache of all keys",
+    "gpt2_tiny": "baseline: GPT-2 with full attention and a cache of all keys",
     "none_window_tiny": "baseline: sliding-window attention, no memory",
     "rmt_tiny": "RMT: memory tokens that pass through the decoder",
+    "rmt_gpt2_tiny": "RMT around a GPT-2, as it was published",
     "armt_tiny": "ARMT: an associative memory per layer, written by memory tokens",
     "hmt_tiny": "HMT: one embedding per segment, of which a summary recalls one",
     "infini_tiny": "Infini-attention: linear attention over the past, inside the heads",

@@ -64,6 +64,7 @@ class ModelConfig(Checked):
         self._check_rope()
         self.memory.check_segment(self.segment_tokens)
         self.join.check(self)
+        self._check_positions()
         if self.schedule == "layer_major":
             _require(
                 self.join.stack(self.block_spec, parent=None) is None,
@@ -90,6 +91,17 @@ class ModelConfig(Checked):
             f"original_tokens={scaling.max_tokens}. Beyond it the rotation of every key, also of those that are kept "
             f"from earlier segments, depends on the length of the text. Set it to at most {scaling.max_tokens}, or "
             "choose a scaling without this dependence, such as decoder.rope_scaling 'yarn'",
+        )
+
+    def _check_positions(self) -> None:
+        """Every row of a segment needs a position, those that a memory adds too."""
+        most, stack = self.decoder.max_positions, self.join.stack(self.block_spec, parent=None)
+        rows = 0 if stack is None else stack.prefix_tokens + (stack.suffix_tokens if stack.places_suffix else 0)
+        rows, added = rows + self.segment_tokens, f" and the {rows} rows that the memory adds" if rows else ""
+        _require(
+            most is None or rows <= most,
+            f"model.segment_tokens={self.segment_tokens}{added} are more than decoder.max_positions={most}; make the "
+            "segments shorter",
         )
 
     @property

@@ -55,7 +55,7 @@ class LoraConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(Checked):
-    """A decoder in the style of Llama 3."""
+    """A decoder in the style of Llama 3, or with `norm`, `mlp` and `max_positions` in that of GPT-2."""
 
     width: Width = 64
     """Model width D."""
@@ -68,13 +68,22 @@ class DecoderConfig(Checked):
     head_width: Annotated[int | None, Range(0, 2**16)] = None
     """Width K of one head; None: width / num_heads."""
     mlp_width: Width = 192
-    """Hidden width F of the SwiGLU."""
+    """Hidden width F of the MLP."""
+    mlp: Annotated[Literal["swiglu", "gelu"], Since(5)] = "swiglu"
+    """The MLP: a SwiGLU without biases, or two kernels with biases and GELU between them (GPT-2)."""
+    norm: Annotated[Literal["rms", "layer"], Since(5)] = "rms"
+    """Norms before attention and MLP, and the last one: RMSNorm, or LayerNorm with a bias (GPT-2). Those of queries and
+    keys are RMSNorms."""
+    max_positions: Annotated[int | None, Range(1, 2**24), Since(5)] = None
+    """Learned positions in place of RoPE, one vector per position that is added to the embeddings (GPT-2: 1,024).
+    Positions count as those of RoPE, and memory tokens in a segment have theirs. None: RoPE."""
     rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 10_000.0
     """Base of the rotary frequencies (Llama 3: 500,000)."""
     rope_scaling: RopeScaling | None = None
     """How the frequencies are stretched to longer texts, or None: not at all."""
     attention_bias: Annotated[Literal["none", "qkv", "qkvo"], Since(4)] = "none"
-    """Projections of attention with an added bias: none, of queries, keys and values (Qwen2), or the output's too."""
+    """Projections of attention with an added bias: none, of queries, keys and values (Qwen2), or the output's too
+    (GPT-2)."""
     qk_norm: Annotated[bool, Since(4)] = False
     """Whether queries and keys have an RMSNorm over each head, before RoPE (Qwen3)."""
     tie_head: bool = True
@@ -86,8 +95,8 @@ class DecoderConfig(Checked):
     """Full attention: each token sees its document so far, up to this many tokens, whose keys and values are kept; a
     longer document is an error. Excludes window_tokens. None: attention stays in its segment or window."""
     norm_epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-5
-    """Added to the mean square in the RMSNorms before attention, memory and MLP, of queries and keys, and in the last
-    one; norms inside a memory and in join.combine always add 1e-5."""
+    """Added to the mean square, or the variance, in the norms before attention, memory and MLP, of queries and keys,
+    and in the last one; norms inside a memory and in join.combine always add 1e-5."""
     lora: Annotated[LoraConfig, Since(3)] = LoraConfig()
     """Low-rank adapters, to fine-tune a pretrained decoder."""
     attention_kernel: Literal["auto", "plain", "splash", "cudnn"] = "auto"
@@ -110,10 +119,28 @@ class DecoderConfig(Checked):
                 f"decoder.window_tokens={self.window_tokens} and decoder.max_tokens={self.max_tokens} exclude each "
                 "other: attention reaches over a window or over the full document; set one of them to None"
             )
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim < 1 or (self.max_positions is None and self.head_dim % 2):
             raise ValueError(f"RoPE needs an even head width, got {self.head_dim}; set decoder.head_width")
+        self._check_positions()
         if self.rope_scaling is not None and self.rope_theta <= 1:
             raise ValueError(f"decoder.rope_theta={self.rope_theta} must be above 1 where decoder.rope_scaling is set")
+
+    def _check_positions(self) -> None:
+        """What learned positions exclude."""
+        if self.max_positions is None:
+            return
+        if self.rope_scaling is not None:
+            raise ValueError("decoder.rope_scaling is of RoPE, which decoder.max_positions replaces; set one to None")
+        if self.window_tokens is not None:
+            raise ValueError(
+                "decoder.max_positions excludes decoder.window_tokens: a learned position is part of a kept key and "
+                "cannot be moved to the segment before; set one of them to None"
+            )
+        if self.max_tokens is not None and self.max_tokens > self.max_positions:
+            raise ValueError(
+                f"decoder.max_tokens={self.max_tokens} is more than decoder.max_positions={self.max_positions}, and "
+                "later tokens would have no position"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -12,6 +12,7 @@ from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.model import LanguageModel
 
+MLP_KERNELS = {"swiglu": 3, "gelu": 2}
 HOST_BYTES_PER_TOKEN = 20  # of a batch: five int32 or bool arrays at least
 
 
@@ -44,7 +45,7 @@ def _decoder_parameters(run: RunConfig) -> int:
     D, K = decoder.width, decoder.head_dim
     attention = 2 * D * K * (decoder.num_heads + decoder.num_kv_heads)
     embeddings = model.vocab_size * D * (1 if decoder.tie_head else 2)
-    return embeddings + decoder.num_layers * (attention + 3 * D * decoder.mlp_width)
+    return embeddings + decoder.num_layers * (attention + MLP_KERNELS[decoder.mlp] * D * decoder.mlp_width)
 
 
 def state_bytes(run: RunConfig, rows: int) -> int:

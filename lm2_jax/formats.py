@@ -12,7 +12,7 @@ from lm2_jax.errors import UserError
 # 3: a config with fields that came later; the files are as in 2.
 # 4: the same again, with options for answers of several tokens, and for attention with biases and norms; RoPE scalings
 #    have a kind.
-FORMAT = 4
+FORMAT = 5
 
 
 def package_version() -> str:

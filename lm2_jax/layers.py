@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lm2_jax.decoder import Adapter, LoraConfig
+from lm2_jax.decoder import Adapter, DecoderConfig, LoraConfig
 from lm2_jax.parameters import LORA, Role
 from lm2_jax.parameters import named as named
 from lm2_jax.partition import constrain as constrain
@@ -170,6 +170,25 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(jnp.dtype(self.precision.compute))
 
 
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + b, computed in float32 or wider."""
+
+    precision: Precision
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last dimension; the result has the compute type."""
+        dtype = jnp.dtype(self.precision.params)
+        ones, zeros = (named(fill, ("norm",), Role.NORM) for fill in (nn.initializers.ones, nn.initializers.zeros))
+        scale, b = self.param("scale", ones, (x.shape[-1],), dtype), self.param("b", zeros, (x.shape[-1],), dtype)
+        x = x.astype(at_least_float32(x.dtype))
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        scale, b = (jnp.expand_dims(a.astype(x.dtype), range(x.ndim - 1)) for a in (scale, b))
+        return (x * scale + b).astype(jnp.dtype(self.precision.compute))
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
@@ -189,6 +208,56 @@ class SwiGLU(nn.Module):
         """Applies the layer to the last dimension."""
         hidden = nn.silu(self.gated("...d,df->...f", x)) * self.up("...d,df->...f", x)
         return self.down("...f,fd->...d", hidden)
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), with biases and GELU's tanh form, as in GPT-2."""
+
+    width: int
+    hidden: int
+    precision: Precision
+    lora: LoraConfig = LoraConfig()
+
+    def setup(self) -> None:
+        shape, axes, adapter = (self.width, self.hidden), ("embed", "mlp"), self.lora.adapter
+        self.up = Einsum(shape, axes, self.precision, adapter=adapter("mlp/up"), bias=True)
+        self.down = Einsum(shape[::-1], axes[::-1], self.precision, adapter=adapter("mlp/down"), bias=True)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Applies the layer to the last dimension."""
+        return self.down("...f,fd->...d", nn.gelu(self.up("...d,df->...f", x), approximate=True))
+
+
+MLPS: dict[str, type[SwiGLU] | type[GeluMLP]] = {"swiglu": SwiGLU, "gelu": GeluMLP}
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def decoder_norm(decoder: DecoderConfig, precision: Precision) -> RMSNorm | LayerNorm:
+    """A norm of the decoder."""
+    return NORMS[decoder.norm](precision, decoder.norm_epsilon)
+
+
+def decoder_mlp(decoder: DecoderConfig, precision: Precision) -> SwiGLU | GeluMLP:
+    """The MLP of a decoder block."""
+    return MLPS[decoder.mlp](decoder.width, decoder.mlp_width, precision, decoder.lora)
+
+
+class Positions(nn.Module):
+    """A learned vector for each position of a text."""
+
+    rows: int
+    width: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, position: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
+        """Vectors in the compute type; a position after the last one has that of the last one."""
+        init, axes = nn.initializers.normal(self.width**-0.5), ("window", "row_width")
+        table_ND = self.param(
+            "table", named(init, axes, Role.EMBEDDING), (self.rows, self.width), jnp.dtype(self.precision.params)
+        )
+        table_ND = fsdp_gather(table_ND.astype(jnp.dtype(self.precision.compute)), axes, _without(GATHERED, axes))
+        return jnp.take(table_ND, position, axis=0, mode="clip")
 
 
 class Embed(nn.Module):
@@ -220,17 +289,19 @@ class Embed(nn.Module):
         return jnp.einsum("bsd,vd->bsv", hidden_BSD, table_VD, preferred_element_type=logits)
 
 
-def rotate(x: Array, positions: Int[Array, "..."], frequencies: np.ndarray) -> Array:
+def rotate(x: Array, positions: Int[Array, "..."], frequencies: np.ndarray | None) -> Array:
     """Rotary position embedding of `x`; dimension i is paired with i + K/2, as in Llama.
 
     Args:
       x: [... T heads K].
       positions: [T], or [... T] with the leading dimensions of `x`; may be negative.
-      frequencies: radians per position of the K/2 pairs.
+      frequencies: radians per position of the K/2 pairs; None: nothing is rotated.
     Returns:
       The shape and type of `x`. Angles are computed in float32 or wider; positions count from the start of the
       segment, so they stay small enough to be exact.
     """
+    if frequencies is None:
+        return x
     dtype = at_least_float32(x.dtype)
     angle = positions[..., None].astype(dtype) * jnp.expand_dims(jnp.asarray(frequencies, dtype), range(positions.ndim))
     angle = jnp.expand_dims(angle, (*range(x.ndim - 1 - angle.ndim), -2))

@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm2_jax.attention.cache import span_of
 from lm2_jax.blocks.base import Block, Carry, Context
 from lm2_jax.blocks.ports import INSIGHT, Buffers, Place, by_segment, one_segment, segments_first
 from lm2_jax.blocks.stack import StackMemory
 from lm2_jax.config import ModelConfig
-from lm2_jax.layers import Einsum, Embed, RMSNorm, constrain
+from lm2_jax.layers import Einsum, Embed, Positions, constrain, decoder_norm
 from lm2_jax.length import check_segments
 from lm2_jax.model_state import LayerGroup as LayerGroup
 from lm2_jax.model_state import ModelState as ModelState
 from lm2_jax.model_state import Output as Output
 from lm2_jax.model_state import StreamState as StreamState
 from lm2_jax.model_state import check_rows as check_rows
+from lm2_jax.model_state import first_cache
 from lm2_jax.model_state import layer_groups as layer_groups
 from lm2_jax.parameters import Role
 from lm2_jax.partition import num_shards
@@ -53,7 +55,8 @@ class LanguageModel(nn.Module):
         self.embed = Embed(c.vocab_size, d.width, c.precision)
         self.groups = [self._scanned(group) for group in layer_groups(c)]
         self.stack = c.join.stack(c.block_spec, name="carrier")
-        self.final_norm = RMSNorm(c.precision, d.norm_epsilon)
+        self.positions = Positions(d.max_positions, d.width, c.precision) if d.max_positions else None
+        self.final_norm = decoder_norm(d, c.precision)
         if not d.tie_head:
             self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision, role=Role.HEAD)
 
@@ -198,7 +201,7 @@ class LanguageModel(nn.Module):
 
     def _through(self, carry: Carry, states: Any, context: Context) -> tuple[Carry, tuple[State, ...], dict]:
         """All blocks, with their states and diagnostics."""
-        after, metrics = [], []
+        carry, after, metrics = carry._replace(x=self._placed(carry.x, states, context.segments)), [], []
         for group, group_state in zip(self.groups, states, strict=True):
             carry, (group_state, group_metrics) = group.forward(carry, group_state, context)
             after.append(group_state)
@@ -206,6 +209,22 @@ class LanguageModel(nn.Module):
         names = sorted({name for group in metrics for name in group})
         aux = {name: jnp.concatenate([group[name] for group in metrics if name in group]) for name in names}
         return carry, tuple(after), aux
+
+    def _placed(self, x_BJTD: Array, states: Any, segments: Segments) -> Array:
+        """Adds learned positions, if the decoder has them: in the segment, or with a cache in the document."""
+        cache = first_cache(states)
+        position = jnp.arange(x_BJTD.shape[2])[None, None] if cache is None else span_of(cache, segments).position
+        return self._at(x_BJTD, position)
+
+    def _at(self, x: Float[Array, "*lead D"], position: Int[Array, "..."]) -> Float[Array, "*lead D"]:
+        """Rows with their learned positions, if the decoder has them."""
+        if self.positions is None:
+            return x
+        placed = self.positions(position)
+        if self.stack is not None and not self.stack.places_suffix:
+            is_placed = position < self.stack.prefix_tokens + self.config.segment_tokens
+            placed = jnp.where(is_placed[..., None], placed, jnp.zeros_like(placed))
+        return x + placed
 
     def _segment_major(self, x_BJTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
         """Segments outside, all layers inside."""
@@ -376,7 +395,10 @@ class LanguageModel(nn.Module):
             if prefix_BN is not None:
                 tokens_BT = jnp.ones((len(x_BSD), self.config.segment_tokens), bool)
                 place = place._replace(seen=self._seen(prefix_BN, tokens_BT))
-        groups = []
+        cache, position_BS = first_cache(stream.state.groups), place.position
+        if cache is not None:
+            position_BS = position_BS + cache.used_segments[:, None] * self.config.segment_tokens
+        x_BSD, groups = self._at(x_BSD, position_BS), []
         for group, opened, state in zip(self.groups, stream.groups, stream.state.groups, strict=True):
             x_BSD, opened = group.extend(x_BSD, opened, state, place)
             groups.append(opened)

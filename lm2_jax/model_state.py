@@ -1,7 +1,11 @@
 """What goes in and out of `LanguageModel`, and which of its blocks run as one loop."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
+from lm2_jax.attention.cache import Cache
 from lm2_jax.blocks.ports import OpenLayer
 from lm2_jax.config import ModelConfig
 from lm2_jax.types import Array, Float, Int, State
@@ -48,6 +52,14 @@ def layer_groups(config: ModelConfig) -> list[LayerGroup]:
         else:
             groups.append(LayerGroup(layer, 1))
     return groups
+
+
+def first_cache(groups: Sequence[State]) -> Cache | None:
+    """The keys of a document in the first block that keeps them; None where none does."""
+    for group in groups:
+        if isinstance(group.window, Cache):
+            return jax.tree.map(lambda a: a[0], group.window)
+    return None
 
 
 def check_rows(rows: int, batch: int) -> None:

@@ -26,7 +26,7 @@ from lm2_jax.memory.base import MemoryConfig
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.none import NoMemory
 from lm2_jax.memory.tokens import TokensConfig
-from lm2_jax.rope import Llama3Scaling
+from lm2_jax.rope import LinearScaling, Llama3Scaling
 
 
 @pytest.mark.parametrize("name", sorted(lm2_jax.PRESETS))
@@ -137,6 +137,17 @@ def bank(**changes):
         (lambda: CheckpointConfig(every_steps=0), ["checkpoint.every_steps"]),
         (lambda: CheckpointConfig(memory_every=0), ["checkpoint.memory_every", "at least 1", "0"]),
         (lambda: RunConfig(data=DataConfig(rows=6), optim=OptimConfig(accumulate=4)), ["data.rows=6", "accumulate=4"]),
+        (lambda: DecoderConfig(max_positions=8, window_tokens=4), ["decoder.max_positions", "decoder.window_tokens"]),
+        (lambda: DecoderConfig(max_positions=8, max_tokens=9), ["decoder.max_tokens=9", "decoder.max_positions=8"]),
+        (lambda: DecoderConfig(max_positions=8, rope_scaling=LinearScaling()), ["decoder.rope_scaling", "max_positions"]),
+        (lambda: ModelConfig(decoder=DecoderConfig(max_positions=31)), ["model.segment_tokens=32", "max_positions=31"]),
+        (
+            lambda: dataclasses.replace(
+                lm2_jax.preset("rmt_gpt2_tiny").model,
+                decoder=dataclasses.replace(lm2_jax.preset("rmt_gpt2_tiny").model.decoder, max_positions=37),
+            ),
+            ["model.segment_tokens=32 and the 6 rows that the memory adds", "max_positions=37"],
+        ),
         (lambda: RunConfig(train=TrainConfig(bptt_segments=1)), ["no gradient", "train.bptt_segments"]),
         (lambda: RunConfig(data=DataConfig(segments=(1,))), ["no gradient", "data.segments"]),
     ],

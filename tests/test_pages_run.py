@@ -43,6 +43,7 @@ NOT_RUN = {
     "lm2 compare": "hours; tests/compare",
     "benchmarks.grafted": "hours; tests/test_grafted.py",
     "lm2_1p7b --compile-only": "needs libtpu; tests/aot/test_compile_only.py",
+    "benchmarks.tpu_rows": "needs libtpu, and hours",
     "--tfds lm1b": "a data set of gigabytes; tests/data/test_shards.py",
     "--answerer.scorer.model DIR": "needs an embedding model; tests/evaluation/test_answerers.py",
     "--data-dir DIR": "needs the published sets; tests/test_babilong.py",
@@ -70,6 +71,7 @@ BEFORE = {
         f"python train.py lm2_tiny --workdir runs/a {TINY}",
         f"python train.py none_tiny --workdir runs/b {TINY}",
         f"python train.py text_tiny --text mytexts --workdir W {TINY}",
+        f"python train.py text_tiny --text novel.txt --workdir runs/novel {TINY}",
     ],
     "docs/generate.md": [
         f"python train.py titans_mac_tiny --text mytexts --workdir runs/W {TINY}",

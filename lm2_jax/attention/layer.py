@@ -95,9 +95,10 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(self.precision, d.norm_epsilon) for _ in range(2))
 
     @functools.cached_property
-    def frequencies(self) -> np.ndarray:
-        """Radians per position."""
-        return rope_frequencies(self.decoder.head_dim, self.decoder.rope_theta, self.decoder.rope_scaling)
+    def frequencies(self) -> np.ndarray | None:
+        """Radians per position of RoPE; None with learned positions."""
+        d = self.decoder
+        return None if d.max_positions else rope_frequencies(d.head_dim, d.rope_theta, d.rope_scaling)
 
     def order(self, position: Any) -> Any:
         """The number by which a row at a position sees another: that of the other's must not be above its own."""

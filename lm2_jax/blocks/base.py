@@ -11,7 +11,7 @@ from lm2_jax.attention import Attention, ExtraKV
 from lm2_jax.attention.layer import window_axes
 from lm2_jax.blocks.ports import Buffers, LayerState, OpenLayer, PiecePort, Place, SegmentsPort
 from lm2_jax.decoder import DecoderConfig
-from lm2_jax.layers import RMSNorm, SwiGLU, named
+from lm2_jax.layers import decoder_mlp, decoder_norm, named
 from lm2_jax.memory.base import Capability, MemoryConfig, Metrics
 from lm2_jax.parameters import Role
 from lm2_jax.precision import Precision
@@ -168,10 +168,10 @@ class Block(nn.Module):
     def setup(self) -> None:
         d, precision = self.spec.decoder, self.spec.precision
         if self.has_attention:
-            self.attention_norm = RMSNorm(precision, d.norm_epsilon)
+            self.attention_norm = decoder_norm(d, precision)
             self.attention = Attention(d, precision, self.spec.join.mutual_rows(self.spec))
-        self.mlp_norm = RMSNorm(precision, d.norm_epsilon)
-        self.mlp = SwiGLU(d.width, d.mlp_width, precision, d.lora)
+        self.mlp_norm = decoder_norm(d, precision)
+        self.mlp = decoder_mlp(d, precision)
         rows = self.spec.join.persistent_tokens()
         self.persistent = PersistentTokens(rows, d.width, precision) if rows else None
         self.setup_memory()

@@ -25,6 +25,7 @@ class StackMemory(nn.Module):
 
     spec: BlockSpec
     observes: ClassVar[bool] = False  # whether `observe` takes anything; a stream then keeps the open segment's input
+    places_suffix: ClassVar[bool] = True  # whether rows after a segment get the decoder's learned positions
 
     def setup(self) -> None:
         self.memory = self.new_memory()
@@ -124,7 +125,12 @@ class NoState(NamedTuple):
 
 
 class ConstantTokens(StackMemory):
-    """Learned rows after each segment, the same for all; the blocks carry what they make of them."""
+    """Learned rows after each segment, the same for all; the blocks carry what they make of them.
+
+    They get no learned position of the decoder: that of a row would be one more learned vector in its place.
+    """
+
+    places_suffix: ClassVar[bool] = False
 
     def setup(self) -> None:
         shape, init = (

@@ -16,7 +16,8 @@ import numpy as np
 from lm2_jax import formats
 from lm2_jax.config import ModelConfig, to_dict
 from lm2_jax.interop.architectures import architecture_of
-from lm2_jax.interop.hf_config import LlamaSpec, write_hf_config
+from lm2_jax.interop.gpt2_names import in_files
+from lm2_jax.interop.hf_config import DecoderSpec, write_hf_config
 from lm2_jax.interop.hf_folder import CONFIG, EXTRA_FILES, INDEX, WEIGHTS
 from lm2_jax.interop.load import array_reader
 from lm2_jax.interop.lora import merge_lora
@@ -88,15 +89,18 @@ def _write_hf(run: Run, folder: pathlib.Path, origin: Mapping[str, Any], shard_b
         canonical = ours[name]
         return to_hf(canonical, read(canonical), shapes[name])
 
-    _write_shards(folder, shapes, dtype, tensor, shard_bytes)
+    architecture = architecture_of(model.decoder)
+    assert architecture is not None
+    places = {} if architecture.places is None else architecture.places(model.decoder)
+    _write_shards(folder, *in_files(places, shapes, tensor), dtype, shard_bytes)
     longest = origin.get("max_tokens") or model.decoder.max_tokens or model.segment_tokens
-    spec = LlamaSpec(model.decoder, model.vocab_size, longest, run.tokenizer.eos_id)
+    spec = DecoderSpec(model.decoder, model.vocab_size, longest, run.tokenizer.eos_id)
     _write_json(folder / CONFIG, write_hf_config(spec, dtype.name))
     _write_json(folder / "generation_config.json", {"eos_token_id": spec.eos_id, "pad_token_id": run.tokenizer.pad_id})
 
 
 def _write_shards(
-    folder: pathlib.Path, shapes: Shapes, dtype: np.dtype, read: Callable[[str], np.ndarray], shard_bytes: int
+    folder: pathlib.Path, shapes: Shapes, read: Callable[[str], np.ndarray], dtype: np.dtype, shard_bytes: int
 ) -> None:
     """One file, or several with an index."""
     shards: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.errors import UserError
-from lm2_jax.interop.hf_config import LlamaSpec
+from lm2_jax.interop.hf_config import DecoderSpec
 from lm2_jax.interop.hf_folder import token_name
 from lm2_jax.interop.names import Shapes, pair_reader
 from lm2_jax.interop.sentencepiece_model import Piece, build_sentencepiece
@@ -102,7 +102,7 @@ class GgufFile(Source):
             raise UserError(f"{self.where}: {self._architecture}.{name}: expected a number, got {value!r}", status=1)
         return value
 
-    def _spec(self) -> LlamaSpec:
+    def _spec(self) -> DecoderSpec:
         width, heads = int(self._number("embedding_length")), int(self._number("attention.head_count"))
         head = int(self._number("attention.key_length", width // max(heads, 1)))
         if int(self._number("rope.dimension_count", head)) != head:
@@ -131,7 +131,7 @@ class GgufFile(Source):
         except (ValueError, ZeroDivisionError) as error:
             raise UserError(f"{self.where}: {error}", status=1) from error
         eos = self._field("tokenizer.ggml.eos_token_id")
-        return LlamaSpec(decoder, vocabulary, int(self._number("context_length", 0)) or None, eos)
+        return DecoderSpec(decoder, vocabulary, int(self._number("context_length", 0)) or None, eos)
 
     def shapes(self) -> Shapes:
         """See the base class."""

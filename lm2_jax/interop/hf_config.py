@@ -10,8 +10,8 @@ from lm2_jax.interop.hf_rope import read_rope, write_rope
 from lm2_jax.interop.plain_values import a_number, an_integer
 
 
-class LlamaSpec(NamedTuple):
-    """A model of the Llama architecture or a relative of it, without its weights."""
+class DecoderSpec(NamedTuple):
+    """A decoder, without its weights."""
 
     decoder: DecoderConfig
     vocab_size: int
@@ -19,7 +19,7 @@ class LlamaSpec(NamedTuple):
     eos_id: int | None  # the token that ends a text
 
 
-def read_hf_config(plain: Any, where: str) -> LlamaSpec:
+def read_hf_config(plain: Any, where: str) -> DecoderSpec:
     """The model that a `config.json` describes.
 
     Args:
@@ -33,29 +33,39 @@ def read_hf_config(plain: Any, where: str) -> LlamaSpec:
     architecture = _architecture(plain, where)
     plain = {**architecture.absent, **plain}
     _check_fixed(architecture, plain, where)
-    heads = an_integer(plain, "num_attention_heads", where)
+
+    def size(name: str, default: int | None = None) -> int:
+        return an_integer(plain, architecture.fields.get(name, name), where, default)
+
+    heads, width, longest = size("num_attention_heads"), size("hidden_size"), size("max_position_embeddings", 0) or None
+    is_learned, epsilon = architecture.style.positions == "learned", "rms_norm_eps"
+    usual = 4 * width if architecture.style.mlp == "gelu" else None  # n_inner is null in GPT-2's own configs
+    if is_learned:
+        longest = size("max_position_embeddings")
     try:
         theta, scaling = read_rope(plain, where)
         decoder = DecoderConfig(
-            width=an_integer(plain, "hidden_size", where),
-            num_layers=an_integer(plain, "num_hidden_layers", where),
+            width=width,
+            num_layers=size("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=an_integer(plain, "num_key_value_heads", where, heads),
-            head_width=an_integer(plain, "head_dim", where, 0) or None,
-            mlp_width=an_integer(plain, "intermediate_size", where),
+            num_kv_heads=size("num_key_value_heads", heads),
+            head_width=size("head_dim", 0) or None,
+            mlp_width=size("intermediate_size", usual),
+            mlp=architecture.style.mlp,
+            norm=architecture.style.norm,
+            max_positions=longest if is_learned else None,
             rope_theta=theta,
             rope_scaling=scaling,
             attention_bias=architecture.biases[bool(plain.get("attention_bias"))],
             qk_norm=architecture.qk_norm,
             tie_head=bool(plain.get("tie_word_embeddings", False)),
-            norm_epsilon=a_number(plain, "rms_norm_eps", where, 1e-6),
+            norm_epsilon=a_number(plain, architecture.fields.get(epsilon, epsilon), where, architecture.epsilon),
         )
     except ValueError as error:
         raise UserError(f"{where}: {error}", status=1) from error
     eos = plain.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
-    longest = an_integer(plain, "max_position_embeddings", where, 0) or None
-    return LlamaSpec(decoder, an_integer(plain, "vocab_size", where), longest, eos if isinstance(eos, int) else None)
+    return DecoderSpec(decoder, size("vocab_size"), longest, eos if isinstance(eos, int) else None)
 
 
 def _architecture(plain: Mapping[str, Any], where: str) -> Architecture:
@@ -97,7 +107,7 @@ def _check_fixed(architecture: Architecture, plain: Mapping[str, Any], where: st
         )
 
 
-def write_hf_config(spec: LlamaSpec, dtype: str) -> dict[str, Any]:
+def write_hf_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
     """The `config.json` of a decoder, for which `transformers` must have a class (`architecture_of`).
 
     Args:
@@ -109,7 +119,7 @@ def write_hf_config(spec: LlamaSpec, dtype: str) -> dict[str, Any]:
     biases = {value: bias for value, bias in architecture.biases.items() if bias == d.attention_bias}
     chosen = {"attention_bias": next(iter(biases))} if biases != architecture.biases else {}
     longest = spec.max_tokens if d.rope_scaling is None else d.rope_scaling.max_tokens or spec.max_tokens
-    return {
+    common = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
         "vocab_size": spec.vocab_size,
@@ -120,7 +130,7 @@ def write_hf_config(spec: LlamaSpec, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": d.num_kv_heads,
         "head_dim": d.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": longest,
+        "max_position_embeddings": d.max_positions or longest,
         "rms_norm_eps": d.norm_epsilon,
         "rope_theta": d.rope_theta,
         "rope_scaling": None if d.rope_scaling is None else write_rope(d.rope_scaling),
@@ -130,5 +140,6 @@ def write_hf_config(spec: LlamaSpec, dtype: str) -> dict[str, Any]:
         "bos_token_id": None,
         "pad_token_id": None,
         **chosen,
-        **architecture.extra,
     }
+    named = {architecture.fields.get(k, k): value for k, value in common.items() if k not in architecture.without}
+    return named | dict(architecture.extra)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.errors import UserError
-from lm2_jax.interop.hf_config import LlamaSpec, read_hf_config
+from lm2_jax.interop.architectures import architecture_of
+from lm2_jax.interop.gpt2_names import Place, is_mask, with_prefix
+from lm2_jax.interop.hf_config import DecoderSpec, read_hf_config
 from lm2_jax.interop.names import Shapes
-from lm2_jax.interop.safetensors_file import SafetensorsFile
+from lm2_jax.interop.safetensors_file import SafetensorsFile, Tensor
 from lm2_jax.interop.source import Source, TokenizerFiles
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -30,10 +32,25 @@ class HfFolder(Source):
 
     def __init__(self, folder: pathlib.Path):
         self.where, self.folder = str(folder), folder
-        self.spec: LlamaSpec = read_hf_config(read_json(folder / CONFIG), str(folder / CONFIG))
-        self._files = self._open()
+        self.spec: DecoderSpec = read_hf_config(read_json(folder / CONFIG), str(folder / CONFIG))
+        self._files = {self.plain_name(raw): (file, raw) for raw, file in self._open().items()}
         if self.spec.decoder.tie_head:  # some writers save the shared matrix twice
             self._files.pop("lm_head.weight", None)
+        self._places = self._find_places()
+
+    def plain_name(self, raw: str) -> str:
+        """A tensor's name in the file without what a wrapper of the decoder adds to it."""
+        return raw
+
+    def _find_places(self) -> dict[str, Place]:
+        """The place of each tensor in the files, by its common name; what is at no place keeps its own name."""
+        architecture = architecture_of(self.spec.decoder)
+        if architecture is None or architecture.places is None:
+            return {name: Place(name) for name in self._files}
+        self._files = {with_prefix(name): file for name, file in self._files.items() if not is_mask(name)}
+        known = {name: p for name, p in architecture.places(self.spec.decoder).items() if p.name in self._files}
+        used = {place.name for place in known.values()}
+        return known | {name: Place(name) for name in self._files if name not in used}
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """The file of each tensor."""
@@ -82,11 +99,17 @@ class HfFolder(Source):
 
     def shapes(self) -> Shapes:
         """See the base class."""
-        return {name: file.tensors[name].shape for name, file in self._files.items()}
+        return {name: place.shape(self._tensor(place.name).shape) for name, place in self._places.items()}
+
+    def _tensor(self, name: str) -> Tensor:
+        file, raw = self._files[name]
+        return file.tensors[raw]
 
     def read(self, name: str) -> np.ndarray:
         """See the base class."""
-        return self._files[name].read(name)
+        place = self._places[name]
+        file, raw = self._files[place.name]
+        return place.read(file.read(raw))
 
     def tokenizer(self) -> TokenizerFiles | None:
         """tokenizer.json, or else tokenizer.model."""

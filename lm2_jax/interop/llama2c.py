@@ -8,7 +8,7 @@ import numpy as np
 
 from lm2_jax.decoder import DecoderConfig
 from lm2_jax.errors import UserError
-from lm2_jax.interop.hf_config import LlamaSpec
+from lm2_jax.interop.hf_config import DecoderSpec
 from lm2_jax.interop.names import Shapes, hf_shapes, pair_reader
 from lm2_jax.interop.sentencepiece_model import Piece, build_sentencepiece
 from lm2_jax.interop.source import Source, TokenizerFiles
@@ -45,7 +45,7 @@ class Llama2cFile(Source):
             )
         # A negative vocabulary means an untied head.
         decoder = DecoderConfig(D, L, H, G, None, F, tie_head=vocabulary > 0)
-        self.spec = LlamaSpec(decoder, abs(vocabulary), longest, _EOS)
+        self.spec = DecoderSpec(decoder, abs(vocabulary), longest, _EOS)
         self._places = self._layout(longest * (D // H))
         self._tokenizer = tokenizer or next(
             (path.parent / n for n in ("tokenizer.bin", f"tok{abs(vocabulary)}.bin") if (path.parent / n).exists()),

@@ -13,11 +13,14 @@ from lm2_jax.decoder import DecoderConfig
 
 _TOP = {
     "embed/table": "model.embed_tokens.weight",
+    "positions/table": "model.embed_positions.weight",
     "final_norm/scale": "model.norm.weight",
+    "final_norm/b": "model.norm.bias",
     "head/w": "lm_head.weight",
 }
 _LAYER = {
     "attention_norm/scale": "input_layernorm.weight",
+    "attention_norm/b": "input_layernorm.bias",
     "attention/q_proj/w": "self_attn.q_proj.weight",
     "attention/k_proj/w": "self_attn.k_proj.weight",
     "attention/v_proj/w": "self_attn.v_proj.weight",
@@ -29,9 +32,12 @@ _LAYER = {
     "attention/q_norm/scale": "self_attn.q_norm.weight",
     "attention/k_norm/scale": "self_attn.k_norm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
+    "mlp_norm/b": "post_attention_layernorm.bias",
     "mlp/gated/w": "mlp.gate_proj.weight",
     "mlp/up/w": "mlp.up_proj.weight",
     "mlp/down/w": "mlp.down_proj.weight",
+    "mlp/up/b": "mlp.up_proj.bias",
+    "mlp/down/b": "mlp.down_proj.bias",
 }
 _CANONICAL_LAYER = re.compile(r"layers/(\d+)/(.+)")
 
@@ -39,7 +45,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def hf_name(canonical: str) -> str | None:
-    """Hugging Face's name of a parameter; None for one that a Llama does not have, such as a memory's."""
+    """Hugging Face's name of a parameter; None for one that a decoder does not have, such as a memory's."""
     match = _CANONICAL_LAYER.fullmatch(canonical)
     if match is None:
         return _TOP.get(canonical)
@@ -58,10 +64,15 @@ def hf_shapes(decoder: DecoderConfig, vocab_size: int) -> Shapes:
         "attention/v_proj/w": (kv_heads, D),
         "attention/o_proj/w": (D, heads),
         "mlp_norm/scale": (D,),
-        "mlp/gated/w": (F, D),
         "mlp/up/w": (F, D),
         "mlp/down/w": (D, F),
     }
+    if d.mlp == "swiglu":
+        layer["mlp/gated/w"] = (F, D)
+    else:
+        layer |= {"mlp/up/b": (F,), "mlp/down/b": (D,)}
+    if d.norm == "layer":
+        layer |= {"attention_norm/b": (D,), "mlp_norm/b": (D,)}
     if d.attention_bias != "none":
         layer |= {"attention/q_proj/b": (heads,), "attention/k_proj/b": (kv_heads,), "attention/v_proj/b": (kv_heads,)}
     if d.attention_bias == "qkvo":
@@ -69,9 +80,13 @@ def hf_shapes(decoder: DecoderConfig, vocab_size: int) -> Shapes:
     if d.qk_norm:
         layer |= {"attention/q_norm/scale": (d.head_dim,), "attention/k_norm/scale": (d.head_dim,)}
     shapes: Shapes = {_TOP["embed/table"]: (vocab_size, D)}
+    if d.max_positions is not None:
+        shapes[_TOP["positions/table"]] = (d.max_positions, D)
     for index in range(d.num_layers):
         shapes |= {f"model.layers.{index}.{_LAYER[name]}": shape for name, shape in layer.items()}
     shapes[_TOP["final_norm/scale"]] = (D,)
+    if d.norm == "layer":
+        shapes[_TOP["final_norm/b"]] = (D,)
     if not d.tie_head:
         shapes[_TOP["head/w"]] = (vocab_size, D)
     return shapes

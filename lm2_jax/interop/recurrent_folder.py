@@ -1,4 +1,4 @@
-"""Checkpoints of the released RMT and ARMT around a Llama: a state dict as safetensors, and the decoder's config.json.
+"""Checkpoints of the released RMT and ARMT: a state dict as safetensors, and the config.json of their decoder.
 
 The released code (booydar/recurrent-memory-transformer, RodkinIvan/associative-recurrent-memory-transformer) puts the
 decoder into a `memory_cell`, and ARMT each of its layers into a `layer`. Sizes that no tensor shows are theirs: three
@@ -22,6 +22,7 @@ from lm2_jax.memory.tokens import TokensConfig
 
 CELL = "memory_cell."
 _START = f"{CELL}memory"
+_POSITIONS = "model.embed_positions.weight"
 _LAYER = "model.layers.{}."
 # Of ARMT: our name in a layer -> theirs.
 _MEMORY = {
@@ -41,10 +42,14 @@ class RecurrentFolder(HfFolder):
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
-        self._raw = {_plain(name): name for name in self._files}
-        if self.spec.decoder.tie_head:
-            self._raw.pop("lm_head.weight", None)
         self.memory = self._memory()
+        self._check_positions()
+
+    def plain_name(self, raw: str) -> str:
+        """Without the wrappers; the memory is `memory`, and in a layer of ARMT `model.layers.0.W_mq.weight`."""
+        name = raw.removeprefix(CELL).removeprefix("model.") if raw != _START else "memory"
+        name = re.sub(r"^(model\.layers\.\d+\.|transformer\.h\.\d+\.)layer\.", r"\1", name)
+        return re.sub(r"^transformer\.h\.(\d+)\.(?=W_m)", r"model.layers.\1.", name)
 
     def _memory(self) -> tuple[MemoryConfig, JoinConfig]:
         shapes = self.shapes()
@@ -58,6 +63,37 @@ class RecurrentFolder(HfFolder):
         if query not in shapes:
             return TokensConfig(num_tokens=tokens), TokensJoin()
         return AssociativeConfig(num_tokens=tokens, key_width=shapes[query][0]), LayerTokensJoin()
+
+    @property
+    def _own_positions(self) -> bool:
+        """Whether memory tokens have learned positions of their own, after the decoder's: ARMT around a GPT-2."""
+        return isinstance(self.memory and self.memory[0], AssociativeConfig) and _POSITIONS in self._places
+
+    def _check_positions(self) -> None:
+        if not self._own_positions:
+            return
+        assert self.memory is not None
+        rows, most = super().shapes()[_POSITIONS][0], self.spec.decoder.max_positions
+        if rows != (most or 0) + self.memory[0].stack_tokens:
+            raise UserError(
+                f"{self.where}: its {rows} learned positions are not the {most} of n_positions and one for each of "
+                f"{self.memory[0].stack_tokens} memory tokens; an ARMT around a GPT-2 is supported with wrap_pos=True",
+                status=1,
+            )
+
+    def shapes(self) -> Shapes:
+        """See the base class."""
+        found = super().shapes()
+        if self._own_positions:
+            found[_POSITIONS] = (self.spec.decoder.max_positions or 0, *found[_POSITIONS][1:])
+        return found
+
+    def read(self, name: str) -> np.ndarray:
+        """See the base class; positions of memory tokens are a part of them here."""
+        array, most = super().read(name), self.spec.decoder.max_positions
+        if self._own_positions and name == _POSITIONS:
+            return array[:most]
+        return array + super().read(_POSITIONS)[most:] if self._own_positions and name == "memory" else array
 
     def memory_shapes(self) -> Shapes:
         """See the base class."""
@@ -85,20 +121,6 @@ class RecurrentFolder(HfFolder):
         if match and match[2] in _MEMORY:
             return _LAYER.format(match[1]) + _MEMORY[match[2]]
         return hf_name(canonical)
-
-    def shapes(self) -> Shapes:
-        """See the base class."""
-        return {name: self._files[raw].tensors[raw].shape for name, raw in self._raw.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """See the base class."""
-        return super().read(self._raw[name])
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without the wrappers."""
-    name = name.removeprefix(CELL).removeprefix("model.") if name != _START else "memory"
-    return re.sub(r"^(model\.layers\.\d+\.)layer\.", r"\1", name)
 
 
 def open_folder(path: pathlib.Path) -> HfFolder:

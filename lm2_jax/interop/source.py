@@ -7,7 +7,7 @@ import numpy as np
 
 from lm2_jax.blocks.base import JoinConfig
 from lm2_jax.errors import UserError
-from lm2_jax.interop.hf_config import LlamaSpec
+from lm2_jax.interop.hf_config import DecoderSpec
 from lm2_jax.interop.names import Shapes, hf_name, hf_shapes
 from lm2_jax.memory.base import MemoryConfig
 
@@ -25,7 +25,7 @@ class Source(abc.ABC):
     """A checkpoint, open for reading. Names and layouts of its tensors are Hugging Face's."""
 
     where: str  # for messages and model cards
-    spec: LlamaSpec
+    spec: DecoderSpec
     memory: tuple[MemoryConfig, JoinConfig] | None = None  # that the checkpoint was trained with
 
     @abc.abstractmethod

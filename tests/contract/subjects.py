@@ -17,6 +17,7 @@ from lm2_jax.blocks.combine import Mix
 from lm2_jax.blocks.context import ContextJoin
 from lm2_jax.blocks.gate import GateJoin
 from lm2_jax.blocks.layer import LayerJoin
+from lm2_jax.blocks.layer_tokens import LayerTokensJoin
 from lm2_jax.blocks.mixed import MixedJoin, Part
 from lm2_jax.blocks.mixer import MixerJoin
 from lm2_jax.blocks.plain import PlainJoin
@@ -25,6 +26,7 @@ from lm2_jax.blocks.residual import ResidualJoin
 from lm2_jax.blocks.tokens import TokensJoin
 from lm2_jax.config import ModelConfig
 from lm2_jax.decoder import DecoderConfig
+from lm2_jax.memory.associative import AssociativeConfig
 from lm2_jax.memory.bank_writes import BlockWrite, ContentWrite, PaperWrite, SlotsWrite
 from lm2_jax.memory.gated_bank import GatedBankConfig
 from lm2_jax.memory.hierarchical import HierarchicalConfig
@@ -387,12 +389,22 @@ VARIANTS: dict[str, ModelConfig] = {
         RecallJoin(),
         _decoder(tie_head=False, num_kv_heads=1),
     ),
+    "armt_learned_positions": _variant(
+        AssociativeConfig(num_tokens=2, key_width=3),
+        LayerTokensJoin(),
+        _decoder(max_positions=12, norm="layer", mlp="gelu", attention_bias="qkvo"),
+    ),
+    "block_write_learned_positions": _variant(
+        _bank(write=BlockWrite()), decoder=_decoder(max_positions=14, norm="layer", head_width=5)
+    ),
     "rmt_mutual": _variant(TokensConfig(num_tokens=3), TokensJoin(mask="mutual")),
     "rmt_untied": _variant(TokensConfig(num_tokens=2), TokensJoin(), _decoder(tie_head=False, num_kv_heads=1)),
 }
 
 # Each of these shares all but one option with a faster one.
 _SLOW = (
+    "armt_learned_positions",
+    "block_write_learned_positions",
     "block_write_own_no_gates",
     "block_write_window",
     "content_gate_no_positions",
@@ -421,7 +433,7 @@ _LONG_VARIANTS = (
 )
 LONG = frozenset({*_LONG_TINY, *_LONG_VARIANTS})
 # Of these the fast lane runs causality, padding and any split in float64; the slow lane all.
-SLOW_TINY = frozenset({"armt_tiny", "hmt_tiny", "infini_tiny", "llama_tiny"})
+SLOW_TINY = frozenset({"armt_tiny", "gpt2_tiny", "hmt_tiny", "infini_tiny", "llama_tiny", "rmt_gpt2_tiny"})
 # Whatever is slow of these is too long for the slow lane.
 LONG_WHERE_SLOW = frozenset({"titans_mac_tiny"})
 assert {*_SLOW, *LONG, *LONG_WHERE_SLOW} <= {*VARIANTS, *TINY}

@@ -209,5 +209,8 @@ def test_every_parameter_has_a_gradient(case):
         sizes |= {f"{name}[{i}]": float(np.abs(layer).max()) for i, layer in enumerate(layers)}
     floor = 1e-8 * max(sizes.values())
     dead = [name for name, size in sizes.items() if not size > floor]
+    if case.model.config.decoder.max_positions:
+        # Without RoPE, a bias of the keys adds the same to all scores of a query, which the softmax ignores.
+        dead = [name for name in dead if "attention/k_proj/b[" not in name]
     assert not dead
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

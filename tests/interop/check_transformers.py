@@ -98,11 +98,12 @@ def compare(folder: pathlib.Path) -> None:
     tokens, expected = ours["tokens"], ours["logits"]
     logits = logits_of(model, tokens)
     largest, difference = np.abs(logits).max(), np.abs(logits - expected).max()
-    print(f"{folder.name}: {type(model).__name__}, RoPE {model.config.rope_parameters['rope_type']}")
+    rope = getattr(model.config, "rope_parameters", {})  # GPT-2 has none
+    print(f"{folder.name}: {type(model).__name__}, RoPE {rope.get('rope_type')}")
     print(f"logits [{tokens.size} tokens]: largest {largest:.3f}, largest difference {difference:.2e}")
     theirs, own = perplexity(logits, tokens), perplexity(expected, tokens)
     print(f"perplexity: transformers {theirs:.5f}, lm2_jax {own:.5f}")
-    assert f"{theirs:.3f}" == f"{own:.3f}"
+    assert abs(theirs - own) < 5e-4
     if "prompts" in ours:
         compare_greedy(model, ours["prompts"], ours["answers"])
     if "logits64" in ours:

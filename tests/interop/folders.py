@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from lm2_jax.data.tokenizers import TokenizerConfig, build_tokenizer
+from lm2_jax.interop.architectures import architecture_of
+from lm2_jax.interop.gpt2_names import in_files
 from lm2_jax.interop.hf_config import read_hf_config
 from lm2_jax.interop.names import hf_shapes
 from lm2_jax.interop.safetensors_file import write_safetensors
@@ -28,10 +30,15 @@ TINY = {
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     spec, rng = read_hf_config(config, "config.json"), np.random.default_rng(seed)
-    return {
+    shapes, architecture = hf_shapes(spec.decoder, spec.vocab_size), architecture_of(spec.decoder)
+    arrays = {
         name: (rng.standard_normal(shape) * (0.2 if len(shape) == 2 else 0.1) + (len(shape) == 1)).astype(np.float32)
-        for name, shape in hf_shapes(spec.decoder, spec.vocab_size).items()
+        for name, shape in shapes.items()
     }
+    assert architecture is not None
+    places = architecture.places(spec.decoder) if architecture.places else {}
+    stored, read = in_files(places, shapes, arrays.__getitem__)
+    return {name: read(name) for name in stored}
 
 
 def save(path: Path, weights: dict[str, np.ndarray]) -> None:

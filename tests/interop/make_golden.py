@@ -35,6 +35,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # pairs on both sides of the ramp
+NOT_IN_GPT2 = ("intermediate_size", "num_key_value_heads")
 CONFIGS = {
     "llama1_untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -80,6 +81,8 @@ CONFIGS = {
         "head_dim": 8,
         "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16},
     },
+    "gpt2": {"kind": "GPT2", "tie_word_embeddings": True},
+    "gpt2_untied": {"kind": "GPT2", "n_inner": 37, "layer_norm_epsilon": 1e-3, "num_hidden_layers": 3},
 }
 
 
@@ -90,12 +93,16 @@ def main() -> None:
             continue
         fields = {**BASE, **changes}
         kind = fields.pop("kind", "Llama")
-        config_class, model_class = (getattr(transformers, f"{kind}{part}") for part in ("Config", "ForCausalLM"))
+        if kind == "GPT2":
+            fields = {name: value for name, value in fields.items() if name not in NOT_IN_GPT2}
+        config_class = getattr(transformers, f"{kind}Config")
+        model_class = getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")
         torch.manual_seed(seed)
         model = model_class(config_class(**fields)).eval()
         with torch.no_grad():
             for key, value in model.named_parameters():  # larger than the library's 0.02, so that errors show
-                value.normal_(1.0 if "norm" in key else 0.0, 0.2 if "norm" in key else 0.3)
+                is_norm = "norm" in key or ("ln_" in key and "bias" not in key)
+                value.normal_(1.0 if is_norm else 0.0, 0.2 if is_norm else 0.3)
         tokens = np.random.default_rng(seed).integers(0, fields["vocab_size"], (2, 48))
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)).logits.numpy()

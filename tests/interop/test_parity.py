@@ -46,6 +46,7 @@ NAMES = (
     *("llama1_untied", "tied", "grouped_queries", "one_kv_head", "llama3_scaling", "llama32_tied_scaling"),
     *("odd_vocabulary", "head_width", "smollm2", "mistral", "attention_bias", "linear_scaling", "dynamic_scaling"),
     *("yarn_scaling", "yarn_attention_factor", "yarn_mscale", "qwen2", "qwen2_yarn", "qwen3", "qwen3_bias_scaling"),
+    *("gpt2", "gpt2_untied"),
 )
 
 
@@ -70,6 +71,7 @@ def test_logits_equal_those_of_transformers_and_every_weight_comes_back(path, tm
     "name",
     [
         "qwen2_yarn",
+        "gpt2_untied",
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("attention_bias", "yarn_mscale", "qwen3_bias_scaling")),
     ],
 )
@@ -92,8 +94,14 @@ def test_a_config_comes_back_from_an_export(path):
     with np.load(path) as arrays:
         spec = read_hf_config(json.loads(str(arrays["config"])), "config.json")
     plain = json.loads(json.dumps(write_hf_config(spec, "float32")))
-    explicit = dataclasses.replace(spec.decoder, head_width=spec.decoder.head_dim)  # Qwen2's configs leave it out
-    assert read_hf_config(plain, "config.json") == spec._replace(decoder=explicit)
+    found = read_hf_config(plain, "config.json")
+    explicit, again = (
+        s._replace(
+            decoder=dataclasses.replace(s.decoder, head_width=s.decoder.head_dim)
+        )  # Qwen2's configs leave it out
+        for s in (spec, found)
+    )
+    assert again == explicit
     assert (plain["architectures"][0], plain["model_type"]) in {(a.name, a.model_type) for a in ARCHITECTURES}
 
 
@@ -152,7 +160,7 @@ def test_files_are_those_of_the_safetensors_package(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     weights = random_weights(TINY)
     shapes = {name: array.shape for name, array in weights.items()}
-    _write_shards(tmp_path, shapes, np.dtype(np.float32), weights.__getitem__, 10_000)
+    _write_shards(tmp_path, shapes, weights.__getitem__, np.dtype(np.float32), 10_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     for name, file in index["weight_map"].items():

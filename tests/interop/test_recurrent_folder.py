@@ -30,10 +30,20 @@ BACKBONE = {
     "hidden_size": 16,
     "intermediate_size": 24,
 }
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 40,
+    "n_embd": 16,
+    "n_inner": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+}
 EXPECTED = {
     "rmt": (TokensConfig(num_tokens=2), TokensJoin()),
     "armt": (AssociativeConfig(num_tokens=2, key_width=4), LayerTokensJoin()),
 }
+EXPECTED |= {f"{name}_gpt2": parts for name, parts in EXPECTED.items()}
 
 
 def golden_folder(name, folder, shards=1):
@@ -45,7 +55,7 @@ def golden_folder(name, folder, shards=1):
         for key, array in arrays.items()
         if key.startswith("weights/")
     }
-    return hf_folder(folder, BACKBONE, weights, shards, tokenizer=False), arrays
+    return hf_folder(folder, GPT2 if "gpt2" in name else BACKBONE, weights, shards, tokenizer=False), arrays
 
 
 def wrapped(config, tokens=3):
@@ -64,7 +74,7 @@ def test_logits_and_memory_equal_those_of_the_released_code(name, tmp_path):
     with jax.default_matmul_precision("highest"):
         logits, after = jax.jit(decoder.model.apply)({"params": decoder.params}, golden["tokens"], state)
     np.testing.assert_allclose(logits, golden["logits"], rtol=1e-4, atol=1e-4)
-    held = {"memory": after.stack.tokens} if name == "rmt" else after.groups[0].memory._asdict()
+    held = {"memory": after.stack.tokens} if name.startswith("rmt") else after.groups[0].memory._asdict()
     for key in {"memory", "matrix", "norm"} & held.keys() & golden.keys():
         np.testing.assert_allclose(held[key], golden[key], rtol=1e-4, atol=1e-4 * np.abs(golden[key]).max())
 

@@ -9,12 +9,13 @@ from tests.parity.reference import (
     Past,
     Reference,
     attended,
+    decoder_norm,
     heads,
     merged,
+    mlp,
     rms_norm,
     rotated,
     sigmoid,
-    swiglu,
     with_bias,
 )
 
@@ -39,7 +40,7 @@ class JoinsReference(Reference):
         return self.written(p, self.normed(p, norm, p["persistent"]["start"]), self.fresh(p))
 
     def normed(self, p: dict[str, Any], name: str, x: np.ndarray) -> np.ndarray:
-        return rms_norm(x, p[f"{name}_norm"]["scale"], self.config.decoder.norm_epsilon)
+        return decoder_norm(x, p[f"{name}_norm"], self.config.decoder.norm_epsilon)
 
     def block(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any, written: Any) -> Any:
         """See the base class."""
@@ -48,7 +49,7 @@ class JoinsReference(Reference):
         if join is None:
             return super().block(p, x_TD, begin, past, bank, written)
         h_TD, bank = join(p, x_TD, begin, past, bank)
-        return h_TD + swiglu(self.normed(p, "mlp", h_TD), p["mlp"]), bank
+        return h_TD + mlp(self.normed(p, "mlp", h_TD), p["mlp"]), bank
 
     def plain(self, p: dict[str, Any], x_TD: np.ndarray, begin: int, past: Past, bank: Any) -> Any:
         return x_TD + self.attention(p, self.normed(p, "attention", x_TD), begin, past, self.persistent(p)), None

@@ -4,6 +4,8 @@
     python tests/parity/make_golden.py titans CLONE_OF_TITANS_PYTORCH
     python tests/parity/make_golden.py ttt CLONE_OF_TTT_LM_PYTORCH
     python tests/parity/make_golden.py hmt CLONE_OF_HMT_PYTORCH
+    python tests/parity/make_golden.py rmt_gpt2 CLONE_OF_RECURRENT_MEMORY_TRANSFORMER
+    python tests/parity/make_golden.py armt_gpt2 CLONE_OF_ASSOCIATIVE_RECURRENT_MEMORY_TRANSFORMER
 
 Needs torch and what the clone needs, which no test needs. Nothing of a clone becomes part of this repository.
 """
@@ -24,7 +26,7 @@ def randomise(module, scale=0.4, bias=0.3):
     """Larger weights than a start has, so that errors show."""
     with torch.no_grad():
         for name, p in module.named_parameters():
-            if "norm" in name and name.endswith("weight"):
+            if ("norm" in name or "ln_" in name) and name.endswith("weight"):
                 p.copy_(1 + 0.2 * torch.randn_like(p))
             elif p.ndim == 0:
                 p.add_(0.5 * torch.randn_like(p))
@@ -230,6 +232,95 @@ def hmt():
     return out
 
 
+def gpt2():
+    """A tiny GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_inner=24, n_positions=32, bos_token_id=0, eos_token_id=0,
+        use_cache=False, attn_implementation="eager",
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def rmt_gpt2():
+    """RecurrentWrapper around a GPT-2 over five segments, with two memory tokens."""
+    from modeling_rmt.language_modeling import MemoryCell, RecurrentWrapper
+
+    torch.manual_seed(6)
+    cell = MemoryCell(gpt2(), 2)
+    model = RecurrentWrapper(cell, segment_size=6).eval()
+    randomise(model)
+    with torch.no_grad():
+        cell.memory.copy_(torch.randn(2, 16))
+    states = []
+    cell.register_forward_hook(lambda module, args, output: states.append(output[1]))
+    tokens = torch.randint(0, 40, (2, 30))
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    out = {"tokens": tokens.numpy().astype(np.int32), "logits": logits.numpy(), "memory": states[-1].numpy()}
+    return out | arrays("weights/", model.named_parameters())
+
+
+class Block(nn.Module):
+    """A wrapped layer as newer versions of transformers call one: with positions, and a tensor as result."""
+
+    def __init__(self, wrapped, names):
+        super().__init__()
+        self.wrapped, self.names, self.zero_mem = wrapped, names, wrapped.zero_mem
+
+    def forward(self, *args, **options):
+        return self.wrapped(**dict(zip(self.names, args, strict=False)), **options)[0]
+
+
+class Tuple(nn.Module):
+    """A layer that returns a tuple, as older versions of transformers have them."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.attn = inner, inner.attn
+
+    def forward(self, hidden_states, **options):
+        return (self.inner(hidden_states, **options),)
+
+
+def armt_gpt2():
+    """AssociativeRecurrentWrapper around a GPT-2 over five segments; two memory tokens have positions of their own."""
+    import inspect
+
+    sys.modules["wandb"] = types.ModuleType("wandb")  # imported, and not used
+    from modeling_amt.language_modeling import AssociativeMemoryCell, AssociativeRecurrentWrapper
+
+    torch.manual_seed(7)
+    decoder = gpt2()
+    names = list(inspect.signature(type(decoder.transformer.h[0]).forward).parameters)[1:]
+    for i, layer in enumerate(decoder.transformer.h):
+        decoder.transformer.h[i] = Tuple(layer)
+    cell = AssociativeMemoryCell(decoder, 2, d_mem=4)
+    layers = list(decoder.transformer.h)
+    model = AssociativeRecurrentWrapper(cell, segment_size=6).eval()
+    randomise(model)
+    with torch.no_grad():
+        cell.memory.copy_(torch.randn(2, 16))
+        for layer in layers:
+            for part in (layer.W_mq, layer.W_mk, layer.W_mv, layer.W_mb):
+                for p in part.parameters():
+                    p.copy_(0.3 * torch.randn_like(p))
+    weights = {name.replace(".layer.inner.", ".layer."): p for name, p in model.named_parameters()}
+    for i, layer in enumerate(layers):
+        decoder.transformer.h[i] = Block(layer, names)
+    after = []
+    inner = cell.zero_mem
+    cell.zero_mem = lambda: (after.append([(layer.W_mem, layer.z) for layer in layers]), inner())
+    tokens = torch.randint(0, 40, (2, 30))
+    with torch.no_grad():
+        result = model(tokens, attention_mask=torch.ones_like(tokens))
+    logits = (result[0] if isinstance(result, tuple) else result)["logits"]
+    matrix, norm = (torch.stack([pair[i] for pair in after[-1]]).numpy() for i in (0, 1))
+    out = {"tokens": tokens.numpy().astype(np.int32), "logits": logits.numpy(), "matrix": matrix, "norm": norm}
+    return out | arrays("weights/", weights.items())
+
+
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[2])
     kind, file = {
@@ -237,5 +328,7 @@ if __name__ == "__main__":
         "titans": (titans, "titans_pytorch"),
         "ttt": (ttt, "ttt_official"),
         "hmt": (hmt, "hmt_official"),
+        "rmt_gpt2": (rmt_gpt2, "rmt_gpt2_official"),
+        "armt_gpt2": (armt_gpt2, "armt_gpt2_official"),
     }[sys.argv[1]]
     np.savez_compressed(GOLDEN / f"{file}.npz", **kind())

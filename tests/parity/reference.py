@@ -33,6 +33,23 @@ def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float = 1e-5) -> np.ndar
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
 
 
+def decoder_norm(x: np.ndarray, p: dict[str, Any], epsilon: float) -> np.ndarray:
+    """RMSNorm, or LayerNorm where there is a bias."""
+    if "b" not in p:
+        return rms_norm(x, p["scale"], epsilon)
+    mean, deviation = x.mean(axis=-1, keepdims=True), np.sqrt(x.var(axis=-1, keepdims=True) + epsilon)
+    return (x - mean) / deviation * p["scale"] + p["b"]
+
+
+def mlp(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+    """SwiGLU, or GPT-2's MLP, whose GELU is 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    if "gated" in p:
+        return swiglu(x, p)
+    x = with_bias(x @ p["up"]["w"], p["up"])
+    x = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return with_bias(x @ p["down"]["w"], p["down"])
+
+
 def swiglu(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
     gated = x @ p["gated"]["w"]
     return (gated * sigmoid(gated) * (x @ p["up"]["w"])) @ p["down"]["w"]
@@ -60,7 +77,9 @@ def llama_frequencies(head_width: int, config: ModelConfig) -> list[float]:
 
 
 def rotated(x_HK: np.ndarray, position: int, frequencies: list[float]) -> np.ndarray:
-    """Each pair (i, i + K/2) as a complex number, turned."""
+    """Each pair (i, i + K/2) as a complex number, turned; without frequencies x itself."""
+    if not frequencies:
+        return x_HK
     half = x_HK.shape[-1] // 2
     turned = (x_HK[:, :half] + 1j * x_HK[:, half:]) * np.exp(1j * position * np.array(frequencies))
     return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -107,7 +126,8 @@ class Reference:
 
     def __init__(self, config: ModelConfig, params: Any):
         self.config, self.params = config, _numpy(params)
-        self.frequencies = llama_frequencies(config.decoder.head_dim, config)
+        is_rotated = config.decoder.max_positions is None
+        self.frequencies = llama_frequencies(config.decoder.head_dim, config) if is_rotated else []
         self.with_memory = config.join.memory_layers(config.decoder.num_layers)
         self.layers = self._layers()
 
@@ -120,6 +140,12 @@ class Reference:
             depth = len(stacks[first]["mlp_norm"]["scale"])
             layers += [_pick(stacks[first], i) for i in range(depth)]
         return layers
+
+    def placed(self, x_TD: np.ndarray, start: int) -> np.ndarray:
+        """Rows with their learned positions, if there are any."""
+        if self.config.decoder.max_positions is None:
+            return x_TD
+        return x_TD + self.params["positions"]["table"][start : start + len(x_TD)]
 
     def head(self, x_D: np.ndarray) -> np.ndarray:
         if self.config.decoder.tie_head:
@@ -160,7 +186,8 @@ class Reference:
         memories = [self.first_memory(self.layers[layer]) for layer in self.with_memory[: 1 if threaded else None]]
         logits = []
         for begin in range(0, len(tokens), T):
-            x_TD = self.params["embed"]["table"][tokens[begin : begin + T]]
+            start = begin if self.config.decoder.max_tokens is not None else 0
+            x_TD = self.placed(self.params["embed"]["table"][tokens[begin : begin + T]], start)
             written = memories[0] if threaded and memories else None
             for layer in layers:
                 bank = None
@@ -174,7 +201,7 @@ class Reference:
                     memories[nth] = wrote
             if threaded:
                 memories = [written]
-            final = rms_norm(x_TD, self.params["final_norm"]["scale"], self.config.decoder.norm_epsilon)
+            final = decoder_norm(x_TD, self.params["final_norm"], self.config.decoder.norm_epsilon)
             logits += [self.head(x_D) for x_D in final]
         return np.array(logits), memories
 
@@ -202,7 +229,7 @@ class Reference:
         for t, x_D in enumerate(x_TD):
             first = begin if window is None else max(0, begin + t - window + 1)
             first = 0 if self.config.decoder.max_tokens is not None else first
-            normed = rms_norm(x_D, p["attention_norm"]["scale"], epsilon)
+            normed = decoder_norm(x_D, p["attention_norm"], epsilon)
             y_D, q_HK = self.self_attention(p["attention"], normed, begin + t, past, first)
             found.append(y_D)
             queries.append(q_HK)
@@ -210,7 +237,7 @@ class Reference:
         h_TD = x_TD + found_TD
         if bank is not None:
             h_TD = h_TD + np.array([self.recall(p, y, q, bank) for y, q in zip(found_TD, queries, strict=True)])
-        out_TD = h_TD + swiglu(rms_norm(h_TD, p["mlp_norm"]["scale"], epsilon), p["mlp"])
+        out_TD = h_TD + mlp(decoder_norm(h_TD, p["mlp_norm"], epsilon), p["mlp"])
         if bank is None:
             return out_TD, None
         source_TD = found_TD if self.config.join.source == "attention" else out_TD
@@ -319,7 +346,7 @@ class Reference:
         epsilon = self.config.decoder.norm_epsilon
         rows = rms_norm(bank_ND, p["memory"]["norm"]["scale"]) if self.config.memory.norm_slots else bank_ND
         rows = rows + w["code"]["code"] if self.config.memory.write.codes else rows
-        normed = [rms_norm(row, p["attention_norm"]["scale"], epsilon) for row in rows]
+        normed = [decoder_norm(row, p["attention_norm"], epsilon) for row in rows]
         place = begin + T
         keys = past.k[begin:] + [rotated(heads(x, a["k_proj"]["w"]), place, self.frequencies) for x in normed]
         values = past.v[begin:] + [heads(x, a["v_proj"]["w"]) for x in normed]
@@ -327,7 +354,7 @@ class Reference:
         for n, x in enumerate(normed):
             q_HK = rotated(heads(x, a["q_proj"]["w"]), place, self.frequencies)
             h_D = rows[n] + merged(attended(q_HK, keys, values), a["o_proj"]["w"])
-            h_D = h_D + swiglu(rms_norm(h_D, p["mlp_norm"]["scale"], epsilon), p["mlp"])
+            h_D = h_D + mlp(decoder_norm(h_D, p["mlp_norm"], epsilon), p["mlp"])
             candidate = rms_norm(h_D, w["norm"]["scale"])
             gated = self.config.memory.write.gated
             new.append(self.gated(w, bank_ND[n], candidate, candidate, candidate) if gated else candidate)
@@ -343,12 +370,13 @@ class Reference:
         memory = self.params["carrier"]["memory"]["start"]
         for begin in range(0, len(tokens), T):
             x = np.concatenate([memory, self.params["embed"]["table"][tokens[begin : begin + T]], memory])
+            x = self.placed(x, 0)
             for p in self.layers:
                 if self.config.join.mask == "mutual":
                     x = self.mutual_block(p, x, m)
                 else:
                     x, _ = self.block(p, x, 0, Past([], []), None, None)
-            x = rms_norm(x, self.params["final_norm"]["scale"], self.config.decoder.norm_epsilon)
+            x = decoder_norm(x, self.params["final_norm"], self.config.decoder.norm_epsilon)
             logits += [self.head(y) for y in x[m : m + T]]
             memory = x[m + T :]
         return np.array(logits), [memory]
@@ -356,14 +384,14 @@ class Reference:
     def mutual_block(self, p: dict[str, Any], rows: np.ndarray, m: int) -> np.ndarray:
         """A block in which the first m rows see each other, the last m everything."""
         a, epsilon, out = p["attention"], self.config.decoder.norm_epsilon, []
-        normed = [rms_norm(x, p["attention_norm"]["scale"], epsilon) for x in rows]
+        normed = [decoder_norm(x, p["attention_norm"], epsilon) for x in rows]
         keys = [rotated(heads(x, a["k_proj"]["w"]), i, self.frequencies) for i, x in enumerate(normed)]
         values = [heads(x, a["v_proj"]["w"]) for x in normed]
         for i, x in enumerate(normed):
             seen = len(rows) if i >= len(rows) - m else max(i + 1, m)
             q_HK = rotated(heads(x, a["q_proj"]["w"]), i, self.frequencies)
             h_D = rows[i] + merged(attended(q_HK, keys[:seen], values[:seen]), a["o_proj"]["w"])
-            out.append(h_D + swiglu(rms_norm(h_D, p["mlp_norm"]["scale"], epsilon), p["mlp"]))
+            out.append(h_D + mlp(decoder_norm(h_D, p["mlp_norm"], epsilon), p["mlp"]))
         return np.array(out)
 
 

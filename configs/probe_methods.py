@@ -30,7 +30,7 @@ def reaching(run: RunConfig, **reach: int) -> RunConfig:
 
 
 ARMS = (
-    reaching(arm("full", 264, NoMemory(), PlainJoin()), max_tokens=4096),
+    reaching(arm("full", 264, NoMemory(), PlainJoin()), max_tokens=2048),
     reaching(arm("window", 264, NoMemory(), PlainJoin()), window_tokens=32),
     arm("block_half", 200, bank(BlockWrite(), num_slots=SLOTS // 2), ResidualJoin()),
     arm("rmt_16", 264, TokensConfig(num_tokens=2 * SLOTS), TokensJoin()),

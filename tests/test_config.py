@@ -139,7 +139,10 @@ def bank(**changes):
         (lambda: RunConfig(data=DataConfig(rows=6), optim=OptimConfig(accumulate=4)), ["data.rows=6", "accumulate=4"]),
         (lambda: DecoderConfig(max_positions=8, window_tokens=4), ["decoder.max_positions", "decoder.window_tokens"]),
         (lambda: DecoderConfig(max_positions=8, max_tokens=9), ["decoder.max_tokens=9", "decoder.max_positions=8"]),
-        (lambda: DecoderConfig(max_positions=8, rope_scaling=LinearScaling()), ["decoder.rope_scaling", "max_positions"]),
+        (
+            lambda: DecoderConfig(max_positions=8, rope_scaling=LinearScaling()),
+            ["decoder.rope_scaling", "max_positions"],
+        ),
         (lambda: ModelConfig(decoder=DecoderConfig(max_positions=31)), ["model.segment_tokens=32", "max_positions=31"]),
         (
             lambda: dataclasses.replace(

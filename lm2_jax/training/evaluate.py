@@ -39,7 +39,7 @@ def make_evaluate(plan: Plan, source: Source, layout: Layout) -> Callable[[PyTre
     It reads the same `train.eval_batches` batches every time. Each begins with an initial state or, where a run
     carries its state from step to step, with the state after the batch before. Called inside the layout's context.
     """
-    model, rows = plan.model, plan.config.data.rows
+    model, rows = plan.step_model, plan.config.data.rows
     # Read now, so that a source without held-out examples is refused before training begins.
     held_out = list(itertools.islice(host_batches(plan, source, layout, held_out=True), plan.config.train.eval_batches))
     shapes = jax.eval_shape(lambda: model.init_state(rows))

@@ -57,6 +57,16 @@ class Plan:
     axes: TrainState
     memory_axes: PyTree
 
+    @property
+    def step_model(self) -> LanguageModel:
+        """The model of a step: with full attention, rows that begin anew keep keys of a row, not of `max_tokens`."""
+        config, decoder = self.model.config, self.model.config.decoder
+        if decoder.max_tokens is None or self.config.data.carry_state:
+            return self.model
+        longest = max(self.config.data.segments) * config.segment_tokens
+        decoder = dataclasses.replace(decoder, max_tokens=min(decoder.max_tokens, longest))
+        return LanguageModel(dataclasses.replace(config, decoder=decoder))
+
     def shardings(self, layout: Layout) -> TrainState:
         """The sharding of each array of the train state.
 

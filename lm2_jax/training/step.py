@@ -30,7 +30,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Example], tuple[TrainSt
 
     The loss is sum(w * ce) / sum(w) over the global batch, whatever the number of micro-batches.
     """
-    config, model, micro_batches = plan.config, plan.model, plan.config.optim.accumulate
+    config, model, micro_batches = plan.config, plan.step_model, plan.config.optim.accumulate
 
     def train_step(state: TrainState, batch: Example) -> tuple[TrainState, Report]:
         memory = state.memory if config.data.carry_state else model.init_state(batch.tokens.shape[0])

@@ -120,6 +120,31 @@ def test_the_memory_goes_from_step_to_step():
 
 
 @pytest.mark.slow
+def test_full_attention_keeps_the_keys_of_a_row_where_rows_begin_anew():
+    """The step equals one with `max_tokens` of a row, costs as much, and a carried state keeps all of them."""
+    config = dataclasses.replace(config_with(False), model=lm2_jax.preset("llama_tiny").model)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, segments=(2, SEGMENTS), stage_steps=(5,))
+    )
+    row = SEGMENTS * config.model.segment_tokens
+    decoder = dataclasses.replace(config.model.decoder, max_tokens=row)
+    short = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+    (after, report), (expected, short_report) = one_step(config), one_step(short)
+    assert np.isfinite(report.grad_norm)
+    assert report.grad_norm == short_report.grad_norm
+    jax.tree.map(np.testing.assert_array_equal, after.params, expected.params)
+    long_plan, short_plan = (make_plan(c, LanguageModel(c.model)) for c in (config, short))
+    assert step_flops(long_plan) == step_flops(short_plan)
+    carried = make_plan(dataclasses.replace(config_with(), model=config.model), LanguageModel(config.model))
+    assert carried.step_model == carried.model
+    assert step_flops(carried) > 2 * step_flops(long_plan)
+
+
+def step_flops(plan):
+    state = jax.eval_shape(lambda: plan.first_state(plan.first_params()))
+    return traced_flops(make_train_step(plan), state, batch_of(plan.config))
+
+
 def test_bptt_blocks_change_the_gradient_and_not_the_loss():
     (_, full), (_, short) = one_step(config_with(carry=False)), one_step(config_with(carry=False, bptt=2))
     np.testing.assert_allclose(full.tally["loss"], short.tally["loss"], rtol=1e-6)

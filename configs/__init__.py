@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from lm2_jax.config import RunConfig
 from lm2_jax.presets import (
+    babilong_published,
     babilong_small,
     probe,
     probe_methods,
@@ -46,7 +47,18 @@ class PresetFamily(NamedTuple):
         return getattr(self.module, "PURPOSES", {}).get(name, default)
 
 
-MODULES = (tiny, quickstart, text, probe, probe_titans, probe_methods, babilong_small, titans, published)
+MODULES = (
+    tiny,
+    quickstart,
+    text,
+    probe,
+    probe_titans,
+    probe_methods,
+    babilong_small,
+    titans,
+    published,
+    babilong_published,
+)
 FAMILIES = tuple(PresetFamily(module) for module in MODULES)
 PRESETS: dict[str, RunConfig] = {name: run for family in FAMILIES for name, run in family.presets.items()}
 

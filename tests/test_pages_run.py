@@ -41,6 +41,7 @@ NOT_RUN = {
     "make test": "this is it",
     "quickstart --workdir runs/wide": "minutes; tests/test_quickstart.py plans such a command",
     "lm2 compare": "hours; tests/compare",
+    "rmt_babilong": "hours of an accelerator; tests/test_published.py",
     "benchmarks.grafted": "hours; tests/test_grafted.py",
     "lm2_1p7b --compile-only": "needs libtpu; tests/aot/test_compile_only.py",
     "benchmarks.tpu_rows": "needs libtpu, and hours",

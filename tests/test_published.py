@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import lm2_jax
+from lm2_jax.interop.hf_config import read_hf_config
 from lm2_jax.model import LanguageModel
 from lm2_jax.presets import mesh_for, published
 from lm2_jax.sharding import Layout, MeshConfig
 from lm2_jax.sharding.check import assert_sharded
 from lm2_jax.sharding.mesh import planned_mesh
 from lm2_jax.training.objective import batch_shapes
+from lm2_jax.training.optim import learning_rate
 from lm2_jax.training.state import make_plan
 
 
@@ -79,6 +81,20 @@ def test_hmt_adds_what_the_released_code_adds_to_smollm():
     stack = model.join.stack(model.block_spec, parent=None)
     assert stack.prefix_tokens + model.segment_tokens + stack.suffix_tokens == 1024
     assert stack.summary_tokens == 495
+
+
+def test_the_recipes_of_rmt_and_armt_are_around_gpt2():
+    """The decoder has GPT-2's 124,439,808 parameters; ARMT adds three projections, a gate and tokens to them."""
+    per_layer = 2 * 768 * 64 + 768 * 768 + 768 + 1
+    assert parameters("rmt_babilong") == 124_439_808 + 16 * 768
+    assert parameters("armt_babilong") == 124_439_808 + 10 * 768 + 12 * per_layer
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 50_257, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    spec = read_hf_config({**gpt2, "n_inner": None, "n_positions": 1024}, "config.json")
+    for name in ("rmt_babilong", "armt_babilong"):
+        run = lm2_jax.preset(name)
+        assert (run.model.decoder, run.model.vocab_size) == (spec.decoder, spec.vocab_size)
+        rate = learning_rate(run.optim)
+        assert float(rate(run.optim.steps)) == pytest.approx(run.optim.learning_rate / 2)
 
 
 @pytest.mark.parametrize(

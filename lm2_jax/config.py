@@ -95,14 +95,21 @@ class ModelConfig(Checked):
 
     def _check_positions(self) -> None:
         """Every row of a segment needs a position, those that a memory adds too."""
-        most, stack = self.decoder.max_positions, self.join.stack(self.block_spec, parent=None)
-        rows = 0 if stack is None else stack.prefix_tokens + (stack.suffix_tokens if stack.places_suffix else 0)
-        rows, added = rows + self.segment_tokens, f" and the {rows} rows that the memory adds" if rows else ""
+        most, rows = self.decoder.max_positions, self.placed_tokens or self.segment_tokens
+        added = f" and the {rows - self.segment_tokens} rows that the memory adds" if rows > self.segment_tokens else ""
         _require(
             most is None or rows <= most,
             f"model.segment_tokens={self.segment_tokens}{added} are more than decoder.max_positions={most}; make the "
             "segments shorter",
         )
+
+    @property
+    def placed_tokens(self) -> int | None:
+        """Rows of a segment that get learned positions, where a stack adds rows to it; None: it adds none."""
+        stack = self.join.stack(self.block_spec, parent=None)
+        if stack is None:
+            return None
+        return stack.prefix_tokens + self.segment_tokens + (stack.suffix_tokens if stack.places_suffix else 0)
 
     @property
     def has_memory(self) -> bool:

@@ -243,21 +243,30 @@ def decoder_mlp(decoder: DecoderConfig, precision: Precision) -> SwiGLU | GeluML
 
 
 class Positions(nn.Module):
-    """A learned vector for each position of a text."""
+    """A learned vector for each position.
+
+    Attributes:
+      rows: number of positions.
+      width: of a vector.
+      precision: number types.
+      end: a position from here on has a vector of zeros; None: none has.
+    """
 
     rows: int
     width: int
     precision: Precision
+    end: int | None = None
 
     @nn.compact
     def __call__(self, position: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
-        """Vectors in the compute type; a position after the last one has that of the last one."""
+        """Vectors in the compute type; after the last row, those of the last row."""
         init, axes = nn.initializers.normal(self.width**-0.5), ("window", "row_width")
         table_ND = self.param(
             "table", named(init, axes, Role.EMBEDDING), (self.rows, self.width), jnp.dtype(self.precision.params)
         )
         table_ND = fsdp_gather(table_ND.astype(jnp.dtype(self.precision.compute)), axes, _without(GATHERED, axes))
-        return jnp.take(table_ND, position, axis=0, mode="clip")
+        placed = jnp.take(table_ND, position, axis=0, mode="clip")
+        return placed if self.end is None else jnp.where((position < self.end)[..., None], placed, 0)
 
 
 class Embed(nn.Module):

@@ -55,7 +55,8 @@ class LanguageModel(nn.Module):
         self.embed = Embed(c.vocab_size, d.width, c.precision)
         self.groups = [self._scanned(group) for group in layer_groups(c)]
         self.stack = c.join.stack(c.block_spec, name="carrier")
-        self.positions = Positions(d.max_positions, d.width, c.precision) if d.max_positions else None
+        places = c.placed_tokens
+        self.positions = Positions(d.max_positions, d.width, c.precision, places) if d.max_positions else None
         self.final_norm = decoder_norm(d, c.precision)
         if not d.tie_head:
             self.head = Einsum((d.width, c.vocab_size), ("row_width", "vocab"), c.precision, role=Role.HEAD)
@@ -212,19 +213,11 @@ class LanguageModel(nn.Module):
 
     def _placed(self, x_BJTD: Array, states: Any, segments: Segments) -> Array:
         """Adds learned positions, if the decoder has them: in the segment, or with a cache in the document."""
+        if self.positions is None:
+            return x_BJTD
         cache = first_cache(states)
         position = jnp.arange(x_BJTD.shape[2])[None, None] if cache is None else span_of(cache, segments).position
-        return self._at(x_BJTD, position)
-
-    def _at(self, x: Float[Array, "*lead D"], position: Int[Array, "..."]) -> Float[Array, "*lead D"]:
-        """Rows with their learned positions, if the decoder has them."""
-        if self.positions is None:
-            return x
-        placed = self.positions(position)
-        if self.stack is not None and not self.stack.places_suffix:
-            is_placed = position < self.stack.prefix_tokens + self.config.segment_tokens
-            placed = jnp.where(is_placed[..., None], placed, jnp.zeros_like(placed))
-        return x + placed
+        return x_BJTD + self.positions(position)
 
     def _segment_major(self, x_BJTD: Array, state: ModelState, segments: Segments) -> tuple[Array, ModelState, dict]:
         """Segments outside, all layers inside."""
@@ -395,10 +388,12 @@ class LanguageModel(nn.Module):
             if prefix_BN is not None:
                 tokens_BT = jnp.ones((len(x_BSD), self.config.segment_tokens), bool)
                 place = place._replace(seen=self._seen(prefix_BN, tokens_BT))
-        cache, position_BS = first_cache(stream.state.groups), place.position
-        if cache is not None:
-            position_BS = position_BS + cache.used_segments[:, None] * self.config.segment_tokens
-        x_BSD, groups = self._at(x_BSD, position_BS), []
+        if self.positions is not None:
+            cache, position_BS = first_cache(stream.state.groups), place.position
+            if cache is not None:
+                position_BS = position_BS + cache.used_segments[:, None] * self.config.segment_tokens
+            x_BSD = x_BSD + self.positions(position_BS)
+        groups = []
         for group, opened, state in zip(self.groups, stream.groups, stream.state.groups, strict=True):
             x_BSD, opened = group.extend(x_BSD, opened, state, place)
             groups.append(opened)

@@ -19,6 +19,8 @@ class Options:
     """Where results go."""
     sizes: tuple[int, ...] | None = None
     """Sizes to try."""
+    other: str | None = "here"
+    """Another folder."""
 
 
 def test_words_and_options():
@@ -26,6 +28,14 @@ def test_words_and_options():
         ("a", "b"), "o", (1, 2)
     )
     assert parse(Options, "lm2 x", "", ["--names", "a", "--out=o"]) == Options(("a",), "o")
+
+
+def test_a_folder_may_be_called_none():
+    """A lower-case `none` was taken for no folder, and an evaluation went without its baseline."""
+    words = ["a", "--out", "o", "--other"]
+    assert parse(Options, "lm2 x", "", [*words, "none"]).other == "none"
+    assert parse(Options, "lm2 x", "", [*words, "None"]).other is None
+    assert parse(Options, "lm2 x", "", ["a", "--out", "o", "--sizes", "none"]).sizes is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import pytest
+from etils import epath
 
 import lm2_jax
 from lm2_jax.blocks.context import ContextJoin
@@ -302,6 +303,20 @@ def test_init_from_is_passed_on(monkeypatch, tmp_path):
         with pytest.raises(UserError, match="stop"):
             train.main(["lm2_tiny", "--workdir", str(tmp_path / "w"), "--mesh.data", "8", *words])
         assert given == expected
+
+
+def test_a_picture_that_cannot_be_written_is_reported_and_no_more(tmp_path, capsys):
+    """The run is saved before its curves are drawn."""
+    run = lm2_jax.preset("lm2_tiny")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    train._draw(epath.Path(tmp_path), run)
+    assert capsys.readouterr().out == f"Curves of the training: {tmp_path / 'curves.png'}\n"
+    (tmp_path / "curves.png").unlink()
+    (tmp_path / "curves.png").mkdir()
+    train._draw(epath.Path(tmp_path), run)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("curves.png: writing failed: ")
 
 
 def test_an_absurd_size_is_refused_before_anything_is_made():

@@ -240,7 +240,8 @@ def parse(hint: Any, flag: Flag) -> Any:
     Raises:
       UserError: they are none of its type.
     """
-    if optional(hint) and [word.lower() for word in flag.words] == ["none"]:
+    none = ("None",) if bare(hint) is str else ("None", "none", "NONE")  # a folder may be called `none`
+    if optional(hint) and len(flag.words) == 1 and flag.words[0] in none:
         return None
     mark, hint = marks(hint, Bare), bare(hint)
     if mark is not None and not flag.words:

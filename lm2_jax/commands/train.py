@@ -217,8 +217,22 @@ def train(run: RunConfig, options: TrainOptions, mesh: Any) -> None:
     outcome = fit(run, workdir, layout, options.profiling, options.init.from_, options.overwrite)
     _report_missing_trace(options.profiling)
     if jax.process_index() == 0:
+        _draw(workdir, run)
         print(what_next(run, os.fspath(workdir), outcome.stopped_by is None))
     sys.exit(outcome.status)
+
+
+def _draw(workdir: epath.Path, run: RunConfig) -> None:
+    """The picture of the training; the run is saved already, so a picture that cannot be written is only reported."""
+    from lm2_jax.training import curves
+
+    try:
+        file = curves.write(workdir, run)
+    except OSError as error:
+        print(f"{curves.FILE}: writing failed: {error}", file=sys.stderr)
+        return
+    if file is not None:
+        print(f"Curves of the training: {file}")
 
 
 def what_next(run: RunConfig, workdir: str, is_finished: bool) -> str:

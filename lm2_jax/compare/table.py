@@ -8,6 +8,7 @@ import numpy as np
 
 from lm2_jax.compare.protocol import inequalities
 from lm2_jax.evaluation import report
+from lm2_jax.figures import new_figure, to_png
 
 COLOURS = 10
 
@@ -111,7 +112,7 @@ def _cell(values: Sequence[float] | None) -> str:
 def picture(results: Sequence[PresetResult]) -> bytes:
     """A panel for each column: every seed is a point, the mean a line."""
     columns = [name for name in dict.fromkeys(name for result in results for name in result.columns())]
-    figure = report.new_figure(8, 0.6 + len(columns) * (0.5 + 0.32 * len(results)))
+    figure = new_figure(8, 0.6 + len(columns) * (0.5 + 0.32 * len(results)))
     panels = figure.subplots(max(1, len(columns)), 1, squeeze=False)[:, 0]
     names = [result.preset for result in results]
     for panel, name in zip(panels, columns, strict=False):
@@ -124,4 +125,4 @@ def picture(results: Sequence[PresetResult]) -> bytes:
         panel.set_ylim(len(results) - 0.5, -0.5)
         panel.set_title(name if "loss" in name else f"{name} (per cent)", loc="left", fontsize="medium")
         panel.grid(axis="x", alpha=0.3)
-    return report.to_png(figure)
+    return to_png(figure)

@@ -1,12 +1,13 @@
 """Tables, JSON and pictures of results. rich and matplotlib are imported where they are used."""
 
-import io
 import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lm2_jax.figures import new_figure, to_png
 
 GOOD, POOR = 85.0, 30.0  # per cent: satisfactory above, a failure below (as on the BABILong leaderboard)
 
@@ -176,6 +177,8 @@ def accuracy_plot(
     plot.set_ylim(0, 102)
     if log_x:
         plot.set_xscale("log")
+    else:
+        plot.xaxis.get_major_locator().set_params(integer=True)
     plot.grid(alpha=0.3)
     plot.spines[["top", "right"]].set_visible(False)
     plot.set_xlabel(labels[0])
@@ -184,23 +187,6 @@ def accuracy_plot(
     plot.legend(frameon=False, fontsize=8)
     figure.supxlabel(_wrapped(note, 7.6), fontsize=7.5, color="#555555")
     return to_png(figure)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A figure with its own canvas instead of pyplot's: no display and no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def to_png(figure: Any) -> bytes:
-    """A figure as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=160)
-    return content.getvalue()
 
 
 def _wrapped(note: str, inches: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lm2_jax.evaluation.report import new_figure, to_png
+from lm2_jax.figures import new_figure, to_png
 from lm2_jax.inspect.collect import TokenReads
 
 MOST_TOKENS = 48  # of a segment, in pictures of single tokens

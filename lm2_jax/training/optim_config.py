@@ -48,6 +48,12 @@ class LossConfig(Checked):
         _require(self.time_chunk >= 1, f"loss.time_chunk must be at least 1, got {self.time_chunk}")
 
 
+def unweighted(loss: LossConfig) -> set[str]:
+    """Metrics of tokens that no weight counts, which a person is not shown."""
+    weights = {"answer_loss": loss.answer_weight, "text_loss": loss.text_weight}
+    return {name for name, weight in weights.items() if weight == 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(Family):
     """Base of the learning-rate schedules; `optim.schedule` of a run."""

@@ -13,6 +13,7 @@ from lm2_jax.config import RunConfig
 from lm2_jax.errors import UserError
 from lm2_jax.training.metrics import MetricsLog, diagnostics
 from lm2_jax.training.objective import means
+from lm2_jax.training.optim_config import unweighted
 from lm2_jax.training.progress import ProgressLine, Throughput
 from lm2_jax.training.step import Report
 
@@ -71,7 +72,9 @@ class Watch:
             raise self._wrong(f"{', '.join(wrong)} at step {step} are not finite")
         self._log.write(step, values)
         if more:
-            words = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in more.items()]
+            shown = {name.removeprefix("eval_"): value for name, value in more.items()}
+            hidden = unweighted(self._config.loss)
+            words = [f"{name} {value:.3f}" for name, value in shown.items() if name not in hidden]
             self._progress.say(f"step {step} held out | {' | '.join(words)}")
 
     @contextmanager

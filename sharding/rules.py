@@ -27,7 +27,7 @@ RULES: tuple[Rule, ...] = (
     ("embed", ("fsdp", "slots")),  # model width of a kernel, all-gathered layer by layer; replicated in activations
     ("row_width", "fsdp"),  # model width of arrays with a row per token or slot, which `slots` splits already
     ("segments", None),  # segments of a row: processed one after the other
-    ("window", None),  # tokens of an attention window: few, and every token of the next segment needs them
+    ("window", None),  # tokens of an attention window, and learned positions: few, and every device needs them
     ("layers", None),  # stacked layers: processed one after the other
     ("head", None),  # width of a head: too small to split, and contracted in every score
     ("rank", None),  # rank of a low-rank adapter: small

@@ -18,6 +18,15 @@ from tests.interop.folders import TINY, hf_folder, random_weights
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 300,
+    "n_embd": 16,
+    "n_inner": None,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -73,6 +82,57 @@ def test_a_config_that_does_not_fit(changes, message, tmp_path):
     (folder / "config.json").write_text(json.dumps({**TINY, **changes}))
     with pytest.raises(UserError, match=message):
         open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "gelu"}, "activation_function='gelu' is not supported.*='gelu_new'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
+        ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
+        ({"n_embd": None}, "n_embd: expected a positive integer, got None"),
+        ({"n_positions": "64"}, "n_positions: expected a positive integer, got '64'"),
+        ({"n_positions": None}, "n_positions: expected a positive integer, got None"),
+        ({"n_positions": 0}, "max_positions"),
+        ({"n_positions": 65}, r"embed_positions.weight: expected shape \[65, 16\].*got \[64, 16\]"),
+        ({"n_head": 3}, "decoder.width=16 is not a multiple of decoder.num_heads=3"),
+        ({"n_inner": 40}, r"up_proj.weight: expected shape \[40, 16\].*got \[64, 16\]"),
+        ({"n_layer": 3}, r"layers\.2\.\S*: missing"),
+        ({"tie_word_embeddings": False}, "lm_head.weight: missing"),
+    ],
+)
+def test_a_gpt2_that_does_not_fit(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(hf_folder(tmp_path, {**GPT2, **changes}, random_weights(GPT2)))
+    assert caught.value.status == 1
+
+
+def test_tensors_of_a_gpt2_that_are_not_its_own(tmp_path):
+    weights = random_weights(GPT2)
+    weights["transformer.h.0.attn.c_attn.weight"] = np.zeros((16, 47), np.float32)
+    weights["transformer.h.0.attn.extra"] = np.zeros(3, np.float32)
+    del weights["transformer.h.1.ln_1.bias"]
+    with pytest.raises(UserError) as caught:
+        open_source(hf_folder(tmp_path, GPT2, weights))
+    for part in (
+        "layers.1.input_layernorm.bias: missing",
+        "layers.0.self_attn.q_proj.weight: expected shape [16, 16] as the config says, got [47, 16]",
+        "transformer.h.0.attn.extra: the decoder has no such parameter",
+    ):
+        assert part in str(caught.value)
+
+
+def test_old_files_of_a_gpt2_leave_the_prefix_out_and_hold_masks(tmp_path):
+    weights = random_weights(GPT2)
+    old = {name.removeprefix("transformer."): array for name, array in weights.items()}
+    old |= {f"h.{i}.attn.{kind}": np.ones((1, 1, 4, 4), np.float32) for i in (0, 1) for kind in ("bias", "masked_bias")}
+    first, second = (
+        open_source(hf_folder(tmp_path / "a", GPT2, weights)),
+        open_source(hf_folder(tmp_path / "b", GPT2, old)),
+    )
+    assert first.shapes() == second.shapes()
+    for name in first.shapes():
+        np.testing.assert_array_equal(first.read(name), second.read(name))
 
 
 def test_tensors_the_decoder_lacks(tmp_path):

@@ -64,6 +64,8 @@ def test_own_text_in_one_command_and_all_that_it_prints(texts):
 @pytest.mark.slow
 def test_a_memory_is_evaluated_by_what_its_run_prints(tmp_path):
     output = typed(f"{sys.executable} {ROOT / 'train.py'} lm2_tiny {SHORT}", tmp_path)
+    assert re.search(r"^Live curves: tensorboard --logdir \S*runs/mine ", output, re.M)
+    assert (tmp_path / "runs" / "mine" / "curves.png").is_file()
     (command,) = [" ".join(found) for found in PRINTED.findall(output)]
     assert "recall" in command
     typed(f"{command} --rows 64", tmp_path)

@@ -1,4 +1,4 @@
-"""Imports a model of the Llama architecture: `lm2 import SOURCE --workdir W`.
+"""Imports a pretrained decoder: `lm2 import SOURCE --workdir W`.
 
 SOURCE is a Hugging Face folder (config.json and safetensors), a .gguf file, a llama2.c .bin file, or a name owner/model
 on the Hugging Face hub. The workdir holds step 0 of a run: train.py resumes it, eval.py evaluates it.

@@ -1,1 +1,1 @@
-"""Models of other projects: weights of the Llama architecture in and out, and memories added to them."""
+"""Models of other projects: decoders in and out, and memories added to them."""

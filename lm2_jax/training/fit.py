@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def _train(
     with ProgressLine(steps) as progress, _as_user_error(workdir, checkpoints):
         state, start, first_loss = begin(plan, layout, checkpoints)
         progress.say(describe(plan, layout, workdir, start) + replicated_arrays(state, layout))
-        _say_start(progress, start, steps)
+        _say_start(progress, workdir, start, steps)
         if init_from is not None and start == 0:
             state, report = start_from(init_from, state, plan, layout)
             progress.say(report)
@@ -154,8 +155,9 @@ def _train(
     return FitResult(state, step, stop.caught if step < steps else None)
 
 
-def _say_start(progress: ProgressLine, start: int, steps: int) -> None:
+def _say_start(progress: ProgressLine, workdir: epath.Path, start: int, steps: int) -> None:
     if start < steps:
+        progress.say(f"Live curves: tensorboard --logdir {shlex.quote(os.fspath(workdir))} (pip install tensorboard)")
         progress.compiling()
     else:
         progress.say(FINISHED.format(steps=steps, more=2 * steps))

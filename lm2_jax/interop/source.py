@@ -66,6 +66,6 @@ class Source(abc.ABC):
         if problems:
             more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
             raise UserError(
-                f"{self.where}: the tensors do not fit a decoder of this config:\n  " + "\n  ".join(problems[:8] + more),
+                f"{self.where}: the tensors do not fit its config:\n  " + "\n  ".join(problems[:8] + more),
                 status=1,
             )

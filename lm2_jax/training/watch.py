@@ -18,6 +18,21 @@ from lm2_jax.training.progress import ProgressLine, Throughput
 from lm2_jax.training.step import Report
 
 
+def held_out_summary(values: dict[str, float], hidden: set[str]) -> str:
+    """The metrics of an evaluation in one line, with the perplexity of its text.
+
+    Args:
+      values: by name, with the prefix `eval_`.
+      hidden: metrics that are left out.
+    """
+    shown = {name.removeprefix("eval_"): value for name, value in values.items()}
+    shown = {name: value for name, value in shown.items() if name not in hidden}
+    words = [f"{name} {value:.3f}" for name, value in shown.items()]
+    if "text_loss" in shown:
+        words.append(f"perplexity of a text token {math.exp(min(shown['text_loss'], 700)):,.2f}")
+    return " | ".join(words)
+
+
 class Watch:
     """Sums reports between two logged steps, logs them and checks them.
 
@@ -72,10 +87,7 @@ class Watch:
             raise self._wrong(f"{', '.join(wrong)} at step {step} are not finite")
         self._log.write(step, values)
         if more:
-            shown = {name.removeprefix("eval_"): value for name, value in more.items()}
-            hidden = unweighted(self._config.loss)
-            words = [f"{name} {value:.3f}" for name, value in shown.items() if name not in hidden]
-            self._progress.say(f"step {step} held out | {' | '.join(words)}")
+            self._progress.say(f"step {step} held out | {held_out_summary(more, unweighted(self._config.loss))}")
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import json
 import lm2_jax
 from lm2_jax.training import curves
 from lm2_jax.training.optim_config import LossConfig, unweighted
+from lm2_jax.training.watch import held_out_summary
 
 
 def drawn(monkeypatch, lines, without=()):
@@ -45,6 +46,14 @@ def test_the_picture_is_written_next_to_the_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert str(curves.write(tmp_path, run)) == str(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_in_one_line():
+    values = {"eval_loss": 1.0, "eval_text_loss": 2.0, "eval_answer_accuracy": 0.5}
+    line = "loss 1.000 | text_loss 2.000 | answer_accuracy 0.500 | perplexity of a text token 7.39"
+    assert held_out_summary(values, set()) == line
+    assert held_out_summary(values, {"text_loss"}) == "loss 1.000 | answer_accuracy 0.500"
+    assert held_out_summary({"eval_text_loss": 1e4}, set()).startswith("text_loss 10000.000 | perplexity")
 
 
 def test_losses_without_a_weight_are_not_shown(tmp_path, monkeypatch):

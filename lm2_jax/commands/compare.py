@@ -1,8 +1,9 @@
 """Trains and evaluates presets under one protocol: `python -m lm2_jax.compare PRESET ... --out DIR`.
 
-The learning rate of each preset is chosen on development seeds, whose data is not in the table. Then every preset is
-trained with the same seeds. The same command again resumes: finished runs are only read, from DIR/finished.jsonl, so
-their folders can be deleted. Options after `--` are options of every training, as in `... --out DIR -- --data.rows 8`.
+The learning rate of each method is chosen on development seeds, whose data is not in the table. A method is a preset,
+or several joined by commas, such as one with other stages, of which one is chosen too. Then every method is trained
+with the same seeds. The same command again resumes: finished runs are only read, from DIR/finished.jsonl, so their
+folders can be deleted. Options after `--` are options of every training, as in `... --out DIR -- --data.rows 8`.
 """
 
 import itertools
@@ -19,14 +20,15 @@ import jax
 from etils import epath
 
 from lm2_jax import atomic, cli
-from lm2_jax.commands import dataclass_options
+from lm2_jax.commands import dataclass_options, flags
 from lm2_jax.commands.dataclass_options import First
 from lm2_jax.commands.train import parse
 from lm2_jax.compare import jobs, table
 from lm2_jax.compare.finished import Finished
-from lm2_jax.compare.protocol import Job, Protocol, choose_rates
-from lm2_jax.config import RunConfig
+from lm2_jax.compare.protocol import Choice, Job, Protocol, choose
+from lm2_jax.config import RunConfig, from_dict
 from lm2_jax.errors import UserError
+from lm2_jax.evaluation import SUITES
 from lm2_jax.evaluation.names import model_name
 from lm2_jax.folders import prepare_folder
 from lm2_jax.model import LanguageModel
@@ -39,29 +41,28 @@ class Command:
     """Options."""
 
     presets: Annotated[tuple[str, ...], First()]
-    """Presets to compare."""
+    """Methods to compare: presets, or several joined by commas, of which the search chooses one."""
     out: str
     """Folder of the runs and of compare.json, compare.md and compare.png."""
     seeds: int = 3
     """Seeds of parameters and data that are reported: 0, 1, ..."""
     learning_rates: tuple[float, ...] = ()
-    """Rates to choose from for each preset; none: the preset's own, without a search."""
+    """Rates to choose from for each preset; none: the preset's own."""
     budget: int | None = None
     """Optimizer steps of a reported run; None: each preset's own."""
     search_steps: int | None = None
     """Optimizer steps of a run of the search; None: a third of a reported run's."""
     search_seeds: int = 1
     """Development seeds for each rate."""
-    segments: tuple[int, ...] = (4, 16)
-    """Lengths of the rows of the suite `recall`, in segments, where the data has questions at known distances."""
-    rows: int = 512
-    """Held-out rows of each length."""
+    suite: str = "recall --segments 4 16 --rows 512"
+    """What judges a run besides its held-out metrics, with its options in one quoted word: `recall`, where the data has
+    questions at known distances, or `babilong`; `lm2 eval SUITE --help` lists the options."""
     jobs: int = 1
     """Runs at the same time, each with its share of the cores; on a CPU one for each core is fastest."""
 
     def check(self) -> None:
         """Raises UserError for numbers that make no sense, and for a preset that is named twice."""
-        for name in ("seeds", "search_seeds", "rows", "jobs"):
+        for name in ("seeds", "search_seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         for name in ("budget", "search_steps"):
@@ -69,12 +70,45 @@ class Command:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         if not self.presets:
             raise UserError("expected presets to compare, as in `lm2 compare lm2_tiny none_tiny --out DIR`")
-        if len(set(self.presets)) < len(self.presets):
+        names = [name for method in self.methods for name in method]
+        if len(set(names)) < len(names):
             raise UserError(f"a preset is named twice: {' '.join(self.presets)}")
         if any(rate <= 0 for rate in self.learning_rates) or len(set(self.learning_rates)) < len(self.learning_rates):
             raise UserError("--learning-rates: expected different positive numbers")
-        if any(length < 1 for length in self.segments):
-            raise UserError("--segments: expected numbers of at least 1")
+        check_suite(self.suite, self.evaluation)
+
+    @property
+    def methods(self) -> tuple[tuple[str, ...], ...]:
+        """The presets of each method."""
+        return tuple(tuple(word.split(",")) for word in self.presets)
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The suite and its options."""
+        try:
+            return shlex.split(self.suite)
+        except ValueError as error:
+            raise UserError(f"--suite {self.suite!r}: {error}") from error
+
+
+def check_suite(typed: str, evaluation: Sequence[str]) -> None:
+    """Refuses a suite or options that are unknown, before anything runs, and options that the program sets itself.
+
+    Raises:
+      UserError: with the option and what is expected.
+    """
+    suite, options = (evaluation[0], evaluation[1:]) if evaluation else ("", [])
+    words, given = flags.split(options)
+    own = [flag.typed for flag in given if flag.name in ("workdir", "workdirs", "out")]
+    if suite not in jobs.WORKDIR_OPTION or words or own:
+        wrong = " ".join([*words, *own])
+        raise UserError(
+            f"--suite {typed!r}: expected one of {', '.join(jobs.WORKDIR_OPTION)} and its options"
+            + (f", without {wrong}" if wrong else "")
+        )
+    table = flags.default_table(SUITES[suite])
+    flags.apply([(SUITES[suite], table)], [*given, *flags.split([jobs.WORKDIR_OPTION[suite], "W"])[1]])
+    from_dict(SUITES[suite], table, "", flags.FLAGS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,9 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(command: Command, options: Sequence[str], typed: str) -> None:
     """Runs the protocol and writes its files, after each seed anew."""
-    configs = {name: _config(name, options, command) for name in command.presets}
+    configs = {name: _config(name, options, command) for method in command.methods for name in method}
     out = pathlib.Path(prepare_folder(epath.Path(os.path.abspath(command.out))))
     protocol = Protocol(
+        command.methods,
         configs,
         command.learning_rates,
         command.search_seeds,
@@ -101,15 +136,17 @@ def compare(command: Command, options: Sequence[str], typed: str) -> None:
         command.budget,
         out,
     )
-    evaluation = ["--segments", *map(str, command.segments), "--rows", str(command.rows)]
     finished = Finished(out, configs, _machine())
-    runner = jobs.Runner(options, evaluation, command.jobs, lambda line: print(line, flush=True), finished)
+    runner = jobs.Runner(options, command.evaluation, command.jobs, lambda line: print(line, flush=True), finished)
     searched = runner.train(protocol.search(), may_diverge=True)
     scores = {job: jobs.score(metrics) for job, metrics in searched.items()}
-    chosen = choose_rates(protocol, scores)
-    results = {name: _empty(name, config, protocol, chosen[name], scores) for name, config in configs.items()}
+    chosen = choose(protocol, scores)
+    results = {
+        choice.preset: _empty(choice, configs[choice.preset], protocol, method, scores)
+        for choice, method in zip(chosen, command.methods, strict=True)
+    }
     for _, of_seed in itertools.groupby(protocol.reported(chosen), key=lambda job: job.seed):
-        for job, seed in _seed_results(list(of_seed), runner).items():
+        for job, seed in _seed_results(list(of_seed), runner, command.evaluation[0]).items():
             results[job.preset].seeds.append(seed)
         files = table.to_files(list(results.values()), typed, finished.machines())
         atomic.write_files({out / name: content for name, content in files.items()})
@@ -128,37 +165,42 @@ def _config(preset: str, options: Sequence[str], command: Command) -> RunConfig:
     return parsed.run
 
 
-def _seed_results(of_seed: list[Job], runner: jobs.Runner) -> dict[Job, table.SeedResult]:
+def _seed_results(of_seed: list[Job], runner: jobs.Runner, suite: str) -> dict[Job, table.SeedResult]:
     """The reported runs of one seed."""
     trained = runner.train(of_seed, may_diverge=False)
     with_distance = [
         job for job, metrics in trained.items() if any(name.startswith("eval_accuracy_d") for name in metrics or ())
     ]
-    recalled = runner.recall(with_distance)
+    judged = runner.evaluate(with_distance if suite == "recall" else trained)
     return {
-        job: table.SeedResult(job.seed, str(job.workdir), metrics or {}, recalled.get(job, []))
+        job: table.SeedResult(job.seed, str(job.workdir), metrics or {}, judged.get(job, []))
         for job, metrics in trained.items()
     }
 
 
 def _empty(
-    preset: str, config: RunConfig, protocol: Protocol, rate: float, scores: dict[Job, float]
+    choice: Choice, config: RunConfig, protocol: Protocol, method: Sequence[str], scores: dict[Job, float]
 ) -> table.PresetResult:
-    """What is known of a preset before its seeds."""
+    """What is known of a method before its seeds."""
     model = LanguageModel(config.model)
     params = make_plan(config, model).shapes.params
-    found = [(job, score) for job, score in scores.items() if job.preset == preset]
-    steps = protocol.steps_of(preset)
+    found = [(job, score) for job, score in scores.items() if job.preset in method]
+    steps = protocol.steps_of(choice.preset)
     return table.PresetResult(
-        preset=preset,
+        preset=choice.preset,
         model=model_name(config.model),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         state_floats=state_floats(jax.eval_shape(lambda: model.init_state(1))),
         tokens=steps * config.data.rows * max(config.data.segments) * config.model.segment_tokens,
         steps=steps,
-        learning_rate=rate,
+        learning_rate=choice.learning_rate,
         search=[
-            {"learning_rate": job.learning_rate, "seed": job.seed, "score": None if score == -float("inf") else score}
+            {
+                "preset": job.preset,
+                "learning_rate": job.learning_rate,
+                "seed": job.seed,
+                "score": None if score == -float("inf") else score,
+            }
             for job, score in found
         ],
         seeds=[],

@@ -16,6 +16,7 @@ from lm2_jax.compare.protocol import Job
 from lm2_jax.errors import UserError
 from lm2_jax.training.metrics import read_lines
 
+WORKDIR_OPTION = {"recall": "--workdirs", "babilong": "--workdir"}  # of the suites that can judge a run
 DIVERGED = "Training stopped:"  # how the message of a run that diverged begins
 
 
@@ -24,7 +25,7 @@ class Runner:
 
     Args:
       options: more options of every training.
-      evaluation: options of the suite `recall`; None: runs are judged by their held-out metrics alone.
+      evaluation: a suite of `lm2 eval` and its options, by which `evaluate` judges a run.
       parallel: processes at a time; on Linux each has its share of the cores.
       show: prints a line.
       finished: results that exist, and where new ones are kept; None: they are in the folders of the runs alone.
@@ -33,7 +34,7 @@ class Runner:
     def __init__(
         self,
         options: Sequence[str],
-        evaluation: Sequence[str] | None,
+        evaluation: Sequence[str],
         parallel: int,
         show: Callable[[str], None],
         finished: Finished | None = None,
@@ -61,12 +62,13 @@ class Runner:
 
         return dict(zip(jobs, self._each(jobs, call), strict=True))
 
-    def recall(self, jobs: Iterable[Job]) -> dict[Job, list[dict[str, Any]]]:
-        """The results of the suite `recall` of each run, one for each length."""
+    def evaluate(self, jobs: Iterable[Job]) -> dict[Job, list[dict[str, Any]]]:
+        """The results of the suite for each run, one for each length, and task."""
         jobs = list(jobs)
 
         def call(job: Job, share: int) -> list[dict[str, Any]]:
-            return self._once(job, "recall", self._evaluation, lambda: self._recall(job, share))
+            suite, *options = self._evaluation
+            return self._once(job, suite, options, lambda: self._evaluate(job, share))
 
         return dict(zip(jobs, self._each(jobs, call), strict=True))
 
@@ -137,14 +139,14 @@ class Runner:
             raise UserError(f"compare: {job.workdir} has no metrics of step {job.steps}; was it interrupted?", status=1)
         return found
 
-    def _recall(self, job: Job, share: int) -> list[dict[str, Any]]:
-        assert self._evaluation is not None
+    def _evaluate(self, job: Job, share: int) -> list[dict[str, Any]]:
+        suite, *options = self._evaluation
         out = job.workdir / "eval" / "compare"
-        file, asked = out / "recall.json", out / "options.json"
+        file, asked = out / f"{suite}.json", out / "options.json"
         wanted = json.dumps([job.steps, *self._evaluation])
         if not file.exists() or not asked.exists() or asked.read_text() != wanted:
             self._show(f"evaluating {job.workdir}")
-            words = ["eval", "recall", "--workdirs", str(job.workdir), "--out", str(out), *self._evaluation]
+            words = ["eval", suite, WORKDIR_OPTION[suite], str(job.workdir), "--out", str(out), *options]
             status, error = self._run(words, share)
             if status:
                 raise UserError(f"compare: the evaluation of {job.workdir} failed: {error.strip()}", status=1)

@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of, and how one learning rate is chosen from them."""
+"""Which runs a comparison consists of, and how the search chooses a preset and a learning rate for each method."""
 
 import dataclasses
 import pathlib
@@ -21,11 +21,19 @@ class Job(NamedTuple):
     workdir: pathlib.Path
 
 
+class Choice(NamedTuple):
+    """What a method is reported with."""
+
+    preset: str
+    learning_rate: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How presets are compared.
+    """How methods are compared.
 
     Attributes:
+      methods: the presets of each method, of which one is reported.
       configs: by preset.
       learning_rates: that are tried; none: each preset's own.
       search_seeds: seeds of the search, per rate.
@@ -35,6 +43,7 @@ class Protocol:
       folder: of the workdirs.
     """
 
+    methods: tuple[tuple[str, ...], ...]
     configs: dict[str, RunConfig]
     learning_rates: tuple[float, ...]
     search_seeds: int
@@ -47,53 +56,58 @@ class Protocol:
         """Steps of a reported run."""
         return self.steps or self.configs[preset].optim.steps
 
-    def rates_of(self, preset: str) -> tuple[float, ...]:
-        """The learning rates that are tried."""
-        return self.learning_rates or (self.configs[preset].optim.learning_rate,)
+    def choices(self, method: tuple[str, ...]) -> list[Choice]:
+        """What is tried for a method: each of its presets with each rate."""
+        return [
+            Choice(preset, rate)
+            for preset in method
+            for rate in self.learning_rates or (self.configs[preset].optim.learning_rate,)
+        ]
 
     def search(self) -> Iterator[Job]:
-        """Runs of the search; none where there is only one rate."""
-        for preset in self.configs:
-            rates = self.rates_of(preset)
-            steps = self.search_steps or max(1, self.steps_of(preset) // 3)
-            for rate in rates if len(rates) > 1 else ():
+        """Runs of the search; none for a method with one choice."""
+        for method in self.methods:
+            choices = self.choices(method)
+            for choice in choices if len(choices) > 1 else ():
+                steps = self.search_steps or max(1, self.steps_of(choice.preset) // 3)
                 for seed in range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + self.search_seeds):
-                    yield self._job("search", preset, rate, seed, steps)
+                    yield self._job("search", *choice, seed, steps)
 
-    def reported(self, chosen: dict[str, float]) -> Iterator[Job]:
-        """Runs that are reported, by the chosen rates; seed by seed, so that a table of fewer seeds comes early."""
+    def reported(self, chosen: Sequence[Choice]) -> Iterator[Job]:
+        """Runs that are reported, by what was chosen; seed by seed, so that a table of fewer seeds comes early."""
         for seed in range(self.seeds):
-            for preset in self.configs:
-                yield self._job("runs", preset, chosen[preset], seed, self.steps_of(preset))
+            for choice in chosen:
+                yield self._job("runs", *choice, seed, self.steps_of(choice.preset))
 
     def _job(self, kind: str, preset: str, rate: float, seed: int, steps: int) -> Job:
         return Job(preset, rate, seed, steps, self.folder / kind / preset / f"rate_{rate:g}" / f"seed_{seed}")
 
 
-def choose_rates(protocol: Protocol, scores: dict[Job, float]) -> dict[str, float]:
-    """For each preset the rate with the highest mean score over the seeds of the search.
+def choose(protocol: Protocol, scores: dict[Job, float]) -> list[Choice]:
+    """For each method the preset and rate with the highest mean score over the seeds of the search.
 
     Args:
       protocol: of the comparison.
       scores: of the search's runs, higher is better; a run that diverged has -inf.
     Raises:
-      UserError: every rate of a preset diverged.
+      UserError: every rate of a method diverged.
     """
-    chosen = {}
-    for preset in protocol.configs:
-        rates = protocol.rates_of(preset)
-        if len(rates) == 1:
-            chosen[preset] = rates[0]
+    chosen = []
+    for method in protocol.methods:
+        choices = protocol.choices(method)
+        if len(choices) == 1:
+            chosen += choices
             continue
-        means = {rate: _mean([s for job, s in scores.items() if job[:2] == (preset, rate)]) for rate in rates}
-        best = max(means, key=lambda rate: means[rate])
+        means = {choice: _mean([s for job, s in scores.items() if job[:2] == choice]) for choice in choices}
+        best = max(means, key=lambda choice: means[choice])
         if means[best] == -float("inf"):
+            rates = dict.fromkeys(f"{choice.learning_rate:g}" for choice in choices)
             raise UserError(
-                f"compare: every learning rate of {preset} diverged ({', '.join(f'{rate:g}' for rate in rates)}); give "
-                "lower ones with --learning-rates",
+                f"compare: every learning rate of {','.join(method)} diverged ({', '.join(rates)}); give lower ones "
+                "with --learning-rates",
                 status=1,
             )
-        chosen[preset] = best
+        chosen.append(best)
     return chosen
 
 

@@ -21,8 +21,8 @@ class SeedResult:
     workdir: str
     metrics: dict[str, float]
     """Held-out metrics at the end of training, such as `eval_answer_accuracy`."""
-    recall: list[dict[str, Any]]
-    """Results of the suite `recall`, one for each length; empty where the data has no distances."""
+    results: list[dict[str, Any]]
+    """Results of the suite, one for each length, and task; empty where the data does not suit it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PresetResult:
     steps: int
     learning_rate: float
     search: list[dict[str, Any]]
-    """Learning rate, seed and score of each run of the search; the score of a run that diverged is None."""
+    """Preset, learning rate, seed and score of each run of the search; that of a run that diverged is None."""
     seeds: list[SeedResult]
 
     def columns(self) -> dict[str, list[float]]:
@@ -48,8 +48,9 @@ class PresetResult:
             for name, title, factor in _METRICS:
                 if name in seed.metrics:
                     found.setdefault(title, []).append(factor * seed.metrics[name])
-            for result in seed.recall:
-                title = f"recall, {result['segments']} segments"
+            for result in seed.results:
+                recall = f"recall, {result.get('segments')} segments"
+                title = f"{result['task']}, {result['length']}" if "task" in result else recall
                 found.setdefault(title, []).append(100 * result["accuracy"])
         return found
 
@@ -88,9 +89,13 @@ def markdown(results: Sequence[PresetResult], command: str, machine: str) -> str
     if searched:
         tried = sorted({entry["learning_rate"] for result in searched for entry in result.search})
         seeds = sorted({entry["seed"] for result in searched for entry in result.search})
+        others = sorted(
+            {entry["preset"] for result in searched for entry in result.search} - {r.preset for r in results}
+        )
         notes.append(
             f"The learning rate of each preset was chosen from {', '.join(f'{rate:g}' for rate in tried)} by held-out "
             f"score with seeds {', '.join(map(str, seeds))}, which are not in the table."
+            + (f" Presets that were tried and not chosen: {', '.join(others)}." if others else "")
         )
     else:
         notes.append("Learning rates were not searched: each preset has its own.")

@@ -12,22 +12,24 @@ import lm2_jax
 from lm2_jax.commands import compare as program
 from lm2_jax.compare import jobs, table
 from lm2_jax.compare.finished import FILE, Finished, config_digest
-from lm2_jax.compare.protocol import Protocol, choose_rates, inequalities
+from lm2_jax.compare.protocol import Choice, Protocol, choose, inequalities
 from lm2_jax.errors import UserError
 
 NAMES = ("lm2_tiny", "none_tiny")
+METHODS = tuple((name,) for name in NAMES)
+CHOSEN = [Choice("lm2_tiny", 1e-3), Choice("none_tiny", 3e-3)]
 OPTIONS = ["--", "--optim.warmup-steps", "1", "--train.eval-batches", "1"]
 
 
 def protocol(folder, **changes) -> Protocol:
     configs = {name: lm2_jax.preset(name) for name in NAMES}
     fields = {"learning_rates": (1e-3, 3e-3), "search_seeds": 2, "search_steps": None, "seeds": 3, "steps": 12}
-    return Protocol(configs, folder=folder, **(fields | changes))
+    return Protocol(configs=configs, folder=folder, **({"methods": METHODS} | fields | changes))
 
 
 def test_the_search_uses_no_seed_that_is_reported(tmp_path):
     plan = protocol(tmp_path)
-    search, reported = list(plan.search()), list(plan.reported({"lm2_tiny": 1e-3, "none_tiny": 3e-3}))
+    search, reported = list(plan.search()), list(plan.reported(CHOSEN))
     assert len(search) == 2 * 2 * 2
     assert {job.steps for job in search} == {4}
     assert not {job.seed for job in search} & {job.seed for job in reported}
@@ -48,10 +50,21 @@ def test_the_rate_with_the_best_mean_is_chosen(tmp_path):
             scores[job] = 0.9 if job.seed % 2 else 0.2  # a mean of 0.55
         if job.preset == "none_tiny" and job.learning_rate == 3e-3:
             scores[job] = -float("inf")
-    assert choose_rates(plan, scores) == {"lm2_tiny": 3e-3, "none_tiny": 1e-3}
+    assert choose(plan, scores) == [Choice("lm2_tiny", 3e-3), Choice("none_tiny", 1e-3)]
     diverged = {job: -float("inf") if job.preset == "lm2_tiny" else 0.0 for job in scores}
     with pytest.raises(UserError, match=r"every learning rate of lm2_tiny diverged \(0\.001, 0\.003\)"):
-        choose_rates(plan, diverged)
+        choose(plan, diverged)
+
+
+def test_one_of_the_presets_of_a_method_is_chosen_with_its_rate(tmp_path):
+    plan = protocol(tmp_path, methods=(NAMES,))
+    search = list(plan.search())
+    assert {job[:2] for job in search} == {(name, rate) for name in NAMES for rate in (1e-3, 3e-3)}
+    scores = {job: 0.9 if job[:2] == ("none_tiny", 1e-3) else 0.5 for job in search}
+    assert choose(plan, scores) == [Choice("none_tiny", 1e-3)]
+    assert {job.preset for job in plan.reported(choose(plan, scores))} == {"none_tiny"}
+    own = protocol(tmp_path, methods=(NAMES,), learning_rates=())
+    assert [job.preset for job in own.search()] == ["lm2_tiny", "lm2_tiny", "none_tiny", "none_tiny"], "without rates"
 
 
 def test_scores():
@@ -62,7 +75,7 @@ def test_scores():
 
 def test_results_of_finished_runs_are_kept_by_config(tmp_path):
     plan = protocol(tmp_path)
-    job, other = list(plan.reported({"lm2_tiny": 1e-3, "none_tiny": 3e-3}))[:2]
+    job, other = list(plan.reported(CHOSEN))[:2]
     first = Finished(tmp_path, plan.configs, "one machine")
     assert first.find(job, "metrics", None) is None
     first.add(job, "metrics", None, {"eval_loss": 2.0})
@@ -94,7 +107,8 @@ def result(preset, accuracies, parameters=1000):
         table.SeedResult(i, f"w/{i}", {"eval_answer_accuracy": a, "eval_text_loss": 2.0}, recall)
         for i, a in enumerate(accuracies)
     ]
-    search = [{"learning_rate": rate, "seed": 10_000, "score": score} for rate, score in ((1e-3, 0.1), (2e-3, None))]
+    tried = ((preset, 1e-3, 0.1), ("other", 2e-3, None))
+    search = [{"preset": p, "learning_rate": rate, "seed": 10_000, "score": score} for p, rate, score in tried]
     return table.PresetResult(preset, preset.upper(), parameters, 64, 4096, 12, 1e-3, search, seeds)
 
 
@@ -103,7 +117,8 @@ def test_the_table_says_what_was_done_and_what_is_not_equal():
     text = table.markdown(results, "the command", "the machine")
     assert "| A | a | 1,000 | 64 | 12 | 0.001 | 2 | 60 (50 to 70) | 2 (2 to 2) | 50 (50 to 50) |" in text
     assert "| B | b | 1,100 | 64 | 12 | 0.001 | 1 | 20 | 2 | 50 |" in text
-    assert "chosen from 0.001, 0.002 by held-out score with seeds 10000, which are not in the table" in text
+    assert "chosen from 0.001, 0.002 by held-out score with seeds 10000, which are not in the table." in text
+    assert "Presets that were tried and not chosen: other." in text
     assert "Not equal: training tokens differ: a 4,096, b 8,192." in text
     assert "Not equal: parameters differ by more than 3%: a 1,000, b 1,100." in text
     assert "- `the command`; the machine" in text
@@ -120,7 +135,15 @@ def test_the_table_says_what_was_done_and_what_is_not_equal():
         (["lm2_tiny", "lm2_tiny"], "named twice"),
         (["lm2_tinny"], "lm2_tiny"),
         (["lm2_tiny", "--learning-rates", "0.1", "0.1"], "different positive numbers"),
-        (["lm2_tiny", "--segments", "0"], "--segments"),
+        (["lm2_tiny", "--suite", "recall --segments 0"], "segments"),
+        (["lm2_tiny", "--suite", "recall --segment 4"], "--segment: no such option. Did you mean --segments"),
+        (["lm2_tiny", "--suite", "recall 4"], "expected one of recall, babilong and its options, without 4"),
+        (["lm2_tiny", "--suite", "recall --out x"], "and its options, without --out"),
+        (["lm2_tiny", "--suite", "recall '--rows"], "No closing quotation"),
+        (["lm2_tiny", "--suite", "babilon"], "--suite 'babilon': expected one of recall, babilong"),
+        (["lm2_tiny", "--suite", ""], "--suite '': expected one of recall"),
+        (["lm2_tiny,none_tiny", "lm2_tiny"], "named twice"),
+        (["lm2_tiny,"], "unknown preset ''"),
         (["lm2_tiny", "--", "--data.rowz", "3"], "data.rows"),
         (["lm2_tiny", "--", "--train.eval-batches", "0"], "nothing is measured"),
     ],
@@ -139,7 +162,7 @@ def test_a_comparison_from_beginning_to_end_is_run_once(tmp_path, monkeypatch, c
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     out = tmp_path / "out"
     words = [*NAMES, "--seeds", "2", "--learning-rates", "0.001", "0.002", "--budget", "4", "--search-steps", "2"]
-    words += ["--segments", "2", "--rows", "64", "--jobs", "2", "--out", str(out), *OPTIONS]
+    words += ["--suite", "recall --segments 2 --rows 64", "--jobs", "2", "--out", str(out), *OPTIONS]
     calls = []
     inner = jobs.Runner._run
 
@@ -171,3 +194,17 @@ def test_a_comparison_from_beginning_to_end_is_run_once(tmp_path, monkeypatch, c
     assert calls == [], "results of deleted runs are kept"
     assert (out / "compare.md").read_bytes() == before
     assert "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_runs_are_judged_by_questions_of_babilong(tmp_path, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(__file__).parents[2])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    words = ["lm2_tiny", "--seeds", "1", "--budget", "2", "--out", str(tmp_path)]
+    program.main([*words, "--suite", "babilong --lengths 0k 1k --samples 3", *OPTIONS])
+    (found,) = json.loads((tmp_path / "compare.json").read_text())["results"]
+    assert [(r["task"], r["length"], r["samples"]) for r in found["seeds"][0]["results"]] == [
+        ("qa1", "0k", 3),
+        ("qa1", "1k", 3),
+    ]
+    assert "| qa1, 0k | qa1, 1k |" in (tmp_path / "compare.md").read_text()

@@ -33,7 +33,7 @@ class Command:
     """Folder of bAbI's files (en-10k)."""
     books_dir: pathlib.Path
     """Folder of books (.txt)."""
-    presets: tuple[str, ...] = tuple(babilong_small.PRESETS)
+    presets: tuple[str, ...] = tuple(f"babilong_small{end}" for end in ("", "_mac", "_rmt", "_none"))
     """Presets to compare."""
     lengths: tuple[str, ...] = ("0k", "1k", "2k", "4k")
     """Lengths of the contexts."""

@@ -1,6 +1,7 @@
 """The tables of docs/tpu.md: the commands of a row, what a report becomes, and that the page is made of its reports."""
 
 from benchmarks import tpu_rows, tpu_table
+from lm2_jax.aot.compile_only import QUICK_MORE_BYTES, QUICK_MORE_TRAFFIC
 
 PAGE = tpu_rows.PAGE.read_text()
 RESULTS = tpu_rows.read()
@@ -79,3 +80,20 @@ def test_the_page_names_the_versions_of_its_rows():
     missing = [pair for pair in made if f"jax {pair[0]} and libtpu {pair[1]}" not in " ".join(PAGE.split())]
     assert not missing
     assert (tpu_table.OLD in PAGE) == (f"marked {tpu_table.OLD}" in PAGE), "what the mark means is said if it is there"
+
+
+def test_complete_programs_need_at_most_what_quick_says():
+    """And the constants are no larger than the largest ratios that were found, rounded up."""
+    results = {command: row["report"] for command, row in tpu_rows.read().items()}
+    pairs = [
+        (results[command], results[command.replace("--compile-only", "--compile-only --quick")])
+        for command in results
+        if "--quick" not in command
+    ]
+    assert len(pairs) == 7
+    for value, most in (
+        (lambda report: report["bytes"]["total"], QUICK_MORE_BYTES),
+        (lambda report: report["floor"]["memory"], QUICK_MORE_TRAFFIC),
+    ):
+        found = max(value(complete) / value(quick) - 1 for complete, quick in pairs)
+        assert most - 0.01 <= found <= most

@@ -8,8 +8,8 @@
 Every arm is a memory and a start: all parameters from scratch, all from the checkpoint and all trained, or all from the
 checkpoint with only the memory and low-rank adapters trained. Its learning rate is chosen from two with a development
 seed, by the answers on training rows, which do not repeat. The background of the test is in books that training never
-reads. Runs are in RUNS/<arm>/. The same command resumes: finished runs are not trained again, interrupted ones
-continue. Rows of other arms and seeds in the table's .json are kept. Each training is a process of its own.
+reads. Runs are in RUNS/<arm>/. The same command resumes: interrupted runs are continued, and what has its row in the
+table's .json is not run again, also where RUNS is gone. Each training is a process of its own.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from etils import epath
 
 from benchmarks import grafted_table, origin
 from benchmarks.grafted_arms import MEMORIES, SEARCH_SEED, STARTS, Arm, Folders, Training, base, donor, run_of
-from lm2_jax import cli
+from lm2_jax import cli, formats
 from lm2_jax.atomic import write_file
 from lm2_jax.compare.jobs import DIVERGED
 from lm2_jax.config import RunConfig, to_dict
@@ -290,6 +291,9 @@ def measure(arm: Arm, seed: int, chosen: tuple[float, dict[str, float | None]], 
         "checkpoint": command.source.name,
         "learning_rate": rate,
         "search": search,
+        "search_steps": command.steps_of_search,
+        "config": digest_of(arm, start, command, folders),
+        "asked": [*command.lengths, command.samples],
         "steps": training.steps,
         **sizes(config),
         "test_books": sorted(book.name for book in books.iterdir()),
@@ -297,6 +301,34 @@ def measure(arm: Arm, seed: int, chosen: tuple[float, dict[str, float | None]], 
         "command": origin.typed("benchmarks.grafted"),
         "machine": origin.cores(),
     }
+
+
+def digest_of(arm: Arm, start: RunConfig, command: Command, folders: Folders) -> str:
+    """A hash of an arm's config, but for its rate and seed and for where files are."""
+    plain = to_dict(run_of(arm, start, command.training, folders, SEARCH_SEED, 1.0, command.training.steps))
+    del plain["data"]["source"]["babi_dir"], plain["data"]["source"]["books_dir"], plain["data"]["tokenizer"]["path"]
+    return formats.digest(plain)
+
+
+def known_rate(arm: Arm, command: Command, rows: Iterable[grafted_table.Row]) -> Any:
+    """The rate of an arm and its search, from a row of the same config; None where there is none."""
+    folders, _ = split_books(command)
+    config = digest_of(arm, imported(arm.memory, command, folders), command, folders)
+    tried = {f"{rate:g}" for rate in command.learning_rates} if len(command.learning_rates) > 1 else set()
+    for row in rows:
+        is_arm = (row["memory"], row["start"], row.get("config")) == (arm.memory, arm.start, config)
+        if is_arm and set(row["search"]) == tried and (not tried or row["search_steps"] == command.steps_of_search):
+            return row["learning_rate"], row["search"]
+    return None
+
+
+def is_measured(arm: Arm, seed: int, rate: float, command: Command, rows: Iterable[grafted_table.Row]) -> bool:
+    """Whether a row says what the command would measure."""
+    folders, _ = split_books(command)
+    config = digest_of(arm, imported(arm.memory, command, folders), command, folders)
+    wanted = (arm.memory, arm.start, seed, config, rate, [*command.lengths, command.samples])
+    names = ("memory", "start", "seed", "config", "learning_rate", "asked")
+    return any(tuple(row.get(name) for name in names) == wanted for row in rows)
 
 
 def main() -> None:
@@ -314,7 +346,9 @@ def main() -> None:
     for seed in command.seeds:
         for arm in command.arms:
             if arm not in chosen:
-                chosen[arm] = choose_rate(arm, command)
+                chosen[arm] = known_rate(arm, command, rows.values()) or choose_rate(arm, command)
+            if is_measured(arm, seed, chosen[arm][0], command, rows.values()):
+                continue
             row = measure(arm, seed, chosen[arm], command)
             rows[grafted_table.identity(row)] = row
             grafted_table.write([rows[key] for key in sorted(rows)], command.out)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -118,8 +119,15 @@ def test_the_command_trains_evaluates_and_does_nothing_twice(tmp_path, monkeypat
     assert found["trained_parameters"] < found["parameters"]
     assert [cell["samples"] for cell in found["results"]] == [2]
     assert "train.py --config" in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "runs")
     grafted.main()
-    assert "train.py" not in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "train.py" not in out
+    assert "eval.py" not in out
+    assert json.loads((tmp_path / "table.json").read_text())["results"] == [found]
+    monkeypatch.setattr(sys, "argv", [*command_line(tmp_path), "--training.lora-rank", "2"])
+    grafted.main()
+    assert "train.py --config" in capfd.readouterr().out, "the row is of another config"
     monkeypatch.setattr(sys, "argv", [*command_line(tmp_path)[:-1], "32"])
     with pytest.raises(UserError, match="choose another --runs"):
         grafted.main()

@@ -46,7 +46,7 @@ EXPECTED = {
 EXPECTED |= {f"{name}_gpt2": parts for name, parts in EXPECTED.items()}
 
 
-def golden_folder(name, folder, shards=1):
+def golden_weights(name):
     """As the released code names its tensors: the golden's wrapper for newer transformers is left out."""
     with np.load(GOLDEN / f"{name}_official.npz") as stored:
         arrays = {key: stored[key] for key in stored.files}
@@ -55,6 +55,11 @@ def golden_folder(name, folder, shards=1):
         for key, array in arrays.items()
         if key.startswith("weights/")
     }
+    return weights, arrays
+
+
+def golden_folder(name, folder, shards=1):
+    weights, arrays = golden_weights(name)
     return hf_folder(folder, GPT2 if "gpt2" in name else BACKBONE, weights, shards, tokenizer=False), arrays
 
 
@@ -116,6 +121,16 @@ def test_tensors_that_do_not_fit(change, message, tmp_path):
     change(weights)
     with pytest.raises(UserError, match=message):
         open_source(hf_folder(tmp_path, weights=weights))
+
+
+def test_an_armt_whose_memory_tokens_have_positions_of_the_text_is_refused(tmp_path):
+    """Its result would depend on the length of a segment; the released code's default gives them their own."""
+    weights, _ = golden_weights("armt_gpt2")
+    weights["memory_cell.model.transformer.wpe.weight"] = weights["memory_cell.model.transformer.wpe.weight"][:32]
+    with pytest.raises(
+        UserError, match=r"its 32 learned positions are not the 32 of n_positions and one for each of 2"
+    ):
+        open_source(hf_folder(tmp_path / "cut", GPT2, weights, tokenizer=False))
 
 
 def test_pickles_are_refused(tmp_path):

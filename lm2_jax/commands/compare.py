@@ -55,8 +55,8 @@ class Command:
     search_seeds: int = 1
     """Development seeds for each rate."""
     suite: str = "recall --segments 4 16 --rows 512"
-    """What judges a run in addition to its held-out metrics, with options in one quoted word: `recall`, where the data has
-    questions at known distances, or `babilong`; `lm2 eval SUITE --help` lists the options."""
+    """What judges a run in addition to its held-out metrics, with options in one quoted word: `recall`, where the data
+    has questions at known distances, or `babilong`; `lm2 eval SUITE --help` lists the options."""
     jobs: int = 1
     """Runs at the same time, each with its share of the cores; on a CPU one for each core is fastest."""
 

@@ -39,7 +39,7 @@ class Finished:
 
         Args:
           job: the run.
-          what: `metrics` or `recall`.
+          what: `metrics`, or the name of a suite.
           asked: how it was measured, as JSON types.
         """
         return self._records.get(_key(self._identity(job, what, asked)))

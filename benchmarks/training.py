@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -41,6 +41,8 @@ class Command:
 
     preset: str = "quickstart"
     """Preset of the run."""
+    remat: Literal["preset", "none", "full"] = "preset"
+    """What a step saves for its backward pass; preset: as the preset says."""
     steps: int = 20
     """Steps per block."""
     blocks: int = 5
@@ -55,7 +57,8 @@ class Blocks:
     def __init__(self, config: RunConfig, workdir: epath.Path):
         self.config = config
         self.layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
-        self.plan, _, self.source = prepare(config, workdir, self.layout)
+        prepared = prepare(config, workdir, self.layout)
+        self.plan, self.source = prepared.plan, prepared.source
         self.train_step = jit_train_step(self.plan, self.layout)
         self.data: Iterator[Any] = host_batches(self.plan, self.source, self.layout)
 
@@ -107,6 +110,8 @@ def main() -> None:
     """Measures and writes the file."""
     command = tyro.cli(Command, description=__doc__)
     config = lm2_jax.preset(command.preset)
+    if command.remat != "preset":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=command.remat))
     prepare_jax(config)
     with tempfile.TemporaryDirectory() as folder:
         blocks = Blocks(config, epath.Path(folder))

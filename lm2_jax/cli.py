@@ -1,14 +1,16 @@
 """What all programs share: errors as one message with an exit status, how they are called, and calls of others."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, NoReturn
 
 from lm2_jax.errors import UserError
@@ -46,7 +48,7 @@ def run_program(*words: str, said: list[bytes] | None = None) -> int:
     """Runs a Python program and waits for its end.
 
     Ctrl-C also reaches that program, which may have something to save. It gets the time to do so, where
-    `subprocess.run` would kill it after a quarter of a second. A second Ctrl-C kills it.
+    `subprocess.run` would kill it after a quarter of a second. A second Ctrl-C kills it. SIGTERM is passed on.
 
     Args:
       words: the arguments of `python`.
@@ -55,24 +57,48 @@ def run_program(*words: str, said: list[bytes] | None = None) -> int:
       The program's exit status.
     Raises:
       KeyboardInterrupt: after Ctrl-C, when the program has ended.
+      SystemExit: after SIGTERM, when the program has ended.
     """
     sys.stdout.flush()
-    program = subprocess.Popen([sys.executable, *words], stderr=None if said is None else subprocess.PIPE)
-    reader = threading.Thread(target=_forward, args=(program.stderr, said))
-    if said is not None:
-        reader.start()
-    try:
-        return program.wait()
-    except KeyboardInterrupt:
-        try:
-            program.wait()
-        finally:
-            program.kill()
-            program.wait()
-        raise
-    finally:
+    with sigterm_as_exit():
+        program = subprocess.Popen([sys.executable, *words], stderr=None if said is None else subprocess.PIPE)
+        reader = threading.Thread(target=_forward, args=(program.stderr, said))
         if said is not None:
-            reader.join()
+            reader.start()
+        try:
+            return program.wait()
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            if isinstance(stopped, SystemExit):
+                program.terminate()
+            try:
+                program.wait()
+            finally:
+                program.kill()
+                program.wait()
+            raise
+        finally:
+            if said is not None:
+                reader.join()
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """While it is open, SIGTERM raises SystemExit in the main thread, so that programs that were started can be ended.
+
+    Without it, SIGTERM kills this process alone, and the programs continue.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _exit(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
 
 
 def _forward(pipe: IO[bytes], said: list[bytes]) -> None:

@@ -136,7 +136,7 @@ def _counts(pieces: list[_Piece]) -> np.ndarray:
 
 
 def _opened(model: LanguageModel, params: Params, state: ModelState | StreamState, batch: int) -> StreamState:
-    """The open segment to go on from; a copy, because each step takes over the arrays of the one before."""
+    """The open segment to continue; a copy, because each step takes over the arrays of the one before."""
     if not isinstance(state, StreamState):
         return open_segment(model, params, state, batch)
     check_rows(state.position.shape[0], batch)
@@ -183,8 +183,8 @@ def advance(
             rest_BSD, after = _extend(model, variables, rest_BS, rest_B, carry)
             back_BS = jnp.maximum(jnp.arange(S)[None] - first_B[:, None], 0)
             rest_BSD = jnp.take_along_axis(rest_BSD, back_BS[:, :, None], axis=1)
-            behind_BS1 = (jnp.arange(S)[None] >= first_B[:, None])[:, :, None]
-            return jnp.where(behind_BS1, rest_BSD, hidden_BSD), after
+            is_after_BS1 = (jnp.arange(S)[None] >= first_B[:, None])[:, :, None]
+            return jnp.where(is_after_BS1, rest_BSD, hidden_BSD), after
 
         return jax.lax.cond((rest_B > 0).any(), over_border, lambda carry: (hidden_BSD, carry), carry)
 

@@ -97,6 +97,28 @@ def test_ctrl_c_twice_kills_it(child, tmp_path):
     assert time.monotonic() - began < 30
 
 
+# Sends SIGTERM to its parent, as a scheduler does, and saves when it gets it itself.
+ENDED = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_sigterm_is_passed_on(tmp_path):
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        cli.run_program("-c", ENDED, f"{tmp_path}/it")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "it").read_text() == "saved"
+    assert time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_the_status_of_a_program():
     assert cli.run_program("-c", "raise SystemExit(3)") == 3
 

@@ -119,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = dataclass_options.parse(Command, cli.program("compare"), __doc__ or "", own)
     command.check()
     jax.config.update("jax_platforms", "cpu")  # of this process alone, which must not hold the accelerator
-    compare(command, options, " ".join(["python -m lm2_jax.compare", shlex.join(arguments)]))
+    with cli.sigterm_as_exit():  # which ends the runs too
+        compare(command, options, " ".join(["python -m lm2_jax.compare", shlex.join(arguments)]))
 
 
 def compare(command: Command, options: Sequence[str], typed: str) -> None:
@@ -138,7 +139,14 @@ def compare(command: Command, options: Sequence[str], typed: str) -> None:
     )
     finished = Finished(out, configs, _machine())
     runner = jobs.Runner(options, command.evaluation, command.jobs, lambda line: print(line, flush=True), finished)
-    searched = runner.train(protocol.search(), may_diverge=True)
+    of_search = list(protocol.search())
+    known = sum(finished.find(job, "metrics", None) is not None for job in of_search)
+    print(
+        f"runs: {len(of_search)} of the search ({known} finished before), then {command.seeds * len(command.methods)} "
+        f"that are reported, {command.jobs} at a time",
+        flush=True,
+    )
+    searched = runner.train(of_search, may_diverge=True)
     scores = {job: jobs.score(metrics) for job, metrics in searched.items()}
     chosen = choose(protocol, scores)
     results = {

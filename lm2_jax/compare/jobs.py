@@ -45,6 +45,7 @@ class Runner:
         self._free = list(range(parallel))
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[str]] = set()
+        self._stopped = False
 
     def train(self, jobs: Iterable[Job], may_diverge: bool) -> dict[Job, dict[str, float] | None]:
         """The held-out metrics of each run at its end.
@@ -105,6 +106,7 @@ class Runner:
     def _stop(self) -> None:
         """Lets the processes save and end."""
         with self._lock:
+            self._stopped = True
             running = list(self._processes)
         for process in running:
             process.terminate()
@@ -157,11 +159,13 @@ class Runner:
         """Exit status, and the last error message, of one of our programs."""
         name, *rest = words
         command = [sys.executable, *cli.program_words(name), *rest]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with self._lock:
+            if self._stopped:
+                return 1, "the comparison was stopped"
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            self._processes.add(process)
         if (cores := self._cores[share]) is not None:
             os.sched_setaffinity(process.pid, cores)  # before it has started a thread
-        with self._lock:
-            self._processes.add(process)
         try:
             _, error = process.communicate()
         finally:

@@ -208,7 +208,7 @@ class Engine:
                 yield Piece(request.index, text, None)
 
     def _feed(self, rows: list[_Row | None], cells: Cells, chosen_B: np.ndarray) -> Cells:
-        """Gives the rows that go on the token that was chosen."""
+        """Gives each row that continues the token that was chosen."""
         count_B = np.array([row is not None and token >= 0 for row, token in zip(rows, chosen_B, strict=True)])
         if not count_B.any():
             return cells

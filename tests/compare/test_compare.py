@@ -5,6 +5,10 @@ import json
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -193,7 +197,39 @@ def test_a_comparison_from_beginning_to_end_is_run_once(tmp_path, monkeypatch, c
     program.main(words)
     assert calls == [], "results of deleted runs are kept"
     assert (out / "compare.md").read_bytes() == before
-    assert "wrote" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "runs: 4 of the search (0 finished before), then 4 that are reported, 2 at a time" in printed
+    assert "(4 finished before)" in printed
+    assert "wrote" in printed
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_runs_too(tmp_path):
+    """They save, and none continues alone; the same command resumes."""
+    words = [sys.executable, "-m", "lm2_jax.compare", "lm2_tiny", "none_tiny", "--seeds", "1", "--budget", "100000"]
+    words += ["--jobs", "2", "--out", str(tmp_path), *OPTIONS]
+    root = pathlib.Path(__file__).parents[2]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    logs = [tmp_path / "runs" / name / f"rate_{rate(name)}" / "seed_0" / "metrics.jsonl" for name in NAMES]
+    ours = subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 300
+        while not all(log.exists() and log.stat().st_size for log in logs):
+            assert ours.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+    finally:
+        ours.terminate()
+        _, error = ours.communicate(timeout=120)
+    assert (ours.returncode, error) == (128 + signal.SIGTERM, b"")
+    sizes = [log.stat().st_size for log in logs]
+    assert all(any((log.parent / "checkpoints").iterdir()) for log in logs)
+    time.sleep(2)
+    assert [log.stat().st_size for log in logs] == sizes
+
+
+def rate(preset: str) -> str:
+    return f"{lm2_jax.preset(preset).optim.learning_rate:g}"
 
 
 @pytest.mark.slow

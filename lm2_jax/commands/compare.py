@@ -146,7 +146,7 @@ def compare(command: Command, options: Sequence[str], typed: str) -> None:
         f"that are reported, {command.jobs} at a time",
         flush=True,
     )
-    searched = runner.train(of_search, may_diverge=True)
+    searched = runner.search(of_search)
     scores = {job: jobs.score(metrics) for job, metrics in searched.items()}
     chosen = choose(protocol, scores)
     results = {
@@ -175,14 +175,13 @@ def _config(preset: str, options: Sequence[str], command: Command) -> RunConfig:
 
 def _seed_results(of_seed: list[Job], runner: jobs.Runner, suite: str) -> dict[Job, table.SeedResult]:
     """The reported runs of one seed."""
-    trained = runner.train(of_seed, may_diverge=False)
-    with_distance = [
-        job for job, metrics in trained.items() if any(name.startswith("eval_accuracy_d") for name in metrics or ())
-    ]
-    judged = runner.evaluate(with_distance if suite == "recall" else trained)
+
+    def is_judged(metrics: dict[str, float]) -> bool:  # `recall` needs questions at known distances
+        return suite != "recall" or any(name.startswith("eval_accuracy_d") for name in metrics)
+
     return {
-        job: table.SeedResult(job.seed, str(job.workdir), metrics or {}, judged.get(job, []))
-        for job, metrics in trained.items()
+        job: table.SeedResult(job.seed, str(job.workdir), metrics, results)
+        for job, (metrics, results) in runner.report(of_seed, is_judged).items()
     }
 
 

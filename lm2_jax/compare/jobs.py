@@ -47,31 +47,45 @@ class Runner:
         self._processes: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def train(self, jobs: Iterable[Job], may_diverge: bool) -> dict[Job, dict[str, float] | None]:
-        """The held-out metrics of each run at its end.
+    def search(self, jobs: Iterable[Job]) -> dict[Job, dict[str, float] | None]:
+        """The held-out metrics of each run at its end; None for a run that diverged, which is not tried again.
 
         Args:
           jobs: the runs; one that is finished is only read, an interrupted one is resumed.
-          may_diverge: a run that diverges has None in place of metrics, and is not tried again.
         Raises:
           UserError: a run failed; the others that were under way can be resumed.
         """
-        jobs = list(jobs)
+        return self._each(jobs, lambda job, share: self._metrics(job, share, may_diverge=True))
 
-        def call(job: Job, share: int) -> dict[str, float] | None:
-            return self._once(job, "metrics", None, lambda: self._train(job, share, may_diverge))
+    def report(
+        self, jobs: Iterable[Job], is_judged: Callable[[dict[str, float]], bool]
+    ) -> dict[Job, tuple[dict[str, float], list[dict[str, Any]]]]:
+        """The held-out metrics of each run at its end, and the results of the suite, one for each length, and task.
 
-        return dict(zip(jobs, self._each(jobs, call), strict=True))
+        A run is evaluated when it is trained, so that what is finished does not need its folder any more.
 
-    def evaluate(self, jobs: Iterable[Job]) -> dict[Job, list[dict[str, Any]]]:
-        """The results of the suite for each run, one for each length, and task."""
-        jobs = list(jobs)
+        Args:
+          jobs: the runs, as for `search`.
+          is_judged: whether the suite suits a run with these metrics; if not, it has no results.
+        Raises:
+          UserError: a run failed, or diverged.
+        """
+        suite, *options = self._evaluation
 
-        def call(job: Job, share: int) -> list[dict[str, Any]]:
-            suite, *options = self._evaluation
-            return self._once(job, suite, options, lambda: self._evaluate(job, share))
+        def call(job: Job, share: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+            metrics = self._metrics(job, share, may_diverge=False)
 
-        return dict(zip(jobs, self._each(jobs, call), strict=True))
+            def evaluate() -> list[dict[str, Any]]:
+                if not is_trained(job):  # its metrics are kept, but its folder is gone
+                    self._train(job, share, may_diverge=False)
+                return self._evaluate(job, share)
+
+            return metrics, self._once(job, suite, options, evaluate) if is_judged(metrics) else []
+
+        return self._each(jobs, call)
+
+    def _metrics(self, job: Job, share: int, may_diverge: bool) -> Any:
+        return self._once(job, "metrics", None, lambda: self._train(job, share, may_diverge))
 
     def _once(self, job: Job, what: str, asked: Sequence[str] | None, call: Callable[[], Any]) -> Any:
         """A result that is kept, or a new one."""
@@ -80,7 +94,10 @@ class Runner:
         found = self._finished.find(job, what, asked)
         return (found or self._finished.add(job, what, asked, call()))["value"]
 
-    def _each(self, jobs: list[Job], call: Callable[[Job, int], Any]) -> list[Any]:
+    def _each(self, jobs: Iterable[Job], call: Callable[[Job, int], Any]) -> dict[Job, Any]:
+        """Calls for each run, as many at a time as there are shares."""
+        jobs = list(jobs)
+
         def in_share(job: Job) -> Any:
             with self._lock:
                 share = self._free.pop()
@@ -96,7 +113,7 @@ class Runner:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                return [future.result() for future in futures]
+                return {job: future.result() for job, future in zip(jobs, futures, strict=True)}
             except BaseException:
                 for future in futures:
                     future.cancel()
@@ -123,7 +140,7 @@ class Runner:
             ("data.seed", job.seed),
         ):
             words += [f"--{name}", str(value)]
-        if final_metrics(job.workdir, job.steps) is None or not (job.workdir / "checkpoints" / str(job.steps)).is_dir():
+        if not is_trained(job):
             self._show(f"training {job.preset}, rate {job.learning_rate:g}, seed {job.seed}: {job.workdir}")
             status, error = self._run([*words, *self._options], share)
             if status and may_diverge and DIVERGED in error:
@@ -151,9 +168,14 @@ class Runner:
             words = ["eval", suite, WORKDIR_OPTION[suite], str(job.workdir), "--out", str(out), *options]
             status, error = self._run(words, share)
             if status:
-                raise UserError(f"compare: the evaluation of {job.workdir} failed: {error.strip()}", status=1)
+                raise UserError(
+                    f"compare: the evaluation of {job.workdir} ended with status {status}: "
+                    f"{error.strip() or 'no message'}",
+                    status=1,
+                )
             asked.write_text(wanted)
-        return json.loads(file.read_text())["results"]
+        results = json.loads(file.read_text())["results"]
+        return [{name: value for name, value in result.items() if name != "workdir"} for result in results]
 
     def _run(self, words: list[str], share: int) -> tuple[int, str]:
         """Exit status, and the last error message, of one of our programs."""
@@ -182,6 +204,12 @@ def final_metrics(workdir: pathlib.Path, steps: int) -> dict[str, float] | None:
     last = next((line for line in reversed(read_lines(workdir)) if line["step"] == steps), None)
     found = {} if last is None else {name: value for name, value in last.items() if name.startswith("eval_")}
     return found or None
+
+
+def is_trained(job: Job) -> bool:
+    """Whether the workdir of a run has its last checkpoint and metrics."""
+    has_checkpoint = (job.workdir / "checkpoints" / str(job.steps)).is_dir()
+    return has_checkpoint and final_metrics(job.workdir, job.steps) is not None
 
 
 def score(metrics: dict[str, float] | None) -> float:

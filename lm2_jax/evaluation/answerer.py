@@ -185,15 +185,23 @@ class RunAnswerer:
         return [np.concatenate([np.zeros(0), *losses]) for losses in found]
 
     def predict(self, batch: Example) -> np.ndarray:
-        """[B S] the most likely token at each position of a batch."""
-        rows = self._divisible(batch.tokens.shape[0])
+        """[B S] the most likely token at each position of a batch; a few segments are read at a time."""
+        rows, T = self._divisible(batch.tokens.shape[0]), self.run.model.config.segment_tokens
         padded = Example(*(np.pad(a, [(0, rows - len(a)), *[(0, 0)] * (a.ndim - 1)]) for a in batch))
-        document = padded.document if self.run.config.data.source.packs else None
+        found, start = [], 0
         with self._context():
-            _, predicted_BS, _ = self._score(
-                padded.tokens, padded.targets, self._start_of(rows), padded.reset, padded.valid, document
-            )
-            return self._on_host(predicted_BS)[: len(batch.tokens)]
+            state = self._start_of(rows)
+            for size in _pieces(batch.tokens.shape[1], T):
+                at, segments = slice(start, start + size), slice(start // T, (start + size) // T)
+                tokens, targets, valid, document = (
+                    a[:, at] for a in (padded.tokens, padded.targets, padded.valid, padded.document)
+                )
+                document = document if self.run.config.data.source.packs else None
+                reset = padded.reset[:, segments]
+                _, predicted_BS, state = self._score(tokens, targets, state, reset, valid, document)
+                found.append(self._on_host(predicted_BS)[: len(batch.tokens)])
+                start += size
+        return np.concatenate(found, axis=1)
 
     def _score(self, tokens: Any, targets: Any, state: Any, reset: Any, valid: Any, document: Any) -> Any:
         check_segments(self.run.config.model, state, tokens.shape, reset, valid, document)

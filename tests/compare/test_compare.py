@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 
@@ -16,7 +17,7 @@ import lm2_jax
 from lm2_jax.commands import compare as program
 from lm2_jax.compare import jobs, table
 from lm2_jax.compare.finished import FILE, Finished, config_digest
-from lm2_jax.compare.protocol import Choice, Protocol, choose, inequalities
+from lm2_jax.compare.protocol import Choice, Job, Protocol, choose, inequalities
 from lm2_jax.errors import UserError
 
 NAMES = ("lm2_tiny", "none_tiny")
@@ -103,6 +104,45 @@ def test_results_of_finished_runs_are_kept_by_config(tmp_path):
     (tmp_path / FILE).write_text('{"preset": "lm2_tiny"}\n')
     with pytest.raises(UserError, match=r"finished\.jsonl: damaged \(KeyError.*Remove it"):
         Finished(tmp_path, plan.configs, "m")
+
+
+class Recorded(jobs.Runner):
+    """Writes down what it would do."""
+
+    calls: ClassVar[list[tuple[str, int]]] = []
+
+    def _train(self, job, share, may_diverge):
+        self.calls.append(("train", job.seed))
+        (job.workdir / "checkpoints" / str(job.steps)).mkdir(parents=True)
+        metrics = {"eval_answer_accuracy": 0.5}
+        (job.workdir / "metrics.jsonl").write_text(json.dumps({"step": job.steps, **metrics}) + "\n")
+        return metrics
+
+    def _evaluate(self, job, share):
+        self.calls.append(("evaluate", job.seed))
+        return [{"segments": 4}]
+
+
+def test_a_run_is_evaluated_when_it_is_trained(tmp_path):
+    """So its folder can be deleted then; one that was not evaluated is trained again."""
+    runs = [Job("lm2_tiny", 1e-3, seed, 10, tmp_path / "runs" / str(seed)) for seed in range(2)]
+
+    def report(is_judged=True):
+        Recorded.calls.clear()
+        finished = Finished(tmp_path, {"lm2_tiny": lm2_jax.preset("lm2_tiny")}, "this machine")
+        found = Recorded([], ["recall"], 1, print, finished).report(runs, lambda metrics: is_judged)
+        assert found == dict.fromkeys(runs, ({"eval_answer_accuracy": 0.5}, [{"segments": 4}] if is_judged else []))
+        return list(Recorded.calls)
+
+    assert report() == [("train", 0), ("evaluate", 0), ("train", 1), ("evaluate", 1)]
+    shutil.rmtree(tmp_path / "runs")
+    assert report() == []
+    lines = (tmp_path / FILE).read_text().splitlines()
+    lost = [line for line in lines if (json.loads(line)["what"], json.loads(line)["seed"]) == ("recall", 1)]
+    (tmp_path / FILE).write_text("".join(f"{line}\n" for line in lines if line not in lost))
+    assert len(lost) == 1
+    assert report(is_judged=False) == []
+    assert report() == [("train", 1), ("evaluate", 1)]
 
 
 def result(preset, accuracies, parameters=1000):

@@ -15,7 +15,7 @@ from lm2_jax.data.pipeline import batches
 from lm2_jax.data.text_source import TextFiles
 from lm2_jax.errors import UserError
 from lm2_jax.evaluation import recall
-from lm2_jax.evaluation.answerer import RunAnswerer
+from lm2_jax.evaluation.answerer import PIECE_SEGMENTS, RunAnswerer
 from lm2_jax.evaluation.names import distinct_names, model_name
 from lm2_jax.runs import Run
 from tests.data.reading import WordTokenizer
@@ -62,16 +62,19 @@ def test_answers_are_counted_by_the_distance_of_their_fact(monkeypatch):
     assert 1 / 7 < counts.most_frequent < 1 / 3, "six places"
 
 
-def test_predictions_are_those_of_the_model():
-    """`predict` gives the largest logits of one call over the batch, rows beyond the batch left out."""
+@pytest.mark.parametrize("segments", [2, 2 * PIECE_SEGMENTS + 3])
+def test_predictions_are_those_of_the_model(segments):
+    """`predict` gives the largest logits of one call over the batch, also where it reads the rows in several."""
     answerer = answerer_of(BabilongSource())
     run = answerer.run
-    data = dataclasses.replace(run.config.data, rows=3, segments=(2,))
+    data = dataclasses.replace(run.config.data, rows=3, segments=(segments,), stage_steps=())
     batch = next(batches(data, recall.open_source(answerer), held_out=True))
     state = run.model.init_state(3)
     inputs = jax.tree.map(jnp.asarray, (batch.tokens, state, batch.reset, batch.valid))
     logits_BSV, _ = jax.jit(run.model.apply)({"params": run.params}, *inputs)
-    assert (answerer.predict(batch)[batch.valid] == np.asarray(logits_BSV.argmax(-1))[batch.valid]).mean() > 0.99
+    predicted_BS = answerer.predict(batch)
+    assert predicted_BS.shape == batch.tokens.shape
+    assert (predicted_BS[batch.valid] == np.asarray(logits_BSV.argmax(-1))[batch.valid]).mean() > 0.99
 
 
 def test_a_run_on_text_without_questions_is_refused(tmp_path):

@@ -4,12 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm2_jax.config import ModelConfig, RunConfig
+from lm2_jax.decoder import DecoderConfig
 
 _NAMES: dict[str, Callable[[Any, str], str]] = {
-    "none": lambda memory, join: "baseline (no memory)",
     "tokens": lambda memory, join: "RMT",
     "titans": lambda memory, join: f"Titans, {_VARIANTS.get(join, f'{join} join')}",
     "gated_bank": lambda memory, join: _bank_name(memory.write.kind, join),
+    "associative": lambda memory, join: _with_join("ARMT", join, "layer_tokens"),
+    "compressive": lambda memory, join: _with_join("Infini-attention", join, "heads"),
+    "gated_delta": lambda memory, join: _with_join("gated delta rule", join, "mixer"),
+    "hierarchical": lambda memory, join: _with_join("HMT", join, "recall"),
 }
 """By kind of memory: its config and the kind of its join -> the name."""
 _VARIANTS = {"context": "MAC", "gate": "MAG", "layer": "MAL", "mixer": "LMM"}  # the paper's names of our joins
@@ -18,7 +22,9 @@ _VARIANTS = {"context": "MAC", "gate": "MAG", "layer": "MAL", "mixer": "LMM"}  #
 def model_name(model: ModelConfig) -> str:
     """The name of a model by its memory, such as "LM2, block write (ours)"; for an unnamed memory its kind and join."""
     parts = getattr(model.join, "parts", ())  # a join of several memories
-    return "hybrid of " + " and ".join(map(_name, parts)) if parts else _name(model)
+    if parts:
+        return "hybrid of " + " and ".join(map(_name, parts))
+    return f"baseline ({_attention(model.decoder)})" if model.memory.kind == "none" else _name(model)
 
 
 def distinct_names(
@@ -43,6 +49,17 @@ def _name(owner: Any) -> str:
     """The name of whatever has a memory and a join."""
     name = _NAMES.get(owner.memory.kind)
     return f"{owner.memory.kind}, {owner.join.kind} join" if name is None else name(owner.memory, owner.join.kind)
+
+
+def _attention(decoder: DecoderConfig) -> str:
+    """What a decoder without memory sees of earlier segments."""
+    if decoder.max_tokens is not None:
+        return "full attention"
+    return "no memory" if decoder.window_tokens is None else "sliding window"
+
+
+def _with_join(name: str, join: str, usual: str) -> str:
+    return name if join == usual else f"{name}, {join} join"
 
 
 def _bank_name(write: str, join: str) -> str:

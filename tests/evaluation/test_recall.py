@@ -131,6 +131,16 @@ def test_names_differ():
     ]
     assert model_name(lm2_jax.preset("lm2_context_tiny").model) == "LM2, slots write, context join (ours)"
     assert model_name(lm2_jax.preset("lm2_paper_tiny").model) == "LM2, paper write"
+    for preset, name in {
+        "window_tiny": "baseline (sliding window)",
+        "llama_tiny": "baseline (full attention)",
+        "armt_tiny": "ARMT",
+        "infini_tiny": "Infini-attention",
+        "probe_gated_delta": "gated delta rule",
+        "babilong_small_gated_delta": "gated delta rule, gate join",
+        "hmt_tiny": "HMT",
+    }.items():
+        assert model_name(lm2_jax.preset(preset).model) == name
     hybrid = model_name(lm2_jax.preset("hybrid_tiny").model)
     assert hybrid.startswith("hybrid of ")
     assert "LM2" in hybrid

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -176,13 +177,23 @@ class WorkdirLock:
             self._descriptor = None
 
     def _beat(self) -> None:
+        is_failing = False
         while not self._stop.wait(BEAT_SECONDS):
             try:
                 if not self.owns():
                     return
                 self._write()
-            except Exception:  # of a bucket without network, say: the next beat tries again
-                continue
+                is_failing = False
+            except Exception as error:  # of any type: buckets have clients of several libraries
+                if not is_failing:
+                    print(
+                        f"warning: {self._path}: the sign of life was not written: {type(error).__name__}: {error}. It "
+                        f"is tried again every {BEAT_SECONDS:g} seconds; after {GONE_SECONDS:g} seconds without one, a "
+                        "process on another host may take the run over.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                is_failing = True
 
     def _content(self) -> bytes:
         owner = {

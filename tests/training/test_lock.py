@@ -93,6 +93,28 @@ def test_it_gives_signs_of_life_and_notices_that_it_was_taken_over(tmp_path, mon
     assert owner_of(tmp_path)["token"] == "theirs", "a lock that was lost is not removed"
 
 
+def test_signs_of_life_that_fail_are_reported_once_and_tried_again(tmp_path, monkeypatch, capsys):
+    tried: list[float] = []
+    write = WorkdirLock._write
+
+    def failing(self):
+        tried.append(time.monotonic())
+        if 2 <= len(tried) <= 4 or 6 <= len(tried) <= 7:
+            raise ConnectionError("no network")
+        write(self)
+
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(WorkdirLock, "_write", failing)
+    with WorkdirLock(epath.Path(tmp_path)) as mine:
+        deadline = time.monotonic() + 10
+        while len(tried) < 9:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        mine.check()
+    warning = "run.lock: the sign of life was not written: ConnectionError: no network. It is tried again every 0.01"
+    assert capsys.readouterr().err.count(warning) == 2
+
+
 def test_a_lock_file_never_follows_a_link(tmp_path):
     (tmp_path / "stranger").write_text("precious")
     (tmp_path / "workdir").mkdir()
